@@ -1,0 +1,1 @@
+"""Load balancing of Mixture-of-Experts models in JAX."""

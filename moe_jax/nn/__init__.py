@@ -1,0 +1,17 @@
+"""Flax NNX modules: they own parameters and router state, and call functions."""
+
+from moe_jax.nn.decoder import Decoder
+from moe_jax.nn.decoder import DecoderConfig
+from moe_jax.nn.moe import MoE
+from moe_jax.nn.moe import MoEConfig
+from moe_jax.nn.moe import MoEOutput
+from moe_jax.nn.moe import RouterState
+
+__all__ = [
+  'Decoder',
+  'DecoderConfig',
+  'MoE',
+  'MoEConfig',
+  'MoEOutput',
+  'RouterState',
+]

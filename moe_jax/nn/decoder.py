@@ -1,0 +1,232 @@
+"""A decoder-only language model with MiniMind's architecture.
+
+Shape letters: B batch, S sequence, D model, V vocabulary, L layers.
+"""
+
+import dataclasses
+
+from flax import nnx
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from moe_jax import routing
+from moe_jax.nn.attention import Attention
+from moe_jax.nn.feed_forward import SwiGLU
+from moe_jax.nn.feed_forward import rms_norm
+from moe_jax.nn.moe import MoE
+from moe_jax.nn.moe import MoEConfig
+from moe_jax.nn.moe import MoEOutput
+from moe_jax.nn.moe import RouterState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(MoEConfig):
+  """Sizes and options of the language model, besides those of its MoE layers.
+
+  The defaults are the MiniMind of arXiv 2502.15451 with 16 experts.
+
+  Attributes:
+    vocabulary: V, tokens known.
+    layers: L, of which the first `dense_layers` have no experts.
+    dense_layers: leading layers with one dense SwiGLU.
+    dense_hidden: its width.
+    heads: query heads; must divide `width` into even head widths.
+    kv_heads: key/value heads; must divide `heads`.
+    rope_theta: base of the rotary frequencies.
+    norm_epsilon: added to the mean square.
+    remat: whether the backward pass recomputes each layer from its input.
+  """
+
+  vocabulary: int = 6400
+  layers: int = 8
+  dense_layers: int = 0
+  dense_hidden: int = 1408
+  heads: int = 8
+  kv_heads: int = 2
+  rope_theta: float = 1e6
+  norm_epsilon: float = 1e-5
+  remat: bool = False
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name in ('vocabulary', 'layers', 'dense_hidden', 'heads', 'kv_heads'):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f'model.{name}={getattr(self, name)}: must be 1 or more'
+        )
+    if not 0 <= self.dense_layers < self.layers:
+      raise ValueError(
+        f'model.dense_layers={self.dense_layers}: must be 0 or more and less '
+        f'than model.layers={self.layers}, which leaves an MoE layer'
+      )
+    if self.width % (2 * self.heads):
+      raise ValueError(
+        f'model.heads={self.heads}: must divide model.width={self.width} into '
+        'heads of even width'
+      )
+    if self.heads % self.kv_heads:
+      raise ValueError(
+        f'model.kv_heads={self.kv_heads}: must divide model.heads={self.heads}'
+      )
+    for name in ('rope_theta', 'norm_epsilon'):
+      if not getattr(self, name) > 0:
+        raise ValueError(
+          f'model.{name}={getattr(self, name)}: must be greater than 0'
+        )
+
+
+class Block(nnx.Module):
+  """x + attention(norm(x)), then + feed_forward(norm(x)).
+
+  Without a balancer, the feed-forward layer is dense.
+  """
+
+  def __init__(
+    self,
+    config: DecoderConfig,
+    balancer: routing.Balancer | None,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    dtype = jnp.dtype(config.dtype)
+
+    def norm():
+      return rms_norm(
+        config.width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs
+      )
+
+    self.attention_norm = norm()
+    self.attention = Attention(
+      config.width,
+      heads=config.heads,
+      kv_heads=config.kv_heads,
+      rope_theta=config.rope_theta,
+      dtype=dtype,
+      rngs=rngs,
+    )
+    self.feed_forward_norm = norm()
+    self.feed_forward = (
+      SwiGLU(config.width, config.dense_hidden, dtype=dtype, rngs=rngs)
+      if balancer is None
+      else MoE(config, balancer, rngs=rngs)
+    )
+
+  def __call__(
+    self, x_BxSxD: jax.Array, mask_BxS: jax.Array | None, *, train: bool
+  ) -> tuple[jax.Array, MoEOutput | None]:
+    x_BxSxD += self.attention(self.attention_norm(x_BxSxD))
+    y_BxSxD = self.feed_forward_norm(x_BxSxD)
+    if isinstance(self.feed_forward, MoE):
+      y_BxSxD, output = self.feed_forward(y_BxSxD, mask_BxS, train=train)
+    else:
+      y_BxSxD, output = self.feed_forward(y_BxSxD), None
+    return x_BxSxD + y_BxSxD, output
+
+
+def _stack(
+  layers: int,
+  config: DecoderConfig,
+  balancer: routing.Balancer | None,
+  rngs: nnx.Rngs,
+) -> Block:
+  """Builds `layers` blocks as one whose variables have a leading axis L."""
+
+  @nnx.split_rngs(splits=layers)
+  @nnx.vmap(in_axes=0, out_axes=0)
+  def build(rngs):
+    return Block(config, balancer, rngs=rngs)
+
+  return build(rngs)
+
+
+class Decoder(nnx.Module):
+  """A causal language model: embedding, blocks, tied output.
+
+  Args:
+    config: sizes and options.
+    balancer: the rule for q of every MoE layer.
+    rngs: for the initial weights.
+  """
+
+  def __init__(
+    self, config: DecoderConfig, balancer: routing.Balancer, *, rngs: nnx.Rngs
+  ):
+    self.config = config
+    dtype = jnp.dtype(config.dtype)
+    # As MiniMind's output layer, whose weight it is, too: U(+-1/sqrt(D)).
+    self.embedding = nnx.Embed(
+      config.vocabulary,
+      config.width,
+      dtype=dtype,
+      embedding_init=nnx.initializers.variance_scaling(
+        1 / 3, 'fan_out', 'uniform'
+      ),
+      rngs=rngs,
+    )
+    self.dense_blocks = (
+      _stack(config.dense_layers, config, None, rngs)
+      if config.dense_layers
+      else None
+    )
+    self.moe_blocks = _stack(
+      config.layers - config.dense_layers, config, balancer, rngs
+    )
+    self.norm = rms_norm(
+      config.width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs
+    )
+
+  def __call__(
+    self,
+    tokens_BxS: jax.Array,
+    mask_BxS: jax.Array | None = None,
+    *,
+    train: bool,
+  ) -> tuple[jax.Array, MoEOutput]:
+    """Predicts each next token.
+
+    Args:
+      tokens_BxS: int32 [batch, sequence].
+      mask_BxS: bool; False for padding, which no router sees. Padding must
+        come last in its sequence: attention is causal, not masked.
+      train: whether the routers' q may move.
+
+    Returns:
+      Logits, float32 [B, S, V], and what each MoE layer did, stacked along a
+      leading layer axis.
+    """
+    x_BxSxD = self.embedding(tokens_BxS)
+    if self.dense_blocks is not None:
+      x_BxSxD, _ = self._apply(self.dense_blocks, x_BxSxD, mask_BxS, train)
+    x_BxSxD, outputs = self._apply(self.moe_blocks, x_BxSxD, mask_BxS, train)
+    logits_BxSxV = self.embedding.attend(self.norm(x_BxSxD))
+    return logits_BxSxV.astype(jnp.float32), outputs
+
+  def _apply(self, blocks, x_BxSxD, mask_BxS, train):
+    """Scans over stacked blocks; this is where their router state changes."""
+    graphdef, params, routers = nnx.split(blocks, nnx.Param, RouterState)
+
+    def layer(x_BxSxD, variables):
+      block = nnx.merge(graphdef, *variables, copy=True)
+      x_BxSxD, output = block(x_BxSxD, mask_BxS, train=train)
+      return x_BxSxD, (nnx.state(block, RouterState), output)
+
+    if self.config.remat:
+      layer = jax.checkpoint(layer)
+    x_BxSxD, (routers, outputs) = lax.scan(layer, x_BxSxD, (params, routers))
+    if train:
+      nnx.update(blocks, routers)
+    return x_BxSxD, outputs
+
+  def update_router(self) -> None:
+    """Moves every layer's router by the step's observations, once a step."""
+    graphdef, params, routers = nnx.split(
+      self.moe_blocks, nnx.Param, RouterState
+    )
+
+    def update(routers):
+      block = nnx.merge(graphdef, params, routers, copy=True)
+      block.feed_forward.update_router()
+      return nnx.state(block, RouterState)
+
+    nnx.update(self.moe_blocks, jax.vmap(update)(routers))

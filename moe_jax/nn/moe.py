@@ -1,0 +1,242 @@
+"""The Mixture-of-Experts layer: owns weights and router state."""
+
+import dataclasses
+import math
+from typing import Any
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from moe_jax import routing
+from moe_jax.nn.feed_forward import SwiGLU
+from moe_jax.nn.feed_forward import linear_init
+from moe_jax.parallel import dispatch
+
+
+class RouterState(nnx.Variable):
+  """Mutable state of a router: float32, never differentiated or optimised."""
+
+
+class ExpertParam(nnx.Param):
+  """A weight [..., E, in, out] with one matrix per expert."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+  """Sizes and options of an MoE layer.
+
+  Attributes:
+    width: D, size of a token's vector.
+    hidden: F, width of each expert.
+    experts: E, routed experts.
+    experts_per_token: K, of which each token takes that many.
+    shared_experts: experts of width F that every token takes.
+    scoring: how logits become scores, 'softmax' or 'sigmoid'.
+    renormalize_gates: whether a token's gates are divided by their sum.
+    router_z_loss: weight of mean(logsumexp(logits)^2), 0 for none.
+    capacity_factor: room of each expert in training, in units of its even
+      share; what does not fit is dropped. 0 is dropless; evaluation always is.
+    dtype: compute dtype of experts, 'float32' or 'bfloat16'. Parameters and
+      the router are float32.
+  """
+
+  width: int = 512
+  hidden: int = 1408
+  experts: int = 16
+  experts_per_token: int = 4
+  shared_experts: int = 1
+  scoring: str = 'softmax'
+  renormalize_gates: bool = True
+  router_z_loss: float = 0.0
+  capacity_factor: float = 0.0
+  dtype: str = 'float32'
+
+  def __post_init__(self):
+    for name in ('width', 'hidden', 'experts', 'experts_per_token'):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f'model.{name}={getattr(self, name)}: must be 1 or more'
+        )
+    if self.experts_per_token > self.experts:
+      raise ValueError(
+        f'model.experts_per_token={self.experts_per_token}: must be at most '
+        f'model.experts={self.experts}'
+      )
+    for name in ('shared_experts', 'router_z_loss', 'capacity_factor'):
+      if getattr(self, name) < 0:
+        raise ValueError(
+          f'model.{name}={getattr(self, name)}: must be 0 or more'
+        )
+    for name, known in (
+      ('scoring', ('softmax', 'sigmoid')),
+      ('dtype', ('float32', 'bfloat16')),
+    ):
+      if getattr(self, name) not in known:
+        raise ValueError(
+          f'model.{name}={getattr(self, name)!r}: must be one of {known}'
+        )
+
+
+class MoEOutput(NamedTuple):
+  """What a layer tells beside its output.
+
+  Attributes:
+    loss: float32 scalar, the balancer's loss and the router z-loss.
+    load: int32 [E], tokens that each expert computed.
+    dropped: int32 scalar, (token, expert) pairs that found no room.
+    scores: float32 [T, E], of all tokens, batch-major.
+    choice: the experts and raw gates of each token, before any drop.
+  """
+
+  loss: jax.Array
+  load: jax.Array
+  dropped: jax.Array
+  scores: jax.Array
+  choice: routing.Choice
+
+
+class MoE(nnx.Module):
+  """Routes each token to K of E SwiGLU experts and mixes what they return.
+
+  With `train=True` a call lets the balancer solve for q on the tokens at hand,
+  keeps the solved state and adds to the step's observation; `update_router`
+  applies that once a step. With `train=False` q is frozen.
+
+  Args:
+    config: sizes and options.
+    balancer: the rule for q, from `moe_jax.routing`.
+    rngs: for the initial weights.
+  """
+
+  def __init__(
+    self, config: MoEConfig, balancer: routing.Balancer, *, rngs: nnx.Rngs
+  ):
+    self.config, self.balancer = config, balancer
+    width, hidden, experts = config.width, config.hidden, config.experts
+    # The router is tiny and decides discretely: all of it is float32.
+    self.router = nnx.Param(linear_init()(rngs.params(), (width, experts)))
+
+    def expert_weights(inputs, outputs):
+      shape = (experts, inputs, outputs)
+      return ExpertParam(linear_init(batch_axis=0)(rngs.params(), shape))
+
+    self.gate = expert_weights(width, hidden)
+    self.up = expert_weights(width, hidden)
+    self.down = expert_weights(hidden, width)
+    self.shared = (
+      SwiGLU(
+        width,
+        config.shared_experts * hidden,
+        dtype=jnp.dtype(config.dtype),
+        rngs=rngs,
+      )
+      if config.shared_experts
+      else None
+    )
+    self.state = RouterState(balancer.init(experts))
+    self.observation = RouterState(
+      routing.zero_observation(balancer, experts, config.experts_per_token)
+    )
+
+  def __call__(
+    self,
+    x_BxSxD: jax.Array,
+    mask_BxS: jax.Array | None = None,
+    *,
+    train: bool,
+  ) -> tuple[jax.Array, MoEOutput]:
+    """Applies the layer.
+
+    Args:
+      x_BxSxD: tokens, any float dtype.
+      mask_BxS: bool; False for padding, which is routed nowhere.
+      train: whether q may move.
+
+    Returns:
+      [B, S, D] of the input's dtype, and what the router did.
+    """
+    config, k = self.config, self.config.experts_per_token
+    mask_T = None
+    if mask_BxS is not None:
+      mask_T = mask_BxS.reshape(-1)
+      x_BxSxD = jnp.where(mask_BxS[..., None], x_BxSxD, 0)
+    x_TxD = x_BxSxD.reshape(-1, config.width)
+    logits_TxE = jnp.dot(
+      x_TxD.astype(jnp.float32),
+      self.router[...],
+      precision=lax.Precision.HIGHEST,
+    )
+    score = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}
+    scores_TxE = score[config.scoring](logits_TxE)
+
+    state = self.state.get_value()
+    q_E, loss = state.q, jnp.float32(0.0)
+    if train:
+      q_E, state = self.balancer.solve(state, scores_TxE, k=k, mask_T=mask_T)
+    choice = routing.choose(scores_TxE, q_E, k=k, mask_T=mask_T)
+    if train:
+      seen = self.balancer.observe(
+        state, q_E, scores_TxE, choice, k=k, mask_T=mask_T
+      )
+      self.state.set_value(state)
+      self.observation.set_value(
+        jax.tree.map(jnp.add, self.observation.get_value(), seen)
+      )
+      scores_BxSxE = scores_TxE.reshape(*x_BxSxD.shape[:2], -1)
+      loss = self.balancer.loss(scores_BxSxE, choice, k=k, mask_BxS=mask_BxS)
+      loss += config.router_z_loss * _z_loss(logits_TxE, mask_T)
+
+    mixed = self._mix(x_TxD, choice, mask_T, train=train)
+    y_BxSxD = mixed.y.reshape(x_BxSxD.shape)
+    if self.shared is not None:
+      y_BxSxD += self.shared(x_BxSxD)
+    output = MoEOutput(loss, mixed.load, mixed.dropped, scores_TxE, choice)
+    return y_BxSxD.astype(x_BxSxD.dtype), output
+
+  def _mix(self, x_TxD, choice, mask_T, *, train) -> dispatch.Mixed:
+    config = self.config
+    if config.renormalize_gates:
+      total = jnp.sum(choice.gates, axis=-1, keepdims=True)
+      choice = choice._replace(gates=choice.gates / (total + 1e-20))
+    dtype = jnp.dtype(config.dtype)
+    weights = dispatch.ExpertWeights(
+      *(w[...].astype(dtype) for w in (self.gate, self.up, self.down))
+    )
+    x_TxD = x_TxD.astype(dtype)
+    if not (train and config.capacity_factor):
+      return dispatch.grouped(x_TxD, choice, weights, mask_T=mask_T)
+    even = choice.experts.size / config.experts
+    return dispatch.capacity(
+      x_TxD,
+      choice,
+      weights,
+      mask_T=mask_T,
+      capacity=max(1, math.ceil(config.capacity_factor * even)),
+    )
+
+  def update_router(self) -> None:
+    """Moves the router by the step's observations and forgets them."""
+    observation = self.observation.get_value()
+    self.state.set_value(
+      self.balancer.update(
+        self.state.get_value(), observation, k=self.config.experts_per_token
+      )
+    )
+    self.observation.set_value(jax.tree.map(jnp.zeros_like, observation))
+
+
+def _z_loss(logits_TxE: jax.Array, mask_T: jax.Array | None) -> jax.Array:
+  """Averages logsumexp(logits)^2 over tokens (arXiv 2202.08906, eq. 5)."""
+  square_T = jnp.square(jax.nn.logsumexp(logits_TxE, axis=-1))
+  if mask_T is None:
+    return jnp.mean(square_T)
+  total = jnp.sum(jnp.where(mask_T, square_T, 0.0))
+  return total / jnp.maximum(jnp.sum(mask_T), 1)
+
+
+def router_states(module: Any) -> nnx.State:
+  """Returns the router state of all MoE layers in `module`."""
+  return nnx.state(module, RouterState)

@@ -1,0 +1,1 @@
+"""Who computes what where: meshes, dispatch, grouped products."""

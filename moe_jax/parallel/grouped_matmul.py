@@ -1,0 +1,148 @@
+"""Matrix products of consecutive groups of rows, each with its own weights.
+
+Shape letters: N rows, E experts, D and F the two sides of a weight.
+"""
+
+from collections.abc import Callable
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+# CPU tiles: a group is cut into tiles of TILE rows, and its last, short tile
+# is rounded up to a multiple of _STEP rows, so that little work is wasted
+# whatever the loads are. Smaller tiles do not keep the cores busy.
+TILE = 256
+_STEP = 32
+
+
+@jax.custom_vjp
+def grouped_matmul(
+  rows_NxD: jax.Array, weights_ExDxF: jax.Array, load_E: jax.Array
+) -> jax.Array:
+  """Multiplies the e-th group of rows by the e-th weight matrix.
+
+  On CPU a loop over experts and tiles does the useful work only, where
+  `lax.ragged_dot` does E times as much; elsewhere this is `lax.ragged_dot`.
+
+  Args:
+    rows_NxD: groups one after the other, spare rows of zeros last.
+    weights_ExDxF: one matrix per group, of the dtype of the rows.
+    load_E: int32, rows in each group; sum(load_E) + TILE <= N.
+
+  Returns:
+    [N, F] of the dtype of the rows, zero in the spare rows. Differentiable in
+    both operands if the cotangents of spare rows are zero, too.
+  """
+  return lax.platform_dependent(
+    rows_NxD,
+    weights_ExDxF,
+    load_E,
+    cpu=functools.partial(_matmul_cpu, contract=0),
+    default=lax.ragged_dot,
+  )
+
+
+def _forward(rows_NxD, weights_ExDxF, load_E):
+  y_NxF = grouped_matmul(rows_NxD, weights_ExDxF, load_E)
+  return y_NxF, (rows_NxD, weights_ExDxF, load_E)
+
+
+def _backward(residuals, dy_NxF):
+  rows_NxD, weights_ExDxF, load_E = residuals
+  drows_NxD = lax.platform_dependent(
+    dy_NxF,
+    weights_ExDxF,
+    load_E,
+    cpu=functools.partial(_matmul_cpu, contract=1),
+    default=lambda dy, w, load: lax.ragged_dot(dy, w.swapaxes(1, 2), load),
+  )
+  dweights_ExDxF = lax.platform_dependent(
+    rows_NxD, dy_NxF, load_E, cpu=_outer_cpu, default=_outer_ragged
+  )
+  return drows_NxD, dweights_ExDxF, None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _outer_ragged(rows_NxD, dy_NxF, load_E):
+  """Sums x y^T over the rows of each group: [E, D, F]."""
+  return lax.ragged_dot_general(
+    rows_NxD,
+    dy_NxF,
+    load_E,
+    lax.RaggedDotDimensionNumbers(
+      dot_dimension_numbers=(((0,), (0,)), ((), ())),
+      lhs_ragged_dimensions=[0],
+      rhs_group_dimensions=[],
+    ),
+  )
+
+
+def _fold_tiles(load: jax.Array, body: Callable, carry):
+  """Folds `body(carry, first_row, rows)` over the tiles of one group.
+
+  `rows` counts the group's rows from the tile's first on: short if < TILE.
+  """
+  return lax.fori_loop(
+    0,
+    -(-load // TILE),
+    lambda i, carry: body(carry, i * TILE, load - i * TILE),
+    carry,
+  )
+
+
+def _by_size(rows: jax.Array, product: Callable, *operands):
+  """Calls `product(size, *operands)` with the least static size >= rows."""
+  sizes = range(_STEP, TILE + 1, _STEP)
+  branches = [functools.partial(product, size) for size in sizes]
+  return lax.switch((jnp.minimum(rows, TILE) - 1) // _STEP, branches, *operands)
+
+
+def _matmul_cpu(rows_NxD, weights_ExDxF, load_E, *, contract):
+  """Contracts rows with axis `contract` of their group's weight."""
+  start_E = jnp.cumsum(load_E) - load_E
+
+  def product(size, x, weight):
+    y = lax.dot_general(x[:size], weight, (((1,), (contract,)), ((), ())))
+    return jnp.pad(y, ((0, TILE - size), (0, 0)))
+
+  def group(expert, out_NxF):
+    weight = weights_ExDxF[expert]
+
+    def tile(out_NxF, row, rows):
+      row += start_E[expert]
+      x = lax.dynamic_slice_in_dim(rows_NxD, row, TILE)
+      y = _by_size(rows, product, x, weight)
+      # What a short tile writes past its group, the next group overwrites.
+      return lax.dynamic_update_slice_in_dim(out_NxF, y, row, 0)
+
+    return _fold_tiles(load_E[expert], tile, out_NxF)
+
+  shape = (rows_NxD.shape[0], weights_ExDxF.shape[2 - contract])
+  out_NxF = jnp.zeros(shape, rows_NxD.dtype)
+  return lax.fori_loop(0, load_E.shape[0], group, out_NxF)
+
+
+def _outer_cpu(rows_NxD, dy_NxF, load_E):
+  start_E = jnp.cumsum(load_E) - load_E
+  shape = (rows_NxD.shape[1], dy_NxF.shape[1])
+
+  def product(size, x, dy):
+    return jnp.dot(x[:size].T, dy[:size], preferred_element_type=jnp.float32)
+
+  def group(expert, out_ExDxF):
+    def tile(sum_DxF, row, rows):
+      row += start_E[expert]
+      x = lax.dynamic_slice_in_dim(rows_NxD, row, TILE)
+      dy = lax.dynamic_slice_in_dim(dy_NxF, row, TILE)
+      x = jnp.where(jnp.arange(TILE)[:, None] < rows, x, 0)
+      return sum_DxF + _by_size(rows, product, x, dy)
+
+    sum_DxF = _fold_tiles(load_E[expert], tile, jnp.zeros(shape, jnp.float32))
+    return out_ExDxF.at[expert].set(sum_DxF.astype(rows_NxD.dtype))
+
+  out_ExDxF = jnp.zeros((load_E.shape[0], *shape), rows_NxD.dtype)
+  return lax.fori_loop(0, load_E.shape[0], group, out_ExDxF)

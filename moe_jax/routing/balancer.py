@@ -1,0 +1,172 @@
+"""What every balancing method shares: the choice of experts and the protocol.
+
+Shape letters: T tokens, B batch, S sequence, E experts, K chosen per token.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+
+class Choice(NamedTuple):
+  """The experts of each token.
+
+  Attributes:
+    experts: int32 [T, K], best first by price-adjusted score.
+    gates: float32 [T, K], raw scores of the chosen; 0 for masked tokens.
+    load: int32 [E], unmasked tokens that chose each expert.
+  """
+
+  experts: jax.Array
+  gates: jax.Array
+  load: jax.Array
+
+
+class State(NamedTuple):
+  """The least state a balancer has: float32 [E], the price of each expert."""
+
+  q: jax.Array
+
+
+class Balancer(NamedTuple):
+  """A rule for q, the price of each expert; pure functions, as in optax.
+
+  Attributes:
+    init: `(experts) -> state`, a pytree with a field `q`, float32 [E].
+    solve: `(state, scores_TxE, *, k, mask_T=None, axis_name=None) ->
+      (q_E, state)`. q_E prices the choice of these very tokens.
+    observe: `(state, q_E, scores_TxE, choice, *, k, mask_T=None,
+      axis_name=None) -> observation`, a pytree that adds up over microbatches;
+      it does its own collectives over `axis_name`.
+    update: `(state, observation, *, k) -> state`, once per optimizer step,
+      with the sum of the step's observations.
+    loss: `(scores_BxSxE, choice, *, k, mask_BxS=None, axis_name=None) ->
+      scalar`, added to the training loss; the only part with a gradient.
+  """
+
+  init: Callable[[int], Any]
+  solve: Callable[..., tuple[jax.Array, Any]]
+  observe: Callable[..., Any]
+  update: Callable[..., Any]
+  loss: Callable[..., jax.Array]
+
+
+def choose(
+  scores_TxE: jax.Array,
+  q_E: jax.Array,
+  *,
+  k: int,
+  mask_T: jax.Array | None = None,
+) -> Choice:
+  """Routes each token to its k best experts by price-adjusted score.
+
+  Args:
+    scores_TxE: router scores [tokens, experts]; compared in float32.
+    q_E: price of each expert, float32 [experts]. It shifts the choice, not the
+      gates, and receives no gradient.
+    k: experts per token, 1 <= k <= experts.
+    mask_T: bool [tokens]; False for padding, which gets gates of 0 and adds no
+      load, whatever its scores hold.
+
+  Returns:
+    The chosen experts, their gates and each expert's load. Equal adjusted
+    scores go to the lower expert index.
+
+  References:
+    Sun, arXiv 2502.15451, Algorithm 1, lines 13-14.
+  """
+  experts = scores_TxE.shape[-1]
+  check_k(k, experts)
+  scores_TxE = scores_TxE.astype(jnp.float32)
+  if mask_T is not None:
+    scores_TxE = jnp.where(mask_T[:, None], scores_TxE, 0.0)
+  adjusted = lax.stop_gradient(scores_TxE) - lax.stop_gradient(q_E)
+  _, experts_TxK = lax.top_k(adjusted, k)
+  gates = jnp.take_along_axis(scores_TxE, experts_TxK, axis=-1)
+  chosen = experts_TxK[..., None] == jnp.arange(experts)
+  if mask_T is not None:
+    chosen &= mask_T[:, None, None]
+  load = jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
+  return Choice(experts_TxK.astype(jnp.int32), gates, load)
+
+
+def check_k(k: int, experts: int) -> None:
+  """Raises ValueError unless 1 <= k <= experts."""
+  if not 1 <= k <= experts:
+    raise ValueError(
+      f'k={k} experts per token: must lie between 1 and the number of '
+      f'experts, {experts}'
+    )
+
+
+def count_tokens(
+  scores_TxE: jax.Array,
+  mask_T: jax.Array | None,
+  axis_name: str | tuple[str, ...] | None,
+) -> int | jax.Array:
+  """Counts unmasked tokens over all shards; a Python int where it is known."""
+  count = scores_TxE.shape[0] if mask_T is None else jnp.sum(mask_T, dtype=int)
+  return count if axis_name is None else lax.psum(count, axis_name)
+
+
+def zero_observation(balancer: Balancer, experts: int, k: int) -> Any:
+  """Returns the observation of no tokens, the start of a step's sum."""
+
+  def observe():
+    state = balancer.init(experts)
+    scores = jnp.zeros((1, experts))
+    choice = choose(scores, state.q, k=k)
+    return balancer.observe(state, state.q, scores, choice, k=k)
+
+  return jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(observe)
+  )
+
+
+# The pieces of a rule that has nothing to do at that point.
+
+
+def zero_prices(experts: int) -> State:
+  """Starts from q = 0: plain top-k."""
+  return State(jnp.zeros(experts, jnp.float32))
+
+
+def keep_prices(state, scores_TxE, *, k, mask_T=None, axis_name=None):
+  """Solves nothing: the state's q prices the choice."""
+  del scores_TxE, k, mask_T, axis_name
+  return state.q, state
+
+
+def observe_nothing(
+  state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
+):
+  """For rules that `update` from nothing."""
+  del state, q_E, scores_TxE, choice, k, mask_T, axis_name
+  return ()
+
+
+def keep_state(state, observation, *, k):
+  """For rules that move q in `solve`, or never."""
+  del observation, k
+  return state
+
+
+def no_loss(scores_BxSxE, choice, *, k, mask_BxS=None, axis_name=None):
+  """For rules that add nothing to the training loss."""
+  del scores_BxSxE, choice, k, mask_BxS, axis_name
+  return jnp.float32(0.0)
+
+
+def unbalanced() -> Balancer:
+  """Builds plain top-k routing: q = 0 and no loss, the control group."""
+  return Balancer(
+    init=zero_prices,
+    solve=keep_prices,
+    observe=observe_nothing,
+    update=keep_state,
+    loss=no_loss,
+  )
