@@ -1,7 +1,8 @@
-"""Flax NNX modules: they own parameters and router state, and call functions."""
+"""Flax NNX modules: they own parameters and router state."""
 
 from moe_jax.nn.decoder import Decoder
 from moe_jax.nn.decoder import DecoderConfig
+from moe_jax.nn.moe import ExpertParam
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.moe import MoEConfig
 from moe_jax.nn.moe import MoEOutput
@@ -10,6 +11,7 @@ from moe_jax.nn.moe import RouterState
 __all__ = [
   'Decoder',
   'DecoderConfig',
+  'ExpertParam',
   'MoE',
   'MoEConfig',
   'MoEOutput',

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 from typing import NamedTuple
 
 from flax import nnx
@@ -85,14 +84,12 @@ class MoEOutput(NamedTuple):
 
   Attributes:
     loss: float32 scalar, the balancer's loss and the router z-loss.
-    load: int32 [E], tokens that each expert computed.
     dropped: int32 scalar, (token, expert) pairs that found no room.
     scores: float32 [T, E], of all tokens, batch-major.
-    choice: the experts and raw gates of each token, before any drop.
+    choice: experts, raw gates and loads, before any drop.
   """
 
   loss: jax.Array
-  load: jax.Array
   dropped: jax.Array
   scores: jax.Array
   choice: routing.Choice
@@ -193,7 +190,7 @@ class MoE(nnx.Module):
     y_BxSxD = mixed.y.reshape(x_BxSxD.shape)
     if self.shared is not None:
       y_BxSxD += self.shared(x_BxSxD)
-    output = MoEOutput(loss, mixed.load, mixed.dropped, scores_TxE, choice)
+    output = MoEOutput(loss, mixed.dropped, scores_TxE, choice)
     return y_BxSxD.astype(x_BxSxD.dtype), output
 
   def _mix(self, x_TxD, choice, mask_T, *, train) -> dispatch.Mixed:
@@ -235,8 +232,3 @@ def _z_loss(logits_TxE: jax.Array, mask_T: jax.Array | None) -> jax.Array:
     return jnp.mean(square_T)
   total = jnp.sum(jnp.where(mask_T, square_T, 0.0))
   return total / jnp.maximum(jnp.sum(mask_T), 1)
-
-
-def router_states(module: Any) -> nnx.State:
-  """Returns the router state of all MoE layers in `module`."""
-  return nnx.state(module, RouterState)

@@ -31,12 +31,10 @@ class Mixed(NamedTuple):
 
   Attributes:
     y: [T, D] of the dtype of the input.
-    load: int32 [E], tokens that each expert computed.
     dropped: int32 scalar, (token, expert) pairs that found no room.
   """
 
   y: jax.Array
-  load: jax.Array
   dropped: jax.Array
 
 
@@ -138,7 +136,7 @@ def grouped(
   y_TxD = _mix(
     x_TxD, choice, rows, apply, row_N=row_N, token_N=token_N, rank_N=rank_N
   )
-  return Mixed(y_TxD, choice.load, jnp.int32(0))
+  return Mixed(y_TxD, jnp.int32(0))
 
 
 def capacity(
@@ -178,5 +176,4 @@ def capacity(
   y_TxD = _mix(
     x_TxD, choice, rows, apply, row_N=row_N, token_N=token_N, rank_N=rank_N
   )
-  load_E = jnp.minimum(choice.load, capacity)
-  return Mixed(y_TxD, load_E, jnp.sum(choice.load - load_E))
+  return Mixed(y_TxD, jnp.sum(jnp.maximum(choice.load - capacity, 0)))

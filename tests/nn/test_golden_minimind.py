@@ -76,7 +76,7 @@ def test_golden_logits_and_losses(case):
 def test_golden_scores_choices_and_gates(case):
   golden, ((_, outputs, _, _), _, _) = case
   assert np.all(outputs.dropped == 0)
-  for layer in range(len(outputs.load)):
+  for layer in range(len(outputs.dropped)):
     choice = jax.tree.map(lambda x, i=layer: x[i], outputs.choice)
     np.testing.assert_allclose(
       outputs.scores[layer], golden[f'layers_{layer}_router_scores'], atol=1e-5
@@ -90,7 +90,7 @@ def test_golden_scores_choices_and_gates(case):
       atol=1e-5,
     )
     np.testing.assert_array_equal(
-      outputs.load[layer], np.bincount(choice.experts.ravel(), minlength=8)
+      choice.load, np.bincount(choice.experts.ravel(), minlength=8)
     )
 
 

@@ -1,0 +1,252 @@
+"""What can be configured: ml_collections outside, frozen dataclasses inside.
+
+The dataclasses are the one list of options, defaults and types. Experiment
+files fill in a `ConfigDict` made from them, flags override its fields, and
+`freeze` turns it back into validated dataclasses, once.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import difflib
+import inspect
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from moe_jax import routing
+from moe_jax.data import DataConfig
+from moe_jax.nn import DecoderConfig
+
+# `balancer.name` -> the function whose arguments the other fields are.
+BALANCERS = {
+  'bip': routing.bip,
+  'loss_controlled': routing.loss_controlled,
+  'loss_free': routing.loss_free,
+  'unbalanced': routing.unbalanced,
+}
+
+# What `--config=FILE.py:METHOD` accepts: the settings of arXiv 2502.15451.
+METHODS = {
+  'loss_controlled': {'name': 'loss_controlled', 'alpha': 0.1},
+  'loss_free': {'name': 'loss_free', 'rate': 1e-3},
+  'bip': {'name': 'bip', 'iterations': 4},
+  'bip_t2': {'name': 'bip', 'iterations': 2},
+  'bip_t8': {'name': 'bip', 'iterations': 8},
+  'bip_t14': {'name': 'bip', 'iterations': 14},
+  'unbalanced': {'name': 'unbalanced'},
+}
+
+# Model options that follow from others and are not set by themselves.
+_DERIVED = ('vocabulary', 'capacity_factor')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Devices along each mesh axis; -1 takes what is left.
+
+  Attributes:
+    data: copies of the model, each with its own part of the batch.
+    expert: parts into which the experts are split.
+  """
+
+  data: int = -1
+  expert: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """One training run.
+
+  Attributes:
+    method: its name in tables and figures.
+    steps: optimizer steps.
+    seed: of the initial weights and the order of the data.
+    batch_size: sequences a step, over all devices and microbatches.
+    sequence_length: tokens a sequence.
+    accumulation: microbatches a step, one after the other.
+    learning_rate: peak, after warm-up; then a cosine to a tenth of it.
+    warmup_steps: steps of linear warm-up.
+    weight_decay: of AdamW, on every parameter, as in MiniMind.
+    gradient_clip: greatest global norm of the gradient.
+    capacity_factor: room of each expert in training, in units of its even
+      share; 0.0 is dropless.
+    eval_every: steps between evaluations; 0 evaluates at the end only.
+    eval_sequences: of each set, at most that many; 0 takes all.
+    checkpoint_every: steps between checkpoints; the end has one, too.
+    checkpoints_kept: the newest that many are kept.
+    balancer: its name and the arguments of its function.
+    model: sizes of the language model.
+    mesh: the devices.
+    data: the text.
+  """
+
+  method: str = 'bip'
+  steps: int = 200
+  seed: int = 0
+  batch_size: int = 8
+  sequence_length: int = 256
+  accumulation: int = 1
+  learning_rate: float = 5e-4
+  warmup_steps: int = 0
+  weight_decay: float = 0.01
+  gradient_clip: float = 1.0
+  capacity_factor: float = 0.0
+  eval_every: int = 0
+  eval_sequences: int = 0
+  checkpoint_every: int = 100
+  checkpoints_kept: int = 2
+  balancer: Mapping[str, Any] = dataclasses.field(
+    default_factory=lambda: balancer_options('bip')
+  )
+  model: DecoderConfig = DecoderConfig()
+  mesh: MeshConfig = MeshConfig()
+  data: DataConfig = DataConfig()
+
+  def __post_init__(self):
+    for name, least in (
+      ('steps', 1),
+      ('batch_size', 1),
+      ('sequence_length', 2),
+      ('accumulation', 1),
+      ('checkpoint_every', 1),
+      ('checkpoints_kept', 1),
+      ('seed', 0),
+      ('warmup_steps', 0),
+      ('capacity_factor', 0),
+      ('weight_decay', 0),
+      ('eval_every', 0),
+      ('eval_sequences', 0),
+    ):
+      if getattr(self, name) < least:
+        raise ValueError(
+          f'{name}={getattr(self, name)}: must be {least} or more'
+        )
+    for name in ('learning_rate', 'gradient_clip'):
+      if not getattr(self, name) > 0:
+        raise ValueError(
+          f'{name}={getattr(self, name)}: must be greater than 0'
+        )
+    if self.batch_size % self.accumulation:
+      raise ValueError(
+        f'accumulation={self.accumulation}: must divide '
+        f'batch_size={self.batch_size}'
+      )
+    if self.warmup_steps >= self.steps:
+      raise ValueError(
+        f'warmup_steps={self.warmup_steps}: must be less than '
+        f'steps={self.steps}'
+      )
+    make_balancer(self.balancer)
+
+
+def balancer_options(name: str, **arguments: Any) -> dict[str, Any]:
+  """Returns every option of a balancer, defaults filled in from its function.
+
+  Args:
+    name: a key of `BALANCERS`.
+    **arguments: those that are not to have their default.
+  """
+  if name not in BALANCERS:
+    raise ValueError(f'balancer.name={name!r}: {_expected(name, BALANCERS)}')
+  parameters = inspect.signature(BALANCERS[name]).parameters
+  options = {key: value.default for key, value in parameters.items()}
+  for key, value in arguments.items():
+    if key not in options:
+      raise ValueError(
+        f'balancer.{key}: {name} has no such option, but '
+        f'{", ".join(options) or "none at all"}; another method is chosen by '
+        f'--config=FILE.py:METHOD'
+      )
+    options[key] = _typed(f'balancer.{key}', value, type(options[key]))
+  return {'name': name, **options}
+
+
+def make_balancer(options: Mapping[str, Any]) -> routing.Balancer:
+  """Calls the balancer's function with its options."""
+  options = balancer_options(**options)
+  name = options.pop('name')
+  try:
+    return BALANCERS[name](**options)
+  except ValueError as error:
+    raise ValueError(f'balancer.{error}') from error
+
+
+def default_config(method: str = 'bip') -> ConfigDict:
+  """Returns every option with its default and the balancer of `method`.
+
+  Args:
+    method: a key of `METHODS`.
+  """
+  if method not in METHODS:
+    raise ValueError(f'method {method!r}: {_expected(method, METHODS)}')
+  balancer = balancer_options(**METHODS[method])
+  return ConfigDict(to_dict(Config(method=method, balancer=balancer)))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+  """Returns the options as nested dicts of numbers, strings and booleans."""
+  options = dataclasses.asdict(config)
+  for name in _DERIVED:
+    del options['model'][name]
+  return options
+
+
+def freeze(options: ConfigDict | Mapping[str, Any]) -> Config:
+  """Builds the validated `Config`.
+
+  Raises:
+    ValueError: an option is unknown, of the wrong type or impossible; the
+      message names it, its value and what would work.
+  """
+  if isinstance(options, ConfigDict):
+    options = options.to_dict()
+  sections = dict(options)
+  known = {field.name for field in dataclasses.fields(Config)}
+  for name in sections:
+    if name not in known:
+      raise ValueError(f'{name}: {_expected(name, known)}')
+  if not isinstance(sections.get('balancer', {}), Mapping):
+    raise ValueError('balancer: must be a group of options')
+  for name, kind in (
+    ('model', DecoderConfig),
+    ('mesh', MeshConfig),
+    ('data', DataConfig),
+  ):
+    section = sections.get(name, {})
+    if name == 'model' and set(section) & set(_DERIVED):
+      raise ValueError(f'model: {_DERIVED} follow from other options')
+    sections[name] = _build(kind, section, f'{name}.')
+  config = _build(Config, sections, '')
+  model = dataclasses.replace(
+    config.model,
+    vocabulary=config.data.vocabulary,
+    capacity_factor=config.capacity_factor,
+  )
+  return dataclasses.replace(config, model=model)
+
+
+def _build(kind: type, options: Mapping[str, Any], prefix: str):
+  fields = {field.name: field for field in dataclasses.fields(kind)}
+  checked = {}
+  for name, value in options.items():
+    if name not in fields:
+      raise ValueError(f'{prefix}{name}: {_expected(name, fields)}')
+    wanted = fields[name].type
+    if wanted in (int, float, str, bool):
+      value = _typed(f'{prefix}{name}', value, wanted)
+    checked[name] = value
+  return kind(**checked)
+
+
+def _typed(name: str, value: Any, wanted: type) -> Any:
+  if wanted is float and type(value) is int:
+    return float(value)
+  if type(value) is not wanted:
+    raise ValueError(f'{name}={value!r}: must be of type {wanted.__name__}')
+  return value
+
+
+def _expected(name: str, known) -> str:
+  close = difflib.get_close_matches(name, known, n=1)
+  hint = f'did you mean {close[0]}? ' if close else ''
+  return f'unknown; {hint}known are {", ".join(sorted(known))}'

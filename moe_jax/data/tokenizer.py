@@ -1,0 +1,221 @@
+"""Byte-level BPE, and the token files that are made with it.
+
+Shape letters: V vocabulary, N tokens.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+import pathlib
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders
+from tokenizers import models
+from tokenizers import pre_tokenizers
+from tokenizers import trainers
+
+from moe_jax.data import cache
+
+END_OF_DOCUMENT = '<|endoftext|>'
+SMALLEST_VOCABULARY = 257  # Every byte, and the end of a document.
+_CHARACTERS_AT_ONCE = 1 << 22  # Bounds the memory that encoding takes.
+
+
+class Tokenizer:
+  """A byte-level BPE with a fixed number of ids.
+
+  All 256 bytes are tokens, so any text can be encoded and decodes to itself. A
+  text that spells out the end-of-document token gets ordinary tokens for it.
+
+  Attributes:
+    vocabulary: number of ids, V. Where the training text had too few pairs to
+      merge, the last ids stand for nothing: no text is ever encoded to them,
+      they decode to nothing, and their token_bytes_V is 0.
+    end_of_document: id of the token that follows each document.
+    dtype: of encoded text; uint16 where V allows it, else uint32.
+    token_bytes_V: bytes of UTF-8 that each token stands for, int32 [V]; 0 for
+      the end of a document. Bits per byte of a text are its summed negative
+      log-likelihood / (ln 2 * the sum of this over the predicted tokens).
+  """
+
+  def __init__(self, model: tokenizers.Tokenizer, vocabulary: int):
+    """Wraps a byte-level `model`; see `train` and `from_json`.
+
+    Raises:
+      ValueError: the model has no end-of-document token, or too many tokens.
+    """
+    ids = model.get_vocab()
+    if END_OF_DOCUMENT not in ids or max(ids.values()) >= vocabulary:
+      raise ValueError(
+        f'not a tokenizer of at most {vocabulary} ids with {END_OF_DOCUMENT}'
+      )
+    model.encode_special_tokens = True  # As text. Its JSON does not keep this.
+    self._model = model
+    self.vocabulary = vocabulary
+    self.end_of_document = ids.pop(END_OF_DOCUMENT)
+    self.dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
+    self.token_bytes_V = np.zeros(vocabulary, np.int32)
+    for token, i in ids.items():
+      self.token_bytes_V[i] = len(token)  # One character stands for one byte.
+
+  @classmethod
+  def train(cls, documents: Iterable[str], vocabulary: int) -> 'Tokenizer':
+    """Learns the merges from documents; equal input gives equal tokenizers.
+
+    Args:
+      documents: the training text.
+      vocabulary: number of ids, at least 257. A text too small for so many
+        leaves the last ids unused.
+
+    Raises:
+      ValueError: vocabulary is too small.
+    """
+    if vocabulary < SMALLEST_VOCABULARY:
+      raise ValueError(
+        f'data.vocabulary={vocabulary}: must be at least {SMALLEST_VOCABULARY} '
+        '(256 bytes and the end-of-document token)'
+      )
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+      vocab_size=vocabulary,
+      min_frequency=2,
+      special_tokens=[END_OF_DOCUMENT],
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
+    )
+    model.train_from_iterator(documents, trainer)
+    return cls(model, vocabulary)
+
+  @classmethod
+  def from_json(cls, text: str, vocabulary: int) -> 'Tokenizer':
+    """Restores what `to_json` gave; raises ValueError for anything else."""
+    try:
+      model = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # The library raises no narrower type.
+      raise ValueError(f'not a tokenizer: {error}') from error
+    return cls(model, vocabulary)
+
+  def to_json(self) -> str:
+    """Returns the tokenizer in the JSON format of HF tokenizers."""
+    return self._model.to_str()
+
+  @property
+  def merges(self) -> int:
+    """Number of tokens that stand for more than one byte."""
+    return self._model.get_vocab_size() - SMALLEST_VOCABULARY
+
+  def encode(self, text: str) -> np.ndarray:
+    """Returns the token ids of a text, `dtype` [N]."""
+    return self.encode_batch([text])[0]
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Encodes texts on all cores; one array like that of `encode` for each."""
+    encodings = self._model.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+
+  def decode(self, ids_N: Sequence[int] | np.ndarray) -> str:
+    """Returns the text of ids [N] without ends of documents.
+
+    Bytes that are not UTF-8, such as half a character, become U+FFFD.
+    """
+    return self._model.decode(np.asarray(ids_N, np.int64).tolist())
+
+
+def load_tokenizer(
+  path: pathlib.Path,
+  documents: Callable[[], Iterable[str]],
+  vocabulary: int,
+  log: Callable[[str], None],
+) -> Tokenizer:
+  """Reads the tokenizer at `path`, or trains it and writes it there.
+
+  Args:
+    path: a JSON file; made again where it is damaged.
+    documents: gives the training text; called only if it is needed.
+    vocabulary: number of ids.
+    log: takes a line about work that was not cached.
+  """
+  try:
+    return Tokenizer.from_json(path.read_text('utf-8'), vocabulary)
+  except FileNotFoundError:
+    pass
+  except ValueError:
+    log(f'data: {path} is damaged; making it again')
+  log(f'data: training a tokenizer of {vocabulary} tokens')
+  tokenizer = Tokenizer.train(documents(), vocabulary)
+  with cache.atomic_file(path) as file:
+    file.write(tokenizer.to_json().encode())
+  return tokenizer
+
+
+def load_tokens(
+  path: pathlib.Path,
+  documents: Callable[[], Iterable[str]],
+  tokenizer: Tokenizer,
+  log: Callable[[str], None],
+) -> np.ndarray:
+  """Opens the token file at `path`, or encodes the documents into it.
+
+  Args:
+    path: a .npy file; made again where it is damaged.
+    documents: gives the text; called only if it is needed.
+    tokenizer: encodes it.
+    log: takes a line about work that was not cached.
+
+  Returns:
+    The documents' tokens one after the other, the end-of-document token after
+    each; tokenizer.dtype [N], memory-mapped and read-only.
+  """
+  try:
+    return _open_tokens(path, tokenizer.dtype)
+  except FileNotFoundError:
+    pass
+  except (ValueError, EOFError):
+    log(f'data: {path} is damaged; making it again')
+  with cache.atomic_file(path) as file:
+    _write_header(file, tokenizer.dtype, 0)
+    start = file.tell()
+    end = np.array([tokenizer.end_of_document], tokenizer.dtype).tobytes()
+    for texts in _groups(documents()):
+      for ids_N in tokenizer.encode_batch(texts):
+        file.write(ids_N.tobytes() + end)
+    size = (file.tell() - start) // tokenizer.dtype.itemsize
+    file.seek(0)
+    _write_header(file, tokenizer.dtype, size)
+    assert file.tell() == start, 'numpy pads headers so that lengths can grow'
+  return _open_tokens(path, tokenizer.dtype)
+
+
+def _open_tokens(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
+  tokens_N = np.load(path, mmap_mode='r', allow_pickle=False)
+  if tokens_N.dtype != dtype or tokens_N.ndim != 1:
+    raise ValueError(f'{path} holds {tokens_N.dtype} {tokens_N.shape}')
+  return tokens_N
+
+
+def _write_header(file, dtype: np.dtype, size: int) -> None:
+  np.lib.format.write_array_header_1_0(
+    file,
+    {
+      'descr': np.lib.format.dtype_to_descr(dtype),
+      'fortran_order': False,
+      'shape': (size,),
+    },
+  )
+
+
+def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
+  """Yields documents in lists of some million characters."""
+  group, size = [], 0
+  for text in documents:
+    group.append(text)
+    size += len(text)
+    if size >= _CHARACTERS_AT_ONCE:
+      yield group
+      group, size = [], 0
+  if group:
+    yield group

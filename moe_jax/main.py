@@ -1,0 +1,143 @@
+"""Trains a Mixture-of-Experts language model.
+
+  python -m moe_jax.main --config=experiments/FILE.py:METHOD --workdir=DIR \\
+      [--config.OPTION=VALUE ...]
+
+METHOD is how the load of the experts is balanced: bip, bip_t2, bip_t8,
+bip_t14, loss_controlled, loss_free or unbalanced.
+
+Examples:
+
+  # BIP-Based Balancing at the size of the demo, 50 steps.
+  python -m moe_jax.main --config=experiments/demo.py:bip \\
+      --workdir=runs/bip --config.steps=50
+
+  # Eight dual iterations instead of four.
+  python -m moe_jax.main --config=experiments/demo.py:bip \\
+      --workdir=runs/bip_t8 --config.balancer.iterations=8
+
+  # Your own text.
+  python -m moe_jax.main --config=experiments/mini_16e.py:loss_free \\
+      --workdir=runs/mine --config.data.dataset=text_files \\
+      --config.data.files='books/*.txt'
+
+The same command again continues the run. DIR/config.json lists all options
+with their values. Exit codes: 0 done, 2 refused (bad config or input), 1
+anything else.
+"""
+
+from collections.abc import Sequence
+import difflib
+import os
+import runpy
+import sys
+
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections import config_flags
+
+
+def parse(
+  argv: Sequence[str], *, method: str = ''
+) -> tuple[ConfigDict, flags.FlagValues]:
+  """Reads `--config=FILE.py:METHOD`, overrides of its options, `--workdir`.
+
+  Args:
+    argv: the program's name and its flags.
+    method: taken where the flag names none.
+
+  Returns:
+    The options of the experiment with those given on top, and the other flags.
+
+  Raises:
+    ValueError: a flag, a file, a method, an option or a value is wrong.
+  """
+  values = flags.FlagValues()
+  flags.DEFINE_string('config', '', 'FILE.py:METHOD', values)
+  flags.DEFINE_string('workdir', '', 'Where the run is kept.', values)
+  overrides = flags.FlagValues()
+  try:
+    rest = values(list(argv), known_only=True)
+    config = load_experiment(values.config, method)
+    for argument in rest[1:]:
+      _check_argument(argument, config)
+    config_flags.DEFINE_config_dict(
+      'config', config, flag_values=overrides, sys_argv=rest
+    )
+    overrides(rest)
+  except (flags.Error, TypeError) as error:
+    raise ValueError(str(error)) from error
+  return overrides.config, values
+
+
+def load_experiment(path: str, method: str = '') -> ConfigDict:
+  """Calls `get_config` of an experiment file, given as FILE.py[:METHOD]."""
+  path, _, given = path.partition(':')
+  if not path:
+    raise ValueError('--config=FILE.py:METHOD: missing')
+  if not os.path.isfile(path):
+    raise ValueError(f'--config={path}: no such file')
+  try:
+    get_config = runpy.run_path(path)['get_config']
+  except (KeyError, SyntaxError) as error:
+    raise ValueError(
+      f'--config={path}: must be a Python file with a function get_config '
+      f'({type(error).__name__}: {error})'
+    ) from error
+  return get_config(*filter(None, [given or method]))
+
+
+def _check_argument(argument: str, config: ConfigDict) -> None:
+  """Raises ValueError unless `argument` overrides an option that exists."""
+  if not argument.startswith('--'):
+    raise ValueError(f'{argument}: unexpected; flags look like --name=value')
+  name = argument[2:].partition('=')[0]
+  if '=' not in argument:
+    raise ValueError(f'{argument}: has no value; write {argument}=VALUE')
+  section, *path = name.split('.')
+  known = ['config', 'workdir']
+  if section == 'config' and path:
+    for i, part in enumerate(path):
+      known = [] if not isinstance(config, ConfigDict) else sorted(config)
+      section = '.'.join(['config', *path[: i + 1]])
+      if part not in known:
+        break
+      config = config[part]
+    else:
+      if isinstance(config, ConfigDict):
+        raise ValueError(
+          f'--{name}: a group of options; set one of {", ".join(config)}'
+        )
+      return
+    name, close = section, difflib.get_close_matches(part, known, n=1)
+  else:
+    close = difflib.get_close_matches(section, known, n=1)
+  hint = f'did you mean {close[0]}? ' if close else ''
+  raise ValueError(
+    f'--{name}: unknown; {hint}known are {", ".join(known) or "none"}'
+  )
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the program; returns its exit code."""
+  if {'--help', '-h', '-help'} & set(argv):
+    print(__doc__)
+    return 0
+  try:
+    options, values = parse(argv)
+    if not values.workdir:
+      raise ValueError('--workdir=DIR: missing')
+    # Late: a wrong flag is answered at once, before anything big is loaded.
+    from moe_jax import config
+    from moe_jax.train import loop
+
+    run = loop.Run(config.freeze(options), values.workdir)
+  except (ValueError, OSError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  run.train()
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))

@@ -1,0 +1,1 @@
+"""Training: state -> state, and what a run writes down."""

@@ -1,0 +1,111 @@
+"""Perplexity and bits per byte on held-out text."""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+import math
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.train.state import Training
+from moe_jax.train.step import Batch
+from moe_jax.train.step import cross_entropy
+
+
+def make_evaluation_step(
+  training: Training, token_bytes_V: np.ndarray
+) -> Callable[..., dict[str, jax.Array]]:
+  """Builds `(params, router, batch) -> sums` over a batch, jit-compiled.
+
+  Each batch is run twice: with q frozen, as a deployed model has it, and with
+  q solved on the batch itself as in training, which sees the future. Neither
+  changes the router.
+
+  Args:
+    training: the model.
+    token_bytes_V: int32 [V], bytes that each token stands for.
+  """
+
+  def evaluation_step(params, router, batch):
+    def loss(solve):
+      model = nnx.merge(training.graphdef, params, router, copy=True)
+      logits, _ = model(batch.inputs, batch.mask, train=solve)
+      return jnp.sum(cross_entropy(logits, batch))
+
+    bytes_BxS = jnp.asarray(token_bytes_V, jnp.int32)[batch.targets]
+    return {
+      'loss': loss(solve=False),
+      'loss_solved': loss(solve=True),
+      'tokens': jnp.sum(batch.mask),
+      'bytes': jnp.sum(bytes_BxS * batch.mask),
+    }
+
+  return jax.jit(evaluation_step)
+
+
+def evaluate(
+  evaluation_step: Callable[..., dict[str, jax.Array]],
+  params: Any,
+  router: Any,
+  batches: Iterable[Batch],
+) -> dict[str, float]:
+  """Sums over the batches of a set, in float64.
+
+  Returns:
+    `perplexity` and `bits_per_byte` with q frozen, and both with the suffix
+    `_solved`.
+  """
+  sums = dict.fromkeys(('loss', 'loss_solved', 'tokens', 'bytes'), 0.0)
+  # A batch's sums are read when the next one is under way.
+  waiting: list[dict[str, jax.Array]] = []
+
+  def read():
+    for name, value in waiting.pop().items():
+      sums[name] += float(value)
+
+  for batch in batches:
+    waiting.insert(0, evaluation_step(params, router, batch))
+    if len(waiting) > 1:
+      read()
+  while waiting:
+    read()
+  results = {}
+  for suffix in ('', '_solved'):
+    loss = sums[f'loss{suffix}']
+    results[f'perplexity{suffix}'] = perplexity(loss, sums['tokens'])
+    results[f'bits_per_byte{suffix}'] = bits_per_byte(loss, sums['bytes'])
+  return results
+
+
+def perplexity(loss: float, tokens: float) -> float:
+  """Computes exp(nats / tokens); infinite where that overflows."""
+  try:
+    return math.exp(loss / tokens)
+  except OverflowError:
+    return math.inf
+
+
+def bits_per_byte(loss: float, count: float) -> float:
+  """Converts nats over `count` bytes of text."""
+  return loss / (math.log(2) * count)
+
+
+def unigram_loss(
+  train_tokens_N: np.ndarray, tokens_M: np.ndarray, vocabulary: int
+) -> float:
+  """Computes the loss of a model that knows only how often each token is.
+
+  Args:
+    train_tokens_N: counted, with one added to each count.
+    tokens_M: predicted, but for the first one.
+    vocabulary: number of tokens.
+
+  Returns:
+    The sum of negative log-likelihoods in nats.
+  """
+  counts_V = np.bincount(train_tokens_N, minlength=vocabulary) + 1.0
+  log_V = np.log(counts_V / counts_V.sum())
+  return float(-log_V[tokens_M[1:]].sum())

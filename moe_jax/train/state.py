@@ -1,0 +1,140 @@
+"""The state of a training run and where each part of it lives."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import optax
+
+from moe_jax import nn
+from moe_jax.config import Config
+from moe_jax.config import make_balancer
+
+
+class TrainState(NamedTuple):
+  """All that changes from step to step, as nested dicts of arrays.
+
+  Attributes:
+    step: int32 scalar, steps completed.
+    params: float32 parameters.
+    optimizer: optax's state.
+    router: every MoE layer's router state.
+  """
+
+  step: jax.Array
+  params: Any
+  optimizer: Any
+  router: Any
+
+
+class Training(NamedTuple):
+  """A model ready to train on a mesh.
+
+  Attributes:
+    graphdef: with `state.params` and `state.router`, `nnx.merge` makes the
+      `Decoder`.
+    optimizer: the gradient transformation.
+    init: `() -> TrainState`, sharded; call it once, compiled.
+    abstract: the shapes, dtypes and shardings of that state.
+  """
+
+  graphdef: nnx.GraphDef
+  optimizer: optax.GradientTransformation
+  init: Callable[[], TrainState]
+  abstract: TrainState
+
+
+def make_model(config: Config) -> nn.Decoder:
+  """Builds the model with initial weights that depend on the seed alone."""
+  balancer = make_balancer(config.balancer)
+  return nn.Decoder(config.model, balancer, rngs=nnx.Rngs(config.seed))
+
+
+def _spec(variable: nnx.Variable) -> P:
+  """Experts are split over their axis, third from the end; the rest is not."""
+  if isinstance(variable, nn.ExpertParam):
+    leading = (None,) * (variable.ndim - 3)
+    return P(*leading, 'expert', None, None)
+  return P()
+
+
+def make_training(
+  config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Training:
+  """Plans model and optimizer state on the mesh; computes nothing yet.
+
+  Raises:
+    ValueError: experts or batch do not divide over the mesh.
+  """
+  if config.model.experts % mesh.shape['expert']:
+    raise ValueError(
+      f'mesh.expert={mesh.shape["expert"]}: must divide '
+      f'model.experts={config.model.experts}'
+    )
+  microbatch = config.batch_size // config.accumulation
+  if microbatch % mesh.size:
+    raise ValueError(
+      f'batch_size={config.batch_size}: batch_size / accumulation = '
+      f'{microbatch} must be a multiple of the {mesh.size} devices'
+    )
+  # Splitting abstractly gives the graph once; `init` then makes the arrays.
+  graphdef, params, router = nnx.split(
+    nnx.eval_shape(lambda: make_model(config)), nnx.Param, nn.RouterState
+  )
+
+  def init() -> TrainState:
+    _, params, router = nnx.split(make_model(config), nnx.Param, nn.RouterState)
+    params, router = nnx.to_pure_dict(params), nnx.to_pure_dict(router)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), router)
+
+  def sharding(spec):
+    return NamedSharding(mesh, spec)
+
+  replicated = sharding(P())
+  param_shardings = nnx.to_pure_dict(
+    jax.tree.map(
+      lambda variable: variable.replace(sharding(_spec(variable))),
+      params,
+      is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )
+  )
+  abstract = jax.eval_shape(init)
+  shardings = TrainState(
+    step=replicated,
+    params=param_shardings,
+    # In Auto mode moments would be replicated if this were left out.
+    optimizer=optax.tree_utils.tree_map_params(
+      optimizer,
+      lambda _, sharding: sharding,
+      abstract.optimizer,
+      param_shardings,
+      transform_non_params=lambda _: replicated,
+    ),
+    router=jax.tree.map(lambda _: replicated, abstract.router),
+  )
+  abstract = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    abstract,
+    shardings,
+  )
+  init = jax.jit(init, out_shardings=shardings)
+  return Training(graphdef, optimizer, init, abstract)
+
+
+def parameter_counts(config: Config, params: Any) -> tuple[int, int]:
+  """Counts parameters: all, and those that one token's forward pass uses."""
+  count = functools.partial(jax.tree.reduce, lambda n, x: n + x.size)
+  total = count(params, 0)
+  layer = params['moe_blocks']['feed_forward']
+  routed = sum(layer[name].size for name in ('gate', 'up', 'down'))
+  idle = config.model.experts - config.model.experts_per_token
+  return total, total - routed * idle // config.model.experts

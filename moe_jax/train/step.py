@@ -1,0 +1,146 @@
+"""One optimizer step: the place where the training state changes."""
+
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from moe_jax import nn
+from moe_jax import routing
+from moe_jax.config import Config
+from moe_jax.train.optimizer import make_schedule
+from moe_jax.train.state import Training
+from moe_jax.train.state import TrainState
+
+
+class Batch(NamedTuple):
+  """Sequences and what follows each of their tokens.
+
+  Attributes:
+    inputs: int32 [B, S].
+    targets: int32 [B, S].
+    mask: bool [B, S], False for padding; None where there is none.
+  """
+
+  inputs: jax.Array
+  targets: jax.Array
+  mask: jax.Array | None = None
+
+
+class _Sums(NamedTuple):
+  """What adds up over microbatches, per layer where there are layers."""
+
+  loss: jax.Array
+  auxiliary_loss: jax.Array
+  load_LxE: jax.Array
+  dropped: jax.Array
+
+
+def cross_entropy(logits_BxSxV: jax.Array, batch: Batch) -> jax.Array:
+  """Computes each target's negative log-likelihood in nats; 0 if masked."""
+  loss_BxS = optax.softmax_cross_entropy_with_integer_labels(
+    logits_BxSxV, batch.targets
+  )
+  return loss_BxS if batch.mask is None else loss_BxS * batch.mask
+
+
+def _microbatches(batch: Batch, count: int) -> Batch:
+  # Strided, so that every device has rows of each microbatch.
+  def split(x):
+    return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+
+  return jax.tree.map(split, batch)
+
+
+def make_train_step(
+  config: Config, training: Training
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+  """Builds the jit-compiled step `(state, batch) -> (state, metrics)`.
+
+  The state given is donated. The loss is the mean over the tokens of the whole
+  step; losses of balancers are averaged over microbatches.
+  """
+  optimizer, accumulation = training.optimizer, config.accumulation
+  schedule = make_schedule(config)
+
+  def losses(params, router, batch, tokens):
+    model = nnx.merge(training.graphdef, params, router, copy=True)
+    logits, outputs = model(batch.inputs, batch.mask, train=True)
+    sums = _Sums(
+      loss=jnp.sum(cross_entropy(logits, batch)) / tokens,
+      auxiliary_loss=jnp.sum(outputs.loss) / accumulation,
+      load_LxE=outputs.choice.load,
+      dropped=jnp.sum(outputs.dropped),
+    )
+    router = nnx.to_pure_dict(nnx.state(model, nn.RouterState))
+    return sums.loss + sums.auxiliary_loss, (router, sums)
+
+  def gradients(params, router, batch):
+    """Returns gradients, sums and router state after all microbatches."""
+    tokens = batch.inputs.size if batch.mask is None else jnp.sum(batch.mask)
+    tokens = jnp.maximum(tokens, 1)
+    gradient = jax.grad(losses, has_aux=True)
+    if accumulation == 1:
+      total, (router, sums) = gradient(params, router, batch, tokens)
+      return total, sums, router
+
+    def add(carry, microbatch):
+      total, sums, router = carry
+      new, (router, new_sums) = gradient(params, router, microbatch, tokens)
+      total, sums = jax.tree.map(jnp.add, (total, sums), (new, new_sums))
+      return (total, sums, router), None
+
+    microbatches = _microbatches(batch, accumulation)
+    first = jax.tree.map(lambda x: x[0], microbatches)
+    shapes = jax.eval_shape(gradient, params, router, first, tokens)
+    total, (_, sums) = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), shapes
+    )
+    carry, _ = lax.scan(add, (total, sums, router), microbatches)
+    return carry
+
+  def update_router(params, router):
+    model = nnx.merge(training.graphdef, params, router, copy=True)
+    model.update_router()
+    return nnx.to_pure_dict(nnx.state(model, nn.RouterState))
+
+  def train_step(state, batch):
+    gradient, sums, router = gradients(state.params, state.router, batch)
+    updates, optimizer_state = optimizer.update(
+      gradient, state.optimizer, state.params
+    )
+    metrics = {
+      'train/loss': sums.loss,
+      'train/aux_loss': sums.auxiliary_loss,
+      'train/gradient_norm': optax.global_norm(gradient),
+      'train/learning_rate': schedule(state.step),
+      **_router_metrics(sums),
+    }
+    state = TrainState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      optimizer=optimizer_state,
+      router=update_router(state.params, router),
+    )
+    return state, metrics
+
+  shardings = jax.tree.map(lambda x: x.sharding, training.abstract)
+  return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _router_metrics(sums: _Sums) -> dict[str, Any]:
+  violation_L = routing.max_violation(sums.load_LxE)
+  pairs = jnp.maximum(jnp.sum(sums.load_LxE), 1)
+  return {
+    'router/max_violation': jnp.mean(violation_L),
+    'router/min_violation': jnp.mean(routing.min_violation(sums.load_LxE)),
+    'router/dropped': sums.dropped / pairs,
+    # Split by layer on the host, see telemetry.py.
+    'router/max_violation/layer': violation_L,
+    'router/load/layer': sums.load_LxE,
+  }

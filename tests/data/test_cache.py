@@ -1,0 +1,54 @@
+"""What is cached is whole, private, and found again."""
+
+import pytest
+
+from moe_jax.data import cache
+
+
+def test_new_directories_are_private_and_old_ones_are_left_alone(tmp_path):
+  old = tmp_path / 'old'
+  old.mkdir(mode=0o755)
+  made = cache.open_cache(str(old / 'a' / 'b'))
+  assert made == old / 'a' / 'b'
+  modes = [path.stat().st_mode & 0o777 for path in (made, made.parent, old)]
+  assert modes == [0o700, 0o700, 0o755]
+
+
+def test_default_is_in_the_users_cache(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
+  assert cache.open_cache('') == tmp_path / 'xdg' / 'moe_jax'
+  monkeypatch.delenv('XDG_CACHE_HOME')
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert cache.open_cache('') == tmp_path / '.cache' / 'moe_jax'
+
+
+def test_impossible_directory_is_named(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match=r'data\.cache_dir=.*file/below'):
+    cache.open_cache(str(tmp_path / 'file' / 'below'))
+
+
+def test_key_depends_on_each_part_and_their_order():
+  parts = [('a', 1), ('a', 2), (1, 'a'), ('a', '1'), ('a1',), (['a'], 1)]
+  assert len({cache.content_key(*part) for part in parts}) == len(parts)
+
+
+def test_interrupted_file_leaves_the_old_one(tmp_path):
+  path = tmp_path / 'file'
+  path.write_bytes(b'old')
+  with pytest.raises(KeyboardInterrupt):
+    with cache.atomic_file(path) as file:
+      file.write(b'half of the n')
+      raise KeyboardInterrupt
+  assert path.read_bytes() == b'old'
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_faster_of_two_directories_stays(tmp_path):
+  path = tmp_path / 'directory'
+  with cache.atomic_directory(path) as slow:
+    (slow / 'file').write_text('slow')
+    with cache.atomic_directory(path) as fast:
+      (fast / 'file').write_text('fast')
+  assert (path / 'file').read_text() == 'fast'
+  assert list(tmp_path.iterdir()) == [path]

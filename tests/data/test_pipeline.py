@@ -1,0 +1,277 @@
+"""Batches: complete, shuffled, seekable, and the same for any sharding."""
+
+import dataclasses
+import itertools
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from moe_jax import data
+
+S = 4
+TOKENS = np.arange(101, dtype=np.uint16)  # 25 sequences; row i starts at 4 i.
+
+
+def batches(count, tokens=TOKENS, **options):
+  options = {'sequence_length': S, 'batch_size': 8, 'seed': 3} | options
+  iterator = data.training_batches(tokens, **options)
+  return list(itertools.islice(iterator, count))
+
+
+def rows(count, **options):
+  """Which sequences come, in order."""
+  taken = batches(count, **options)
+  return np.concatenate([batch['inputs'][:, 0] for batch in taken]) // S
+
+
+# --- Training ----------------------------------------------------------------
+
+
+def test_targets_are_the_inputs_one_further():
+  for batch in batches(5):
+    assert batch['inputs'].shape == batch['targets'].shape == (8, S)
+    assert batch['inputs'].dtype == batch['targets'].dtype == np.int32
+    assert (batch['inputs'][:, 0] % S == 0).all()
+    steps = batch['inputs'][:, :1] + np.arange(S)
+    np.testing.assert_array_equal(batch['inputs'], steps)
+    np.testing.assert_array_equal(batch['targets'], steps + 1)
+
+
+@pytest.mark.parametrize('size, expected', [(4 * 6, 5), (4 * 6 + 1, 6)])
+def test_last_sequence_needs_its_last_target(size, expected):
+  assert len(set(rows(9, tokens=TOKENS[:size]))) == expected
+
+
+def test_every_sequence_comes_once_an_epoch_in_another_order():
+  epochs = rows(20, batch_size=5).reshape(4, 25)
+  np.testing.assert_array_equal(np.sort(epochs), [np.arange(25)] * 4)
+  assert len({tuple(epoch) for epoch in [*epochs, range(25)]}) == 5
+
+
+def test_order_depends_on_the_seed_alone():
+  np.testing.assert_array_equal(rows(9), rows(9))
+  assert (rows(9) != rows(9, seed=4)).any()
+
+
+def test_neighbouring_seeds_share_no_epoch():
+  orders = [
+    tuple(epoch)
+    for seed in range(4)
+    for epoch in rows(20, batch_size=5, seed=seed).reshape(4, 25)
+  ]
+  assert len(set(orders)) == len(orders)
+
+
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(start=st.integers(0, 200), batch_size=st.integers(1, 12))
+def test_seeking_equals_skipping(start, batch_size):
+  skipped = rows(start + 30, batch_size=1)[start:]
+  sought = rows(-(-30 // batch_size), start=start, batch_size=batch_size)
+  np.testing.assert_array_equal(sought[:30], skipped)
+
+
+def test_seeking_far_is_as_good_as_near():
+  (batch,) = batches(1, start=10**18, batch_size=25)
+  np.testing.assert_array_equal(np.sort(batch['inputs'][:, 0]), TOKENS[:-1:S])
+
+
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(
+  start=st.integers(0, 60), processes=st.sampled_from([1, 2, 4, 8])
+)
+def test_shards_make_up_the_global_batch(start, processes):
+  expected = batches(4, start=start)
+  shards = [
+    batches(4, start=start, process_index=i, process_count=processes)
+    for i in range(processes)
+  ]
+  for step, batch in enumerate(expected):
+    for name, whole in batch.items():
+      parts = [shard[step][name] for shard in shards]
+      assert {len(part) for part in parts} == {8 // processes}
+      np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_processes_may_change_on_the_way():
+  expected = rows(6)
+  before = [rows(2, process_index=i, process_count=2) for i in range(2)]
+  after = [
+    rows(4, start=16, process_index=i, process_count=4) for i in range(4)
+  ]
+  joined = [
+    *np.stack([r.reshape(2, 4) for r in before], 1).reshape(-1),
+    *np.stack([r.reshape(4, 2) for r in after], 1).reshape(-1),
+  ]
+  np.testing.assert_array_equal(joined, expected)
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'sequence_length': 101}, r'sequence_length=101: .*at most 100'),
+    ({'sequence_length': 0}, r'sequence_length=0: '),
+    ({'batch_size': 6, 'process_count': 4}, r'batch_size=6: .* 4'),
+    ({'batch_size': 0}, r'batch_size=0: '),
+    ({'process_index': 2, 'process_count': 2}, r'process_index=2: '),
+    ({'process_index': -1}, r'process_index=-1: '),
+    ({'process_count': 0}, r'process_count=0'),
+    ({'start': -1}, r'start=-1: '),
+    ({'start': 2**62}, r'start=4611686018427387904: '),
+    ({'seed': -1}, r'seed=-1: '),
+  ],
+)
+def test_impossible_training_option_is_named(options, message):
+  with pytest.raises(ValueError, match=message):
+    batches(1, **options)
+
+
+def test_longest_sequence_is_possible():
+  (batch,) = batches(1, sequence_length=100, batch_size=1)
+  np.testing.assert_array_equal(batch['targets'], [TOKENS[1:]])
+
+
+# --- Evaluation --------------------------------------------------------------
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+  size=st.integers(2, 60),
+  sequence_length=st.integers(1, 9),
+  rows_each=st.integers(1, 4),
+  processes=st.integers(1, 4),
+)
+def test_every_token_but_the_first_is_predicted_once_in_order(
+  size, sequence_length, rows_each, processes
+):
+  tokens = np.arange(100, 100 + size, dtype=np.uint16)
+  shards = [
+    data.evaluation_batches(
+      tokens,
+      sequence_length=sequence_length,
+      batch_size=rows_each * processes,
+      process_index=i,
+      process_count=processes,
+    )
+    for i in range(processes)
+  ]
+  assert len({len(shard) for shard in shards}) == 1
+  targets = []
+  for parts in zip(*shards, strict=True):
+    batch = {
+      name: np.concatenate([p[name] for p in parts]) for name in parts[0]
+    }
+    assert batch['mask'].shape == (rows_each * processes, sequence_length)
+    assert batch['inputs'].dtype == batch['targets'].dtype == np.int32
+    assert batch['mask'].dtype == np.bool_
+    mask = batch['mask']
+    targets.extend(batch['targets'][mask])
+    np.testing.assert_array_equal(
+      batch['inputs'][mask] + 1, batch['targets'][mask]
+    )
+    assert not batch['inputs'][~mask].any()
+    assert not batch['targets'][~mask].any()
+  assert targets == list(range(101, 100 + size))
+
+
+def test_evaluation_can_be_cut_short_and_repeated():
+  found = data.evaluation_batches(
+    TOKENS, sequence_length=S, batch_size=2, maximum_sequences=3
+  )
+  assert len(found) == 2
+  assert sum(batch['mask'].sum() for batch in found) == 3 * S
+  np.testing.assert_array_equal(found[-1]['inputs'][0], [8, 9, 10, 11])
+  assert [b['inputs'].sum() for b in found] == [
+    b['inputs'].sum() for b in found
+  ]
+  with pytest.raises(IndexError):
+    found[2]
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'sequence_length': 0}, r'sequence_length=0: '),
+    ({'batch_size': 3, 'process_count': 2}, r'batch_size=3: '),
+    ({'maximum_sequences': -1}, r'maximum_sequences=-1: '),
+    ({'tokens_N': TOKENS[:1]}, r'evaluation set of 1 tokens'),
+  ],
+)
+def test_impossible_evaluation_option_is_named(options, message):
+  options = {'sequence_length': S, 'batch_size': 2} | options
+  tokens = options.pop('tokens_N', TOKENS)
+  with pytest.raises(ValueError, match=message):
+    data.evaluation_batches(tokens, **options)
+
+
+# --- Loading -----------------------------------------------------------------
+
+
+def test_second_load_is_identical_and_makes_nothing(sotu, sotu_config):
+  messages = []
+  again = data.load_text(sotu_config, log=messages.append)
+  assert messages == []
+  assert again.fingerprint == sotu.fingerprint
+  assert again.tokenizer.to_json() == sotu.tokenizer.to_json()
+  np.testing.assert_array_equal(again.train_tokens, sotu.train_tokens)
+  for name in ('validation', 'shakespeare'):
+    np.testing.assert_array_equal(again.evaluation[name], sotu.evaluation[name])
+
+
+def test_tokens_are_mapped_and_small(sotu):
+  assert isinstance(sotu.train_tokens, np.memmap)
+  assert sotu.train_tokens.dtype == np.uint16
+  assert sotu.tokenizer.vocabulary == 6400
+  # All ids are learnt, and tokens are words more often than bytes.
+  assert sotu.tokenizer.merges == 6400 - 257
+  assert 11_341_941 / len(sotu.train_tokens) > 4
+
+
+def test_token_counts_are_exact_over_chunks(sotu, monkeypatch):
+  counts = data.token_counts(sotu.train_tokens, 6400)
+  np.testing.assert_array_equal(
+    counts, np.bincount(sotu.train_tokens, minlength=6400)
+  )
+  assert counts.dtype == np.int64
+
+
+def test_long_work_is_reported(sotu_config, tmp_path, monkeypatch):
+  monkeypatch.setattr('moe_jax.data.pipeline._SECONDS_BETWEEN_REPORTS', 0.0)
+  for i in range(3):
+    (tmp_path / f'{i}.txt').write_text(f'{i}' * 10)
+  messages = []
+  config = dataclasses.replace(
+    sotu_config,
+    dataset='text_files',
+    files=f'{tmp_path}/*.txt',
+    evaluation_sets='',
+    cache_dir=str(tmp_path / 'cache'),
+  )
+  data.load_text(config, log=messages.append)
+  assert 'data: tokenized (train): 2 documents, 0.0 M characters' in messages
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'vocabulary': 100}, r'data\.vocabulary=100: .*at least 257'),
+    ({'maximum_documents': -1}, r'data\.maximum_documents=-1: '),
+    ({'dataset': 'text_files'}, r'data\.files=: '),
+    ({'files': 'a.txt'}, r'data\.files=a\.txt: .*data\.dataset=sotu'),
+    ({'validation_files': 'a.txt'}, r'data\.validation_files=a\.txt: '),
+    (
+      {'evaluation_sets': 'validation,shakespear'},
+      r'data\.evaluation_sets=.*unknown set shakespear; .*mean shakespeare\?',
+    ),
+  ],
+)
+def test_impossible_config_is_named(options, message):
+  with pytest.raises(ValueError, match=message):
+    data.DataConfig(**options)
+
+
+def test_config_has_only_plain_fields():
+  config = data.DataConfig()
+  for field in dataclasses.fields(config):
+    assert type(getattr(config, field.name)) in (int, float, str, bool)

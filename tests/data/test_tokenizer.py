@@ -1,0 +1,156 @@
+"""The tokenizer loses nothing, and what is cached equals what is made."""
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from moe_jax.data.tokenizer import END_OF_DOCUMENT
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer import load_tokenizer
+from moe_jax.data.tokenizer import load_tokens
+
+DOCUMENTS = ['the theme of the thesis', 'then the other', 'naïve 😀 naïve 😀']
+
+
+def quiet(message):
+  del message
+
+
+def unwanted():
+  raise AssertionError('the cache should have been used')
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  return Tokenizer.train(DOCUMENTS, 300)
+
+
+any_text = st.text(st.characters(exclude_categories=['Cs']))
+
+
+@hypothesis.given(any_text)
+@hypothesis.example(f'a {END_OF_DOCUMENT}{END_OF_DOCUMENT} b')
+@hypothesis.example('\x00\r\n\u2028  \ufeff\U0010ffff')
+def test_any_text_round_trips_without_an_end_of_document(tokenizer, text):
+  ids = tokenizer.encode(text)
+  assert tokenizer.decode(ids) == text
+  assert tokenizer.end_of_document not in ids
+  assert tokenizer.token_bytes_V[ids].sum() == len(text.encode())
+
+
+def test_end_of_document_survives_storage_as_ordinary_text(tokenizer):
+  again = Tokenizer.from_json(tokenizer.to_json(), 300)
+  assert again.end_of_document not in again.encode(END_OF_DOCUMENT)
+
+
+def test_end_of_document_decodes_to_nothing_and_has_no_bytes(tokenizer):
+  end = tokenizer.end_of_document
+  ids = [*tokenizer.encode('the'), end, *tokenizer.encode('other')]
+  assert tokenizer.decode(ids) == 'theother'
+  assert tokenizer.token_bytes_V[end] == 0
+
+
+def test_merges_are_learnt(tokenizer):
+  # 'the' and its surroundings come six times: it must have become one token.
+  assert len(tokenizer.encode(' the')) == 1
+  assert tokenizer.merges > 5
+
+
+def test_training_is_deterministic(tokenizer):
+  assert Tokenizer.train(DOCUMENTS, 300).to_json() == tokenizer.to_json()
+  assert Tokenizer.train(DOCUMENTS[:2], 300).to_json() != tokenizer.to_json()
+
+
+def test_small_text_leaves_ids_unused():
+  tokenizer = Tokenizer.train(['ab ab ab'], 1000)
+  assert tokenizer.vocabulary == 1000
+  assert tokenizer.merges == 2  # 'ab', ' ab'.
+  assert tokenizer.token_bytes_V.shape == (1000,)
+  assert tokenizer.token_bytes_V.sum() == 256 + 2 + 3
+  assert not tokenizer.token_bytes_V[259:].any()
+  assert tokenizer.decode([999, *tokenizer.encode('ab'), 998]) == 'ab'
+
+
+@pytest.mark.parametrize('vocabulary, dtype', [(65536, 'u2'), (65537, 'u4')])
+def test_dtype_holds_every_id(vocabulary, dtype):
+  assert Tokenizer.train(DOCUMENTS, vocabulary).dtype == np.dtype(dtype)
+
+
+def test_vocabulary_below_the_bytes_is_refused():
+  with pytest.raises(ValueError, match=r'data\.vocabulary=256: .* 257'):
+    Tokenizer.train(DOCUMENTS, 256)
+
+
+def test_cached_tokenizer_is_used_and_equal(tmp_path, tokenizer):
+  path = tmp_path / 'tokenizer.json'
+  first = load_tokenizer(path, lambda: DOCUMENTS, 300, quiet)
+  second = load_tokenizer(path, unwanted, 300, quiet)
+  assert first.to_json() == second.to_json() == tokenizer.to_json()
+
+
+@pytest.mark.parametrize(
+  'damage',
+  [
+    lambda whole: b'',
+    lambda whole: whole[: len(whole) // 2],
+    lambda whole: b'{}',
+    lambda whole: b'\xff' + whole,
+    lambda whole: whole.replace(b'<|endoftext|>', b'<|somethingelse|>'),
+  ],
+)
+def test_damaged_tokenizer_is_made_again(tmp_path, tokenizer, damage):
+  path = tmp_path / 'tokenizer.json'
+  path.write_bytes(damage(tokenizer.to_json().encode()))
+  messages = []
+  made = load_tokenizer(path, lambda: DOCUMENTS, 300, messages.append)
+  assert made.to_json() == path.read_text('utf-8') == tokenizer.to_json()
+  assert str(path) in messages[0]
+
+
+def test_token_file_holds_the_documents_and_their_ends(tmp_path, tokenizer):
+  path = tmp_path / 'tokens.npy'
+  made = load_tokens(path, lambda: iter(DOCUMENTS), tokenizer, quiet)
+  opened = load_tokens(path, unwanted, tokenizer, quiet)
+  expected = []
+  for text in DOCUMENTS:
+    expected += [*tokenizer.encode(text), tokenizer.end_of_document]
+  np.testing.assert_array_equal(made, expected)
+  np.testing.assert_array_equal(opened, expected)
+  assert isinstance(opened, np.memmap) and not opened.flags.writeable
+  assert opened.dtype == np.uint16
+
+
+@pytest.mark.parametrize(
+  'damage',
+  [
+    lambda whole: b'',
+    lambda whole: whole[:20],
+    lambda whole: whole[:-1],
+    lambda whole: b'text' + whole,
+    lambda whole: whole.replace(b'<u2', b'<u4'),
+  ],
+)
+def test_damaged_token_file_is_made_again(tmp_path, tokenizer, damage):
+  path = tmp_path / 'tokens.npy'
+  load_tokens(path, lambda: iter(DOCUMENTS), tokenizer, quiet)
+  whole = path.read_bytes()
+  path.write_bytes(damage(whole))
+  messages = []
+  load_tokens(path, lambda: iter(DOCUMENTS), tokenizer, messages.append)
+  assert path.read_bytes() == whole
+  assert str(path) in messages[0]
+
+
+def test_memory_does_not_hold_all_documents(tmp_path, tokenizer, monkeypatch):
+  monkeypatch.setattr('moe_jax.data.tokenizer._CHARACTERS_AT_ONCE', 30)
+  sizes = []
+  encode = tokenizer.encode_batch
+  monkeypatch.setattr(
+    tokenizer, 'encode_batch', lambda t: sizes.append(len(t)) or encode(t)
+  )
+  path = tmp_path / 'tokens.npy'
+  tokens = load_tokens(path, lambda: iter(DOCUMENTS * 2), tokenizer, quiet)
+  assert sum(sizes) == 6 and max(sizes) <= 2
+  text = ''.join(DOCUMENTS * 2)
+  assert tokenizer.decode(tokens) == text
