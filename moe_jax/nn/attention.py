@@ -30,6 +30,13 @@ def rotate(x_BxSxHxW: jax.Array, *, theta: float) -> jax.Array:
   return turned.reshape(x_BxSxHxW.shape).astype(x_BxSxHxW.dtype)
 
 
+@jax.checkpoint  # Keeps no [B, H, S, S] array for the backward pass.
+def _attend(query_BxSxHxW, key_BxSxGxW, value_BxSxGxW):
+  return jax.nn.dot_product_attention(
+    query_BxSxHxW, key_BxSxGxW, value_BxSxGxW, is_causal=True
+  )
+
+
 class Attention(nnx.Module):
   """Causal self-attention; each key/value head serves H/G query heads."""
 
@@ -51,6 +58,7 @@ class Attention(nnx.Module):
     self.value = linear(width, kv_width, dtype=dtype, rngs=rngs)
     self.out = linear(width, width, dtype=dtype, rngs=rngs)
 
+  @jax.named_scope('attention')
   def __call__(self, x_BxSxD: jax.Array) -> jax.Array:
     def split(y, heads):
       return y.reshape(*x_BxSxD.shape[:2], heads, -1)
@@ -60,5 +68,5 @@ class Attention(nnx.Module):
     )
     key = rotate(split(self.key(x_BxSxD), self.kv_heads), theta=self.rope_theta)
     value = split(self.value(x_BxSxD), self.kv_heads)
-    y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+    y = _attend(query, key, value)
     return self.out(y.reshape(x_BxSxD.shape))

@@ -155,43 +155,50 @@ class MoE(nnx.Module):
     Returns:
       [B, S, D] of the input's dtype, and what the router did.
     """
-    config, k = self.config, self.config.experts_per_token
     mask_T = None
     if mask_BxS is not None:
       mask_T = mask_BxS.reshape(-1)
       x_BxSxD = jnp.where(mask_BxS[..., None], x_BxSxD, 0)
-    x_TxD = x_BxSxD.reshape(-1, config.width)
-    logits_TxE = jnp.dot(
-      x_TxD.astype(jnp.float32),
-      self.router[...],
-      precision=lax.Precision.HIGHEST,
-    )
-    score = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}
-    scores_TxE = score[config.scoring](logits_TxE)
-
-    state = self.state.get_value()
-    q_E, loss = state.q, jnp.float32(0.0)
-    if train:
-      q_E, state = self.balancer.solve(state, scores_TxE, k=k, mask_T=mask_T)
-    choice = routing.choose(scores_TxE, q_E, k=k, mask_T=mask_T)
-    if train:
-      seen = self.balancer.observe(
-        state, q_E, scores_TxE, choice, k=k, mask_T=mask_T
+    with jax.named_scope('router'):
+      scores_TxE, choice, loss = self._route(
+        x_BxSxD, mask_BxS, mask_T, train=train
       )
-      self.state.set_value(state)
-      self.observation.set_value(
-        jax.tree.map(jnp.add, self.observation.get_value(), seen)
-      )
-      scores_BxSxE = scores_TxE.reshape(*x_BxSxD.shape[:2], -1)
-      loss = self.balancer.loss(scores_BxSxE, choice, k=k, mask_BxS=mask_BxS)
-      loss += config.router_z_loss * _z_loss(logits_TxE, mask_T)
-
+    x_TxD = x_BxSxD.reshape(-1, self.config.width)
     mixed = self._mix(x_TxD, choice, mask_T, train=train)
     y_BxSxD = mixed.y.reshape(x_BxSxD.shape)
     if self.shared is not None:
       y_BxSxD += self.shared(x_BxSxD)
     output = MoEOutput(loss, mixed.dropped, scores_TxE, choice)
     return y_BxSxD.astype(x_BxSxD.dtype), output
+
+  def _route(self, x_BxSxD, mask_BxS, mask_T, *, train):
+    """Scores and chooses; with `train`, this is where the router moves."""
+    config, k = self.config, self.config.experts_per_token
+    logits_BxSxE = jnp.dot(
+      x_BxSxD.astype(jnp.float32),
+      self.router[...],
+      precision=lax.Precision.HIGHEST,
+    )
+    score = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}
+    scores_BxSxE = score[config.scoring](logits_BxSxE)
+    scores_TxE = scores_BxSxE.reshape(-1, config.experts)
+    state = self.state.get_value()
+    if not train:
+      choice = routing.choose(scores_TxE, state.q, k=k, mask_T=mask_T)
+      return scores_TxE, choice, jnp.float32(0.0)
+
+    q_E, state = self.balancer.solve(state, scores_TxE, k=k, mask_T=mask_T)
+    choice = routing.choose(scores_TxE, q_E, k=k, mask_T=mask_T)
+    seen = self.balancer.observe(
+      state, q_E, scores_TxE, choice, k=k, mask_T=mask_T
+    )
+    self.state.set_value(state)
+    self.observation.set_value(
+      jax.tree.map(jnp.add, self.observation.get_value(), seen)
+    )
+    loss = self.balancer.loss(scores_BxSxE, choice, k=k, mask_BxS=mask_BxS)
+    loss += config.router_z_loss * _z_loss(logits_BxSxE, mask_BxS)
+    return scores_TxE, choice, loss
 
   def _mix(self, x_TxD, choice, mask_T, *, train) -> dispatch.Mixed:
     config = self.config
@@ -225,10 +232,10 @@ class MoE(nnx.Module):
     self.observation.set_value(jax.tree.map(jnp.zeros_like, observation))
 
 
-def _z_loss(logits_TxE: jax.Array, mask_T: jax.Array | None) -> jax.Array:
+def _z_loss(logits_BxSxE: jax.Array, mask_BxS: jax.Array | None) -> jax.Array:
   """Averages logsumexp(logits)^2 over tokens (arXiv 2202.08906, eq. 5)."""
-  square_T = jnp.square(jax.nn.logsumexp(logits_TxE, axis=-1))
-  if mask_T is None:
-    return jnp.mean(square_T)
-  total = jnp.sum(jnp.where(mask_T, square_T, 0.0))
-  return total / jnp.maximum(jnp.sum(mask_T), 1)
+  square_BxS = jnp.square(jax.nn.logsumexp(logits_BxSxE, axis=-1))
+  if mask_BxS is None:
+    return jnp.mean(square_BxS)
+  total = jnp.sum(jnp.where(mask_BxS, square_BxS, 0.0))
+  return total / jnp.maximum(jnp.sum(mask_BxS), 1)

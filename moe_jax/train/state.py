@@ -134,7 +134,7 @@ def parameter_counts(config: Config, params: Any) -> tuple[int, int]:
   """Counts parameters: all, and those that one token's forward pass uses."""
   count = functools.partial(jax.tree.reduce, lambda n, x: n + x.size)
   total = count(params, 0)
-  layer = params['moe_blocks']['feed_forward']
-  routed = sum(layer[name].size for name in ('gate', 'up', 'down'))
-  idle = config.model.experts - config.model.experts_per_token
-  return total, total - routed * idle // config.model.experts
+  model = config.model
+  idle = model.experts - model.experts_per_token
+  expert = 3 * model.width * model.hidden
+  return total, total - (model.layers - model.dense_layers) * idle * expert

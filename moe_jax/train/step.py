@@ -111,9 +111,11 @@ def make_train_step(
 
   def train_step(state, batch):
     gradient, sums, router = gradients(state.params, state.router, batch)
-    updates, optimizer_state = optimizer.update(
-      gradient, state.optimizer, state.params
-    )
+    with jax.named_scope('optimizer'):
+      updates, optimizer_state = optimizer.update(
+        gradient, state.optimizer, state.params
+      )
+      params = optax.apply_updates(state.params, updates)
     metrics = {
       'train/loss': sums.loss,
       'train/aux_loss': sums.auxiliary_loss,
@@ -123,7 +125,7 @@ def make_train_step(
     }
     state = TrainState(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=params,
       optimizer=optimizer_state,
       router=update_router(state.params, router),
     )
