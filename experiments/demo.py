@@ -11,13 +11,14 @@ from moe_jax import config as config_lib
 def get_config(method: str = 'bip') -> ConfigDict:
   """Returns the options of the demo under one method."""
   config = config_lib.default_config(method)
-  config.steps = 150
+  config.steps = 120
   config.batch_size = 16
   config.sequence_length = 128
   config.learning_rate = 2e-3
   config.warmup_steps = 10
+  config.eval_every = 30
   config.eval_sequences = 128
-  config.checkpoint_every = 75
+  config.checkpoint_every = 50
   config.model.update(
     width=128,
     hidden=128,

