@@ -30,9 +30,10 @@ def loss_free(rate: float = 1e-3) -> base.Balancer:
 
   def update(state, load_E, *, k):
     del k
-    # In integers, so that the sign is exact for any load.
-    over_E = load_E * load_E.shape[0] - jnp.sum(load_E)
-    return base.State(state.q + rate * jnp.sign(over_E))
+    # Against the mean in integers, floor and ceiling: exact for any load.
+    total, experts = jnp.sum(load_E), load_E.shape[0]
+    sign_E = (load_E > total // experts) - 1 * (load_E < -(-total // experts))
+    return base.State(state.q + rate * sign_E)
 
   return base.Balancer(
     init=base.zero_prices,

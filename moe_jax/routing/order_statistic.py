@@ -61,6 +61,9 @@ def kth_largest(
       count = lax.psum(count, axis_name)
     return jnp.where(count >= k, threshold, low)
 
-  low = jnp.zeros_like(lax.index_in_dim(keys, 0, axis, keepdims=False))
-  low = lax.fori_loop(0, 32, narrow, low)
+  # The first step comes before the loop: in `jax.shard_map` its result, unlike
+  # plain zeros, is known to differ over the same mesh axes as all the others.
+  shape = keys.shape[:axis] + keys.shape[axis:][1:]
+  low = narrow(jnp.int32(0), jnp.zeros(shape, jnp.uint32))
+  low = lax.fori_loop(1, 32, narrow, low)
   return jnp.where(low == 0, -jnp.inf, _from_sortable(low))

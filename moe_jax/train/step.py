@@ -119,7 +119,7 @@ def make_train_step(
     metrics = {
       'train/loss': sums.loss,
       'train/aux_loss': sums.auxiliary_loss,
-      'train/gradient_norm': optax.global_norm(gradient),
+      'train/gradient_norm': optax.tree.norm(gradient),
       'train/learning_rate': schedule(state.step),
       **_router_metrics(sums),
     }

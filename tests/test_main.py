@@ -1,0 +1,80 @@
+"""The command line: what is wrong is said in one line, before any work."""
+
+import pytest
+
+from moe_jax import main as command_line
+
+DEMO = '--config=experiments/demo.py:bip'
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ([], '--config=FILE.py:METHOD: missing'),
+    ([DEMO], '--workdir=DIR: missing'),
+    (['--config=nope.py:bip'], '--config=nope.py: no such file'),
+    (['--config=Makefile'], 'must be a Python file'),
+    (['--config=experiments/demo.py:bipp'], 'did you mean bip?'),
+    ([DEMO, '--workdri=x'], 'did you mean workdir'),
+    ([DEMO, 'steps=3'], 'steps=3: unexpected'),
+    ([DEMO, '--config.stepz=3'], '--config.stepz: unknown; did you mean steps'),
+    ([DEMO, '--config.model.headz=3'], 'did you mean heads'),
+    ([DEMO, '--config.steps.more=3'], '--config.steps.more: unknown'),
+    ([DEMO, '--config.steps=many'], '--config.steps=many'),
+    ([DEMO, '--config.steps=1.5'], '--config.steps=1.5'),
+    ([DEMO, '--config.steps'], 'write --config.steps=VALUE'),
+    ([DEMO, '--config.model=3'], 'a group of options'),
+    ([DEMO, '--config.balancer.rate=1.0'], '--config.balancer.rate: unknown'),
+    ([DEMO, '--config.model.experts_per_token=17'], 'must be at most'),
+    ([DEMO, '--config.mesh.data=77'], 'mesh.data=77'),
+    ([DEMO, '--config.mesh.expert=3'], 'mesh.expert=3'),
+    ([DEMO, '--config.batch_size=9', '--config.mesh.data=8'], 'batch_size=9'),
+    ([DEMO, '--config.data.dataset=sotoo'], 'sotu'),
+  ],
+)
+def test_refused_in_one_line_with_nothing_left_behind(
+  flags, message, tmp_path, capsys
+):
+  workdir = tmp_path / 'run'
+  if flags != [DEMO] and flags:
+    flags = [*flags, f'--workdir={workdir}']
+  assert command_line.main(['main', *flags]) == 2
+  captured = capsys.readouterr()
+  assert message in captured.err
+  assert captured.err.count('\n') == 1
+  assert not workdir.exists()
+
+
+def test_overrides_keep_their_type():
+  options, values = command_line.parse(
+    [
+      'main',
+      DEMO,
+      '--workdir=somewhere',
+      '--config.steps=7',
+      '--config.learning_rate=1',
+      '--config.balancer.clip=false',
+      '--config.data.files=a,b',
+    ]
+  )
+  assert values.workdir == 'somewhere'
+  assert options.steps == 7
+  assert options.learning_rate == 1.0
+  assert options.balancer.clip is False
+  assert options.data.files == 'a,b'
+
+
+def test_help_shows_worked_examples(capsys):
+  assert command_line.main(['main', '--help']) == 0
+  assert '--config=experiments/demo.py:bip' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [('x = 1', 'get_config'), ('def (', 'SyntaxError')],
+)
+def test_experiment_file_without_get_config(content, message, tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text(content)
+  with pytest.raises(ValueError, match=message):
+    command_line.load_experiment(f'{path}:bip')

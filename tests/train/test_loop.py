@@ -1,0 +1,208 @@
+"""A run from flags to files: what it leaves, and that it can be continued."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.train import checkpoint as checkpoint_lib
+from moe_jax.train import evaluate as evaluation
+from moe_jax.train import loop
+from moe_jax.train import step as step_lib
+from moe_jax.train import telemetry
+from tests.train import tiny
+
+METHODS = ('loss_controlled', 'loss_free', 'bip')
+
+
+def records(workdir):
+  """Metrics without times, which are never the same twice."""
+  return [
+    {name: x for name, x in record.items() if not name.startswith('time/')}
+    for record in telemetry.read_steps(workdir / 'metrics.jsonl')
+  ]
+
+
+def final_state(run):
+  with checkpoint_lib.Checkpoints(
+    run.workdir / 'checkpoints', run.config
+  ) as checkpoints:
+    return checkpoints.restore(run.config.steps, run.training.abstract)
+
+
+@pytest.fixture(scope='module')
+def finished(text, tmp_path_factory):
+  run = loop.Run(
+    tiny.tiny_config(text, eval_every=4), tmp_path_factory.mktemp('run')
+  )
+  run.train()
+  return run
+
+
+def test_what_a_run_leaves(finished):
+  workdir = finished.workdir
+  steps = telemetry.read_steps(workdir / 'metrics.jsonl')
+  assert [record['step'] for record in steps] == [1, 2, 3, 4, 5, 6]
+  for record in steps:
+    assert record.keys() >= {
+      'train/loss',
+      'train/aux_loss',
+      'router/max_violation',
+      'router/max_violation/layer_00',
+      'router/max_violation/layer_01',
+      'router/min_violation',
+      'router/dropped',
+      'time/step_seconds',
+      'time/tokens_per_second',
+    }
+  evaluated = {
+    'eval/validation/perplexity',
+    'eval/validation/bits_per_byte',
+    'eval/validation/perplexity_solved',
+  }
+  for record in steps:
+    assert (record.keys() >= evaluated) == (record['step'] in (4, 6))
+  options = json.loads((workdir / 'config.json').read_text())
+  assert options['balancer']['iterations'] == 4
+  assert list(workdir.glob('events.out.tfevents.*'))
+  for item in ('params', 'optimizer', 'router', 'data', 'meta'):
+    assert (workdir / 'checkpoints' / '6' / item).is_dir()
+
+
+def test_the_same_command_again_does_nothing(finished):
+  before = records(finished.workdir)
+  loop.Run(finished.config, finished.workdir).train()
+  assert records(finished.workdir) == before
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(
+  finished, tmp_path, monkeypatch
+):
+  """Stopped in step 6, continued from the checkpoint of step 3."""
+  stopped = loop.Run(finished.config, tmp_path / 'run')
+  batches = stopped.training_batches(0)
+
+  def five_batches(sequence):
+    for _ in range(5):
+      yield next(batches)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(stopped, 'training_batches', five_batches)
+  with pytest.raises(KeyboardInterrupt):
+    stopped.train()
+  assert [r['step'] for r in records(stopped.workdir)] == [1, 2, 3, 4, 5]
+  continued = loop.Run(finished.config, stopped.workdir)
+  continued.train()
+  assert records(continued.workdir) == records(finished.workdir)
+  (state, sequence), (expected, expected_sequence) = map(
+    final_state, (continued, finished)
+  )
+  assert sequence == expected_sequence == 6 * 8
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_another_config_is_refused_and_named(finished):
+  config = dataclasses.replace(finished.config, steps=7)
+  with pytest.raises(ValueError, match=r'steps=7 \(was 6\)'):
+    loop.Run(config, finished.workdir)
+
+
+def test_traced_once_over_a_whole_run(text, tmp_path, monkeypatch):
+  functions = []
+
+  def keep(make):
+    def wrapped(*args):
+      functions.append(make(*args))
+      return functions[-1]
+
+    return wrapped
+
+  monkeypatch.setattr(loop, 'make_train_step', keep(loop.make_train_step))
+  monkeypatch.setattr(
+    evaluation,
+    'make_evaluation_step',
+    keep(evaluation.make_evaluation_step),
+  )
+  config = tiny.tiny_config(text, eval_every=2)
+  loop.Run(config, tmp_path / 'run').train()
+  assert [function._cache_size() for function in functions] == [1, 1]
+
+
+def test_methods_share_weights_and_batches(text, tmp_path):
+  hashes = set()
+  for method in METHODS:
+    run = loop.Run(tiny.tiny_config(text, method), tmp_path / method)
+    batches = run.training_batches(0)
+    hashes.add(
+      (
+        loop.digest(run.training.init().params),
+        loop.digest([next(batches)[:2] for _ in range(6)]),
+      )
+    )
+  assert len(hashes) == 1
+  other = loop.Run(tiny.tiny_config(text, seed=1), tmp_path / 'other')
+  assert loop.digest(other.training.init().params) not in next(iter(hashes))
+  batches = other.training_batches(0)
+  assert loop.digest([next(batches)[:2] for _ in range(6)]) not in next(
+    iter(hashes)
+  )
+
+
+def test_evaluation_against_a_loop_over_sequences(finished):
+  """Sums of the batches equal a plain mean over all targets."""
+  state, _ = final_state(finished)
+  step = evaluation.make_evaluation_step(
+    finished.training, finished.text.tokenizer.token_bytes_V
+  )
+  result = evaluation.evaluate(
+    step,
+    state.params,
+    state.router,
+    finished.evaluation_batches('validation'),
+  )
+  last = records(finished.workdir)[-1]
+  assert result['perplexity'] == last['eval/validation/perplexity']
+
+  from flax import nnx
+
+  model = nnx.merge(finished.training.graphdef, state.params, state.router)
+  losses, size = [], 0
+  for batch in finished.evaluation_batches('validation'):
+    for inputs, targets, mask in zip(*jax.device_get(batch), strict=True):
+      logits, _ = model(inputs[None], mask[None], train=False)
+      log = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)
+      losses += list(-log[np.arange(16), targets][mask])
+      size += sum(
+        len(finished.text.tokenizer.decode([token]).encode())
+        for token in targets[mask]
+        if token != finished.text.tokenizer.end_of_document
+      )
+  assert result['perplexity'] == pytest.approx(
+    np.exp(np.mean(losses)), rel=1e-4
+  )
+  assert result['bits_per_byte'] == pytest.approx(
+    np.sum(losses) / np.log(2) / size, rel=1e-4
+  )
+
+
+def test_unigram_loss_by_hand():
+  train, tokens = np.array([0, 0, 1, 2]), np.array([2, 0, 1])
+  # Counts with one added: 3, 2, 2, 1 of 8; the first token is given.
+  expected = -np.log(3 / 8) - np.log(2 / 8)
+  assert evaluation.unigram_loss(train, tokens, 4) == pytest.approx(expected)
+
+
+def test_perplexity_overflows_to_infinity():
+  assert evaluation.perplexity(1e6, 1) == float('inf')
+
+
+def test_cross_entropy_masks_padding():
+  logits = jax.random.normal(jax.random.key(0), (1, 3, 5))
+  batch = step_lib.Batch(
+    np.zeros((1, 3), int), np.array([[1, 2, 3]]), np.array([[1, 0, 1]], bool)
+  )
+  loss = step_lib.cross_entropy(logits, batch)
+  assert loss[0, 1] == 0
+  assert loss[0, 0] == pytest.approx(-jax.nn.log_softmax(logits)[0, 0, 1])

@@ -1,0 +1,157 @@
+"""The step: exact under accumulation and on any mesh, traced once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import MeshConfig
+from moe_jax.parallel import mesh as meshes
+from moe_jax.train import loop
+from moe_jax.train import optimizer
+from moe_jax.train import state as state_lib
+from moe_jax.train import step as step_lib
+from tests.train import tiny
+
+
+def run_steps(config, count=3, guard='allow'):
+  """Returns the state and each step's metrics, on random tokens."""
+  data = max(1, config.mesh.data)  # one device where nothing is said
+  devices = jax.devices()[: data * config.mesh.expert]
+  mesh = meshes.make_mesh(data, config.mesh.expert, devices=devices)
+  training = state_lib.make_training(
+    config, optimizer.make_optimizer(config), mesh
+  )
+  train_step = step_lib.make_train_step(config, training)
+  state, history = training.init(), []
+  random = np.random.default_rng(1)
+  for _ in range(count):
+    tokens = random.integers(
+      config.data.vocabulary,
+      size=(config.batch_size, config.sequence_length + 1),
+      dtype=np.int32,
+    )
+    batch = loop.to_devices(
+      mesh, {'inputs': tokens[:, :-1], 'targets': tokens[:, 1:]}
+    )
+    with jax.transfer_guard(guard):
+      state, metrics = train_step(state, batch)
+    history.append(metrics)
+  return training, train_step, state, jax.device_get(history)
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+  return tiny.tiny_config(tmp_path_factory.mktemp('no_text'))
+
+
+@pytest.fixture(scope='module')
+def one_device(config):
+  return run_steps(config)
+
+
+def assert_close(actual, expected, rtol=1e-4, atol=1e-5):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol),
+    jax.device_get(actual),
+    jax.device_get(expected),
+  )
+
+
+def test_metrics(one_device, config):
+  *_, history = one_device
+  first = history[0]
+  pairs = config.batch_size * config.sequence_length * 2
+  np.testing.assert_array_equal(first['router/load/layer'].sum(-1), pairs)
+  assert first['router/max_violation'] == pytest.approx(
+    np.mean(first['router/load/layer'].max(-1) / (pairs / 8) - 1)
+  )
+  assert first['train/loss'] == pytest.approx(np.log(300), rel=0.05)
+  assert first['train/aux_loss'] == 0 == first['router/dropped']
+
+
+def test_traced_once(one_device):
+  _, train_step, _, _ = one_device
+  assert train_step._cache_size() == 1
+
+
+def test_no_hidden_transfers(config):
+  *_, history = run_steps(config, guard='disallow')
+  assert len(history) == 3
+
+
+@pytest.mark.parametrize('method', ['loss_free', 'unbalanced'])
+def test_accumulation_equals_one_batch(method, tmp_path):
+  """These rules see the whole step's loads; bip solves each microbatch."""
+  config = tiny.tiny_config(tmp_path, method)
+  _, _, whole, expected = run_steps(config)
+  config = dataclasses.replace(config, accumulation=4)
+  _, _, state, history = run_steps(config)
+  assert_close(state.params, whole.params)
+  assert_close(state.router, whole.router, rtol=0, atol=0)
+  assert_close(history, expected)
+
+
+def test_q_of_loss_free_moves_once_a_step(tmp_path):
+  config = tiny.tiny_config(tmp_path, 'loss_free', accumulation=4)
+  _, _, state, _ = run_steps(config, count=1)
+  q = jax.tree.leaves(state.router['moe_blocks']['feed_forward']['state'])[0]
+  assert set(np.unique(np.abs(q))) <= {0.0, np.float32(1e-3)}
+  assert np.any(q != 0)
+
+
+@pytest.mark.parametrize('shape', [(8, 1), (2, 4)])
+def test_many_devices_equal_one(shape, config, one_device):
+  _, _, expected_state, expected = one_device
+  mesh = MeshConfig(data=shape[0], expert=shape[1])
+  config = dataclasses.replace(config, mesh=mesh)
+  training, _, state, history = run_steps(config)
+  # Scores differ in the last bits, so a choice between near equals may.
+  assert_close(
+    [h['train/loss'] for h in history],
+    [h['train/loss'] for h in expected],
+    rtol=1e-3,
+  )
+  assert_close(state.params, expected_state.params, rtol=0.05, atol=2e-3)
+  np.testing.assert_array_equal(
+    history[0]['router/load/layer'], expected[0]['router/load/layer']
+  )
+  # Moments and experts are really split over the mesh.
+  gate = training.abstract.params['moe_blocks']['feed_forward']['gate']
+  for leaf in jax.tree.leaves(state.optimizer) + jax.tree.leaves(state.params):
+    if leaf.shape == gate.shape:
+      assert leaf.sharding.shard_shape(leaf.shape)[1] == 8 // shape[1]
+
+
+def test_masked_tokens_change_nothing(config):
+  mesh = meshes.make_mesh(1, 1, devices=jax.devices()[:1])
+  training = state_lib.make_training(
+    config, optimizer.make_optimizer(config), mesh
+  )
+  train_step = step_lib.make_train_step(config, training)
+  random = np.random.default_rng(2)
+  tokens = random.integers(300, size=(8, 17), dtype=np.int32)
+  mask = np.arange(16) < random.integers(4, 17, size=(8, 1))
+  results = []
+  for padding in (0, 7):
+    inputs = np.where(mask, tokens[:, :-1], padding)
+    targets = np.where(mask, tokens[:, 1:], padding)
+    batch = step_lib.Batch(*map(jnp.asarray, (inputs, targets, mask)))
+    state, metrics = train_step(training.init(), batch)
+    results.append((state.router, metrics))
+  assert_close(*results, rtol=1e-5)
+  np.testing.assert_array_equal(
+    results[0][1]['router/load/layer'].sum(-1), 2 * mask.sum()
+  )
+
+
+def test_a_dead_capacity_drops_and_counts(tmp_path):
+  config = tiny.tiny_config(tmp_path, 'unbalanced', capacity_factor=0.5)
+  *_, history = run_steps(config, count=1)
+  load_LxE = history[0]['router/load/layer']
+  room = 0.5 * load_LxE.sum(-1, keepdims=True) / 8
+  dropped = np.maximum(load_LxE - room, 0).sum()
+  assert history[0]['router/dropped'] == pytest.approx(dropped / load_LxE.sum())
+  assert history[0]['router/dropped'] >= 0.5
