@@ -1,16 +1,15 @@
 """Checkpoints: separately restorable items, written in the background."""
 
-from typing import Any
-
 from etils import epath
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_jax.config import Config
 from moe_jax.config import to_dict
 from moe_jax.train.state import TrainState
 
-ITEMS = ('params', 'optimizer', 'router', 'data', 'meta')
+_ARRAYS = ('params', 'optimizer', 'router')
 
 
 class Checkpoints:
@@ -29,7 +28,11 @@ class Checkpoints:
         max_to_keep=config.checkpoints_kept,
         enable_async_checkpointing=True,
       ),
-      item_names=ITEMS,
+      item_handlers={
+        **{name: _array_handler() for name in _ARRAYS},
+        'data': ocp.JsonCheckpointHandler(),
+        'meta': ocp.JsonCheckpointHandler(),
+      },
     )
 
   def __enter__(self):
@@ -44,13 +47,15 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, step: int, state: TrainState) -> None:
-    """Starts writing; waits for the checkpoint before, if need be."""
+    """Starts writing; waits for the checkpoint before, if need be.
+
+    On CPU it waits for this one, too: the next step cannot reuse arrays that
+    are being written, and would hold the whole state twice.
+    """
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
-        optimizer=ocp.args.StandardSave(state.optimizer),
-        router=ocp.args.StandardSave(state.router),
+        **{name: ocp.args.PyTreeSave(getattr(state, name)) for name in _ARRAYS},
         data=ocp.args.JsonSave(
           {'next_sequence': step * self._config.batch_size}
         ),
@@ -62,6 +67,8 @@ class Checkpoints:
         ),
       ),
     )
+    if jax.default_backend() == 'cpu':
+      self._manager.wait_until_finished()
 
   def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, int]:
     """Reads a checkpoint onto the devices that `abstract` names.
@@ -69,23 +76,29 @@ class Checkpoints:
     Returns:
       The state and the index of the next training sequence.
     """
+    arrays = {name: getattr(abstract, name) for name in _ARRAYS}
     read = self._manager.restore(
       step,
       args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(abstract.params),
-        optimizer=ocp.args.StandardRestore(abstract.optimizer),
-        router=ocp.args.StandardRestore(abstract.router),
         data=ocp.args.JsonRestore(),
+        **{
+          name: ocp.args.PyTreeRestore(
+            item, ocp.checkpoint_utils.construct_restore_args(item)
+          )
+          for name, item in arrays.items()
+        },
       ),
     )
     state = TrainState(
-      step=jax.device_put(_int32(step), abstract.step.sharding),
-      params=read['params'],
-      optimizer=read['optimizer'],
-      router=read['router'],
+      step=jax.device_put(np.int32(step), abstract.step.sharding),
+      **{name: read[name] for name in _ARRAYS},
     )
     return state, read['data']['next_sequence']
 
 
-def _int32(value: int) -> Any:
-  return jax.numpy.int32(value)
+def _array_handler() -> ocp.PyTreeCheckpointHandler:
+  # On CPU, what is being written takes memory that the step needs.
+  limit = 1 if jax.default_backend() == 'cpu' else None
+  return ocp.PyTreeCheckpointHandler(
+    save_concurrent_gb=limit, save_device_host_concurrent_gb=limit
+  )

@@ -110,7 +110,7 @@ def make_training(
     step=replicated,
     params=param_shardings,
     # In Auto mode moments would be replicated if this were left out.
-    optimizer=optax.tree_utils.tree_map_params(
+    optimizer=optax.tree.map_params(
       optimizer,
       lambda _, sharding: sharding,
       abstract.optimizer,
