@@ -25,10 +25,10 @@ demo: setup
 	$(BIN)/python -m experiments.compare --config=experiments/demo.py --workdir=$(RUNS)/demo
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 -m 'not long'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not long'
 
 test-all: setup
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

@@ -9,6 +9,11 @@ from moe_jax.routing import balancer as base
 _SCOPES = ('sequence', 'batch')
 
 
+def _check_scope(over: str) -> None:
+  if over not in _SCOPES:
+    raise ValueError(f'over={over!r}: must be one of {_SCOPES}')
+
+
 def auxiliary_loss(
   scores_BxSxE: jax.Array,
   experts_BxSxK: jax.Array,
@@ -37,6 +42,7 @@ def auxiliary_loss(
     Fedus et al., arXiv 2101.03961, equations 4-6; per sequence: DeepSeek-V2,
     arXiv 2405.04434, equations 23-25.
   """
+  _check_scope(over)
 
   def total(x):
     return x if axis_name is None else lax.psum(x, axis_name)
@@ -79,8 +85,7 @@ def loss_controlled(
   """
   if alpha < 0:
     raise ValueError(f'alpha={alpha}: must be 0 or more')
-  if over not in _SCOPES:
-    raise ValueError(f'over={over!r}: must be one of {_SCOPES}')
+  _check_scope(over)
 
   def loss(scores_BxSxE, choice, *, k, mask_BxS=None, axis_name=None):
     experts_BxSxK = choice.experts.reshape(*scores_BxSxE.shape[:2], k)

@@ -84,7 +84,7 @@ def choose(
   scores_TxE = scores_TxE.astype(jnp.float32)
   if mask_T is not None:
     scores_TxE = jnp.where(mask_T[:, None], scores_TxE, 0.0)
-  adjusted = lax.stop_gradient(scores_TxE) - lax.stop_gradient(q_E)
+  adjusted = rankable(scores_TxE) - lax.stop_gradient(q_E)
   _, experts_TxK = lax.top_k(adjusted, k)
   gates = jnp.take_along_axis(scores_TxE, experts_TxK, axis=-1)
   chosen = experts_TxK[..., None] == jnp.arange(experts)
@@ -92,6 +92,17 @@ def choose(
     chosen &= mask_T[:, None, None]
   load = jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
   return Choice(experts_TxK.astype(jnp.int32), gates, load)
+
+
+def rankable(scores_TxE: jax.Array) -> jax.Array:
+  """Returns scores as constants to compare, NaN as -inf: last.
+
+  The select has a second use: without it, XLA joins the product that a softmax
+  ends with and the subtraction of q in one rounding, in some programs and not
+  in others, and so parts experts that q makes exactly equal, as `bip` does.
+  """
+  scores_TxE = lax.stop_gradient(scores_TxE.astype(jnp.float32))
+  return jnp.where(jnp.isnan(scores_TxE), -jnp.inf, scores_TxE)
 
 
 def check_k(k: int, experts: int) -> None:

@@ -54,7 +54,7 @@ def dual_iterations(
     raise ValueError(f'cutoff={cutoff!r}: must be one of {_CUTOFFS}')
   if k == experts:
     return q_E
-  scores_TxE = lax.stop_gradient(scores_TxE.astype(jnp.float32))
+  scores_TxE = base.rankable(scores_TxE)
   q_E = lax.stop_gradient(q_E)
   capacity = base.count_tokens(scores_TxE, mask_T, axis_name) * k // experts
   where = None if mask_T is None else mask_T[:, None]

@@ -1,24 +1,12 @@
 """Loads MiniMind's reference weights into our decoder."""
 
 import json
-import os
-import pathlib
 
 from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import nn
-
-DIRECTORY = pathlib.Path(
-  os.environ.get('GOLDEN_DIR', pathlib.Path(__file__).parents[1] / 'golden')
-)
-
-
-def load(name: str) -> dict[str, np.ndarray]:
-  """Reads one reference file; a missing one fails."""
-  with np.load(DIRECTORY / f'{name}.npz', allow_pickle=False) as file:
-    return dict(file)
 
 
 def decoder_config(golden, **overrides) -> nn.DecoderConfig:

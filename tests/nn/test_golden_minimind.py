@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax import nn
 from moe_jax import routing
+from tests import golden_data
 from tests.nn import golden as reference
 
 
@@ -26,7 +27,7 @@ def case(request):
   """Values, router outputs and gradients of our model, and the reference."""
   over, capacity_factor, remat = request.param
   name = {'sequence': 'minimind_seq', 'batch': 'minimind_batch'}[over]
-  golden = reference.load(name)
+  golden = golden_data.load(name)
   config = reference.decoder_config(
     golden, capacity_factor=capacity_factor, remat=remat
   )
@@ -111,7 +112,7 @@ def test_golden_gradients(case):
 
 def test_golden_moe_layer_alone():
   """The layer by itself, evaluated, on the input that MiniMind's layer saw."""
-  golden = reference.load('minimind_seq')
+  golden = golden_data.load('minimind_seq')
   config = reference.decoder_config(golden)
   model = nn.Decoder(config, routing.unbalanced(), rngs=nnx.Rngs(0))
   reference.set_weights(model, golden)
