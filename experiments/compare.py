@@ -44,6 +44,13 @@ def write(runs: dict[str, list[analysis.Run]], workdir: pathlib.Path) -> str:
   return markdown
 
 
+def _names(flag: str, value: str) -> list[str]:
+  names = list(dict.fromkeys(name.strip() for name in value.split(',')))
+  if '' in names:
+    raise ValueError(f'--{flag}={value}: has an empty item')
+  return names
+
+
 def main(argv: Sequence[str]) -> int:
   """Runs the program; returns its exit code."""
   if {'--help', '-h', '-help'} & set(argv):
@@ -61,14 +68,16 @@ def main(argv: Sequence[str]) -> int:
     from moe_jax import config
     from moe_jax.train import loop
 
+    if any(flag.startswith('--config.seed') for flag in argv):
+      raise ValueError('--config.seed: give --seeds=0,1 instead')
     plans = {}
-    for method in values.methods.split(','):
-      for seed in values.seeds.split(','):
+    for method in _names('methods', values.methods):
+      for seed in _names('seeds', values.seeds):
         if not seed.isdecimal():
           raise ValueError(f'--seeds={values.seeds}: must be like 0,1,2')
         options, _ = command_line.parse(argv, method=method, others=_FLAGS)
         options.seed = int(seed)
-        name = f'{method}_seed_{seed}'
+        name = f'{method}_seed_{int(seed)}'
         # All of them before the first is trained: a mistake costs nothing.
         plans[method, name] = loop.Run(config.freeze(options), workdir / name)
   except (ValueError, OSError) as error:

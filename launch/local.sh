@@ -15,7 +15,8 @@ if [[ ${1:-} =~ ^[0-9]+$ ]]; then
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$1"
   shift
 fi
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-exec .venv/bin/python -m moe_jax.main --config="$config" \
+exec "$root/.venv/bin/python" -m moe_jax.main --config="$config" \
   --workdir="$workdir" "$@"

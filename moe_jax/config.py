@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import dataclasses
 import difflib
 import inspect
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -35,6 +36,10 @@ METHODS = {
   'bip_t14': {'name': 'bip', 'iterations': 14},
   'unbalanced': {'name': 'unbalanced'},
 }
+
+# Top-level options that may change when a run is continued and may differ
+# between runs that are compared: they change nothing that is computed.
+MAY_CHANGE = ('mesh', 'checkpoint_every', 'checkpoints_kept')
 
 # Model options that follow from others and are not set by themselves.
 _DERIVED = ('vocabulary', 'capacity_factor')
@@ -136,7 +141,15 @@ class Config:
         f'warmup_steps={self.warmup_steps}: must be less than '
         f'steps={self.steps}'
       )
+    if self.seed >= 2**32:  # jax would take it modulo 2^32
+      raise ValueError(f'seed={self.seed}: must be less than 2^32')
     make_balancer(self.balancer)
+    expected = METHODS.get(self.method, {}).get('name')
+    if self.balancer['name'] != expected:
+      raise ValueError(
+        f'method={self.method!r}: does not stand for balancer.name='
+        f'{self.balancer["name"]!r}; choose it by --config=FILE.py:METHOD'
+      )
 
 
 def balancer_options(name: str, **arguments: Any) -> dict[str, Any]:
@@ -243,6 +256,8 @@ def _typed(name: str, value: Any, wanted: type) -> Any:
     return float(value)
   if type(value) is not wanted:
     raise ValueError(f'{name}={value!r}: must be of type {wanted.__name__}')
+  if wanted is float and not math.isfinite(value):
+    raise ValueError(f'{name}={value}: must be finite')
   return value
 
 

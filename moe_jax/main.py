@@ -84,13 +84,16 @@ def load_experiment(path: str, method: str = '') -> ConfigDict:
   if not os.path.isfile(path):
     raise ValueError(f'--config={path}: no such file')
   try:
-    get_config = runpy.run_path(path)['get_config']
-  except (KeyError, SyntaxError) as error:
+    names = runpy.run_path(path)
+    if 'get_config' in names:
+      return names['get_config'](*filter(None, [given or method]))
+  except ValueError:
+    raise
+  except Exception as error:  # Anything can go wrong in somebody's file.
     raise ValueError(
-      f'--config={path}: must be a Python file with a function get_config '
-      f'({type(error).__name__}: {error})'
+      f'--config={path}: {type(error).__name__}: {error}'
     ) from error
-  return get_config(*filter(None, [given or method]))
+  raise ValueError(f'--config={path}: has no function get_config')
 
 
 def _check_argument(

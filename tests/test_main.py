@@ -13,7 +13,7 @@ DEMO = '--config=experiments/demo.py:bip'
     ([], '--config=FILE.py:METHOD: missing'),
     ([DEMO], '--workdir=DIR: missing'),
     (['--config=nope.py:bip'], '--config=nope.py: no such file'),
-    (['--config=Makefile'], 'must be a Python file'),
+    (['--config=Makefile'], '--config=Makefile: SyntaxError'),
     (['--config=experiments/demo.py:bipp'], 'did you mean bip?'),
     ([DEMO, '--workdri=x'], 'did you mean workdir'),
     ([DEMO, 'steps=3'], 'steps=3: unexpected'),
@@ -71,7 +71,12 @@ def test_help_shows_worked_examples(capsys):
 
 @pytest.mark.parametrize(
   ('content', 'message'),
-  [('x = 1', 'get_config'), ('def (', 'SyntaxError')],
+  [
+    ('x = 1', 'get_config'),
+    ('def (', 'SyntaxError'),
+    ('import nothing_of_that_name', 'ModuleNotFoundError'),
+    ('def get_config(method): return {}[method]', 'KeyError'),
+  ],
 )
 def test_experiment_file_without_get_config(content, message, tmp_path):
   path = tmp_path / 'mine.py'

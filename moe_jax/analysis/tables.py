@@ -12,6 +12,7 @@ import statistics
 from typing import Any
 
 from moe_jax.analysis.run import Run
+from moe_jax.config import MAY_CHANGE
 
 VALIDATION = 'validation'  # the set that the unigram facts are about
 COMPILING_STEPS = 2  # left out of times: these compile
@@ -182,10 +183,10 @@ def _check_comparable(runs: Mapping[str, Sequence[Run]]) -> None:
     if len(set(seeds)) < len(seeds):
       raise ValueError(f'{method}: two runs share a seed; seeds are {seeds}')
     for run in of_method[1:]:
-      _check_same(of_method[0], run, but=('seed',))
+      _check_same(of_method[0], run, but=('seed', *MAY_CHANGE))
   firsts = [of_method[0] for of_method in runs.values()]
   for run in firsts[1:]:
-    _check_same(firsts[0], run, but=('method', 'balancer', 'seed'))
+    _check_same(firsts[0], run, but=('method', 'balancer', 'seed', *MAY_CHANGE))
   # The text's hash is not in the config, yet perplexities hang on it.
   texts = {
     str(run): run.facts.get('text_fingerprint')

@@ -199,8 +199,14 @@ class Decoder(nnx.Module):
     if self.dense_blocks is not None:
       x_BxSxD, _ = self._apply(self.dense_blocks, x_BxSxD, mask_BxS, train)
     x_BxSxD, outputs = self._apply(self.moe_blocks, x_BxSxD, mask_BxS, train)
-    logits_BxSxV = self.embedding.attend(self.norm(x_BxSxD))
-    return logits_BxSxV.astype(jnp.float32), outputs
+    x_BxSxD = self.norm(x_BxSxD)
+    logits_BxSxV = jnp.einsum(
+      'bsd,vd->bsv',
+      x_BxSxD,
+      self.embedding.embedding[...].astype(x_BxSxD.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    return logits_BxSxV, outputs
 
   def _apply(self, blocks, x_BxSxD, mask_BxS, train):
     """Scans over stacked blocks; this is where their router state changes."""

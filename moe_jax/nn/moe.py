@@ -212,13 +212,14 @@ class MoE(nnx.Module):
     x_TxD = x_TxD.astype(dtype)
     if not (train and config.capacity_factor):
       return dispatch.grouped(x_TxD, choice, weights, mask_T=mask_T)
-    even = choice.experts.size / config.experts
+    tokens, k = choice.experts.shape
+    room = math.ceil(config.capacity_factor * tokens * k / config.experts)
     return dispatch.capacity(
       x_TxD,
       choice,
       weights,
       mask_T=mask_T,
-      capacity=max(1, math.ceil(config.capacity_factor * even)),
+      capacity=min(room, tokens),
     )
 
   def update_router(self) -> None:

@@ -138,7 +138,9 @@ def _outer_cpu(rows_NxD, dy_NxF, load_E):
       row += start_E[expert]
       x = lax.dynamic_slice_in_dim(rows_NxD, row, TILE)
       dy = lax.dynamic_slice_in_dim(dy_NxF, row, TILE)
-      x = jnp.where(jnp.arange(TILE)[:, None] < rows, x, 0)
+      # Both: next to a zero, an infinity of another group would be a NaN.
+      inside = jnp.arange(TILE)[:, None] < rows
+      x, dy = (jnp.where(inside, a, 0) for a in (x, dy))
       return sum_DxF + _by_size(rows, product, x, dy)
 
     sum_DxF = _fold_tiles(load_E[expert], tile, jnp.zeros(shape, jnp.float32))

@@ -85,6 +85,7 @@ def choose(
   if mask_T is not None:
     scores_TxE = jnp.where(mask_T[:, None], scores_TxE, 0.0)
   adjusted = rankable(scores_TxE) - lax.stop_gradient(q_E)
+  adjusted = jnp.where(adjusted == 0, 0.0, adjusted)  # -0.0 equals 0.0
   _, experts_TxK = lax.top_k(adjusted, k)
   gates = jnp.take_along_axis(scores_TxE, experts_TxK, axis=-1)
   chosen = experts_TxK[..., None] == jnp.arange(experts)

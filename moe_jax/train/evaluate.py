@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.data import token_counts
 from moe_jax.train.state import Training
 from moe_jax.train.step import Batch
 from moe_jax.train.step import cross_entropy
@@ -31,7 +32,7 @@ def make_evaluation_step(
 
   def evaluation_step(params, router, batch):
     def loss(solve):
-      model = nnx.merge(training.graphdef, params, router, copy=True)
+      model = nnx.merge(training.dropless_graphdef, params, router, copy=True)
       logits, _ = model(batch.inputs, batch.mask, train=solve)
       return jnp.sum(cross_entropy(logits, batch))
 
@@ -106,6 +107,6 @@ def unigram_loss(
   Returns:
     The sum of negative log-likelihoods in nats.
   """
-  counts_V = np.bincount(train_tokens_N, minlength=vocabulary) + 1.0
+  counts_V = token_counts(train_tokens_N, vocabulary) + 1.0
   log_V = np.log(counts_V / counts_V.sum())
   return float(-log_V[tokens_M[1:]].sum())

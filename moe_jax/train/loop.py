@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import sys
+import tempfile
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from moe_jax import data
+from moe_jax.config import MAY_CHANGE
 from moe_jax.config import Config
 from moe_jax.config import to_dict
 from moe_jax.data.cache import open_cache
@@ -29,8 +32,6 @@ from moe_jax.train.step import Batch
 from moe_jax.train.step import make_train_step
 from moe_jax.train.telemetry import Telemetry
 
-# These change neither what is computed nor what it is called.
-_MAY_CHANGE = ('mesh', 'checkpoint_every', 'checkpoints_kept')
 _PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers')
 
 
@@ -47,8 +48,15 @@ class Run:
   """
 
   def __init__(self, config: Config, workdir: str | os.PathLike[str]):
+    if '://' in os.fspath(workdir):
+      raise ValueError(f'--workdir={workdir}: must be a local directory')
+    if jax.process_count() > 1:
+      raise ValueError(
+        f'{jax.process_count()} processes: a run takes one, with all its '
+        'devices'
+      )
     self.config, self.workdir = config, pathlib.Path(workdir)
-    _check_same(config, self.workdir / 'config.json')
+    _check_same(config, self.workdir)
     self.mesh = meshes.make_mesh(config.mesh.data, config.mesh.expert)
     self.training = make_training(config, make_optimizer(config), self.mesh)
     self.text = data.load_text(config.data)
@@ -57,12 +65,15 @@ class Run:
         f'sequence_length={config.sequence_length}: the training text has '
         f'{len(self.text.train_tokens)} tokens only'
       )
-    self.workdir.mkdir(parents=True, exist_ok=True)
+    _check_same_text(self.text.fingerprint, self.workdir)
+    _check_writable(self.workdir)
 
   def train(self) -> None:
     """Trains from the newest checkpoint, or from scratch, to the last step."""
     config = self.config
     _use_compilation_cache()
+    self.workdir.mkdir(parents=True, exist_ok=True)
+    _write_json(self.workdir / 'config.json', to_dict(config))
     train_step = make_train_step(config, self.training)
     evaluation_step = evaluation.make_evaluation_step(
       self.training, self.text.tokenizer.token_bytes_V
@@ -73,6 +84,7 @@ class Run:
       )
       step = checkpoints.latest_step() or 0
       if step >= config.steps:
+        print(f'{self.workdir}: already at step {step}', file=sys.stderr)
         return
       if step:
         state, sequence = checkpoints.restore(step, self.training.abstract)
@@ -86,7 +98,6 @@ class Run:
           step=step,
           steps=config.steps,
           tokens_per_step=config.batch_size * config.sequence_length,
-          quiet=jax.process_index() > 0,
         )
       )
       batches = self.training_batches(sequence)
@@ -145,9 +156,7 @@ class Run:
     }
 
   def _write_facts(self, state: TrainState) -> None:
-    """Writes config.json and run.json: what was asked for and with what."""
-    if jax.process_index() > 0:
-      return
+    """Writes run.json: what the run was made with."""
     total, active = parameter_counts(self.config, state.params)
     facts = {
       'versions': {
@@ -161,17 +170,25 @@ class Run:
       'tokens_per_step': self.config.batch_size * self.config.sequence_length,
       'train_tokens_in_corpus': len(self.text.train_tokens),
       'text_fingerprint': self.text.fingerprint,
+      'evaluated_tokens': {
+        name: len(self._evaluated(tokens)) - 1
+        for name, tokens in self.text.evaluation.items()
+      },
       'not_evaluated': self.text.not_evaluated,
       'initial_parameters_sha256': digest(state.params),
       **self._unigram_facts(),
     }
-    _write_json(self.workdir / 'config.json', to_dict(self.config))
     _write_json(self.workdir / 'run.json', facts)
+
+  def _evaluated(self, tokens_N: np.ndarray) -> np.ndarray:
+    """Returns the part of a set that the model is evaluated on."""
+    count = self.config.eval_sequences * self.config.sequence_length
+    return tokens_N[: count + 1] if count else tokens_N
 
   def _unigram_facts(self) -> dict[str, float]:
     if 'validation' not in self.text.evaluation:
       return {}
-    tokens = self.text.evaluation['validation']
+    tokens = self._evaluated(self.text.evaluation['validation'])
     loss = evaluation.unigram_loss(
       self.text.train_tokens, tokens, self.config.data.vocabulary
     )
@@ -201,25 +218,54 @@ def digest(tree: Any) -> str:
   return sha256.hexdigest()
 
 
-def _check_same(config: Config, path: pathlib.Path) -> None:
+def _check_same(config: Config, workdir: pathlib.Path) -> None:
   """Refuses to continue a run of another config."""
+  path = workdir / 'config.json'
   if not path.exists():
+    if (workdir / 'checkpoints').exists():
+      raise ValueError(f'--workdir={workdir}: checkpoints, but no config.json')
     return
   before, now = (
-    dict(_flatten(options))
-    for options in (json.loads(path.read_text()), to_dict(config))
+    dict(_flatten(options)) for options in (_read_json(path), to_dict(config))
   )
   differences = [
     f'{name}={now.get(name)!r} (was {before.get(name)!r})'
     for name in sorted(before.keys() | now.keys())
     if before.get(name) != now.get(name)
-    and name.split('.')[0] not in _MAY_CHANGE
+    and name.split('.')[0] not in MAY_CHANGE
+    and name not in ('data.cache_dir', 'data.tfds_dir')
   ]
   if differences:
     raise ValueError(
-      f'--workdir={path.parent}: holds a run of another config: '
+      f'--workdir={workdir}: holds a run of another config: '
       f'{", ".join(differences)}; choose another work directory'
     )
+
+
+def _check_same_text(fingerprint: str, workdir: pathlib.Path) -> None:
+  """Refuses to continue a run on other text."""
+  path = workdir / 'run.json'
+  if path.exists() and _read_json(path)['text_fingerprint'] != fingerprint:
+    raise ValueError(
+      f'--workdir={workdir}: this run began with other training text, or '
+      'another version of the tokenizers package; choose another work directory'
+    )
+
+
+def _check_writable(workdir: pathlib.Path) -> None:
+  """Raises OSError unless `workdir` can be made and files in it."""
+  place = workdir
+  while not place.exists():
+    place = place.parent
+  with tempfile.TemporaryFile(dir=place):
+    pass
+
+
+def _read_json(path: pathlib.Path) -> Any:
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f'{path}: damaged, not JSON ({error})') from error
 
 
 def _flatten(options: dict[str, Any], prefix: str = ''):
@@ -242,6 +288,9 @@ def _use_compilation_cache() -> None:
   They are native code: the directory is readable by nobody else and never part
   of a work directory.
   """
-  directory = open_cache('') / 'xla'
-  directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+  try:
+    directory = open_cache('') / 'xla'
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+  except (OSError, ValueError):
+    return  # Everything works without, only later.
   jax.config.update('jax_compilation_cache_dir', str(directory))

@@ -1,6 +1,7 @@
 """The state of a training run and where each part of it lives."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any
 from typing import NamedTuple
@@ -40,12 +41,14 @@ class Training(NamedTuple):
   Attributes:
     graphdef: with `state.params` and `state.router`, `nnx.merge` makes the
       `Decoder`.
+    dropless_graphdef: the same without a capacity, for evaluation.
     optimizer: the gradient transformation.
     init: `() -> TrainState`, sharded; call it once, compiled.
     abstract: the shapes, dtypes and shardings of that state.
   """
 
   graphdef: nnx.GraphDef
+  dropless_graphdef: nnx.GraphDef
   optimizer: optax.GradientTransformation
   init: Callable[[], TrainState]
   abstract: TrainState
@@ -89,6 +92,10 @@ def make_training(
     nnx.eval_shape(lambda: make_model(config)), nnx.Param, nn.RouterState
   )
 
+  model = dataclasses.replace(config.model, capacity_factor=0.0)
+  dropless = dataclasses.replace(config, model=model)
+  dropless_graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(dropless)))
+
   def init() -> TrainState:
     _, params, router = nnx.split(make_model(config), nnx.Param, nn.RouterState)
     params, router = nnx.to_pure_dict(params), nnx.to_pure_dict(router)
@@ -127,7 +134,7 @@ def make_training(
     shardings,
   )
   init = jax.jit(init, out_shardings=shardings)
-  return Training(graphdef, optimizer, init, abstract)
+  return Training(graphdef, dropless_graphdef, optimizer, init, abstract)
 
 
 def parameter_counts(config: Config, params: Any) -> tuple[int, int]:

@@ -46,7 +46,7 @@ def cross_entropy(logits_BxSxV: jax.Array, batch: Batch) -> jax.Array:
   loss_BxS = optax.softmax_cross_entropy_with_integer_labels(
     logits_BxSxV, batch.targets
   )
-  return loss_BxS if batch.mask is None else loss_BxS * batch.mask
+  return loss_BxS if batch.mask is None else jnp.where(batch.mask, loss_BxS, 0)
 
 
 def _microbatches(batch: Batch, count: int) -> Batch:

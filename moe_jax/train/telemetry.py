@@ -59,6 +59,10 @@ class Telemetry:
     self._tokens_per_step = tokens_per_step
     path = workdir / 'metrics.jsonl'
     kept = [record for record in read_steps(path) if record['step'] <= step]
+    if [record['step'] for record in kept] != list(range(1, step + 1)):
+      raise ValueError(
+        f'{path}: must have every step up to the checkpoint of step {step}'
+      )
     temporary = path.with_suffix('.tmp')
     temporary.write_text(''.join(_line(record) for record in kept))
     os.replace(temporary, path)
@@ -122,7 +126,9 @@ class Telemetry:
     self._file.write(_line(record))
     self._file.flush()
     for name, value in record.items():
-      if name != 'step' and not isinstance(value, list):
+      if isinstance(value, list) or not math.isfinite(value):
+        continue
+      if name != 'step':
         self._events.add_scalar(name, value, step)
     self._progress.show(record)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -107,6 +108,54 @@ def test_another_config_is_refused_and_named(finished):
   config = dataclasses.replace(finished.config, steps=7)
   with pytest.raises(ValueError, match=r'steps=7 \(was 6\)'):
     loop.Run(config, finished.workdir)
+
+
+def test_other_text_is_refused(finished):
+  path = finished.workdir / 'run.json'
+  facts = path.read_text()
+  path.write_text(facts.replace(finished.text.fingerprint, '0'))
+  try:
+    with pytest.raises(ValueError, match='other training text'):
+      loop.Run(finished.config, finished.workdir)
+  finally:
+    path.write_text(facts)
+
+
+def test_a_hole_in_the_metrics_is_refused(finished, tmp_path):
+  """Averages over the steps would be wrong without a sign of it."""
+  shutil.copytree(finished.workdir, tmp_path / 'run')
+  path = tmp_path / 'run' / 'metrics.jsonl'
+  path.write_text(''.join(path.read_text().splitlines(True)[1:]))
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '6')
+  run = loop.Run(finished.config, tmp_path / 'run')
+  with pytest.raises(ValueError, match='must have every step'):
+    run.train()
+
+
+def test_checkpoints_without_a_config_are_refused(finished, tmp_path):
+  (tmp_path / 'run' / 'checkpoints').mkdir(parents=True)
+  with pytest.raises(ValueError, match='no config.json'):
+    loop.Run(finished.config, tmp_path / 'run')
+
+
+def test_the_unigram_model_predicts_what_the_model_does(finished):
+  """Eight sequences of the set, not the whole."""
+  facts = json.loads((finished.workdir / 'run.json').read_text())
+  assert facts['evaluated_tokens'] == {'validation': 8 * 16}
+  tokens = finished.text.evaluation['validation'][: 8 * 16 + 1]
+  loss = evaluation.unigram_loss(finished.text.train_tokens, tokens, 300)
+  assert facts['unigram_perplexity'] == pytest.approx(np.exp(loss / 128))
+
+
+def test_evaluation_never_drops(text, tmp_path):
+  """Without a rule to solve, solved and frozen are the same."""
+  config = tiny.tiny_config(text, 'unbalanced', capacity_factor=0.5, steps=1)
+  loop.Run(config, tmp_path / 'run').train()
+  (record,) = records(tmp_path / 'run')
+  assert record['router/dropped'] > 0
+  assert record['eval/validation/perplexity'] == pytest.approx(
+    record['eval/validation/perplexity_solved'], rel=1e-6
+  )
 
 
 def test_traced_once_over_a_whole_run(text, tmp_path, monkeypatch):

@@ -91,6 +91,8 @@ def test_steps_after_the_checkpoint_and_half_lines_are_removed(tmp_path):
       telemetry.push(step, ready())
   path = tmp_path / 'metrics.jsonl'
   path.write_bytes(path.read_bytes() + b'{"step": 5, "train/lo')
+  with pytest.raises(ValueError, match='must have every step'):
+    open_telemetry(tmp_path, step=5)
   with open_telemetry(tmp_path, step=2) as telemetry:
     telemetry.push(3, ready(9.0))
   records = telemetry_lib.read_steps(path)

@@ -1,0 +1,69 @@
+"""The comparison: arguments, and one small comparison from end to end."""
+
+import json
+
+import pytest
+
+from experiments import compare
+from tests.train import tiny
+
+DEMO = '--config=experiments/demo.py'
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ([DEMO + ':bip'], 'leave the method out'),
+    ([DEMO, '--methods=bip,bipp'], 'did you mean bip?'),
+    ([DEMO, '--methods=bip,'], 'has an empty item'),
+    ([DEMO, '--seeds=0,x'], '--seeds=0,x: must be like 0,1,2'),
+    ([DEMO, '--config.seed=3'], 'give --seeds=0,1 instead'),
+    ([DEMO, '--method=bip'], 'did you mean methods?'),
+  ],
+)
+def test_refused_before_anything_is_trained(flags, message, tmp_path, capsys):
+  workdir = tmp_path / 'runs'
+  assert compare.main(['compare', f'--workdir={workdir}', *flags]) == 2
+  assert message in capsys.readouterr().err
+  assert not workdir.exists()
+
+
+def test_end_to_end(tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  text = tiny.write_text(tmp_path)
+  experiment = tmp_path / 'tiny_experiment.py'
+  experiment.write_text(
+    f"""
+import pathlib
+from ml_collections import ConfigDict
+from moe_jax import config as config_lib
+from tests.train import tiny
+
+def get_config(method='bip'):
+  config = tiny.tiny_config(pathlib.Path({str(text)!r}), method)
+  return ConfigDict(config_lib.to_dict(config))
+"""
+  )
+  flags = [
+    'compare',
+    f'--config={experiment}',
+    f'--workdir={tmp_path / "runs"}',
+    '--methods=loss_free,bip',
+    '--config.steps=3',
+  ]
+  assert compare.main(flags) == 0
+  runs = tmp_path / 'runs'
+  comparison = json.loads((runs / 'comparison.json').read_text())
+  means = {m: of['mean'] for m, of in comparison['methods'].items()}
+  assert list(means) == ['loss_free', 'bip']
+  assert (
+    means['bip']['first_max_violation']
+    < means['loss_free']['first_max_violation']
+  )
+  for name in ('max_violation', 'load', 'loss'):
+    assert (runs / f'{name}.png').stat().st_size > 1000
+    assert (runs / f'{name}.svg').read_text().startswith('<?xml')
+  # Again: nothing is trained, and what changes nothing may differ.
+  capsys.readouterr()
+  assert compare.main([*flags, '--config.checkpoint_every=2']) == 0
+  assert 'already at step 3' in capsys.readouterr().err
