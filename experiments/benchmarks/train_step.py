@@ -1,7 +1,7 @@
 """Times the train step of paper_16e's model, if asked beside MiniMind's own.
 
   python -m experiments.benchmarks.train_step [--steps=5] [--breakdown] \\
-      [--minimind=DIR] [--config.OPTION=VALUE ...]
+      [--minimind=DIR] [--method=loss_controlled] [--config.OPTION=VALUE ...]
 
 One step is 4 sequences of 512 tokens in float32: forward, backward, clipping
 and AdamW. With --minimind, a checkout of github.com/jingyaogong/minimind at
@@ -36,7 +36,6 @@ from moe_jax.train import optimizer
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
 
-EXPERIMENT = 'experiments/paper_16e.py:loss_controlled'
 # Scope in the program -> row of the breakdown; the first that fits counts.
 PARTS = ('optimizer', 'experts', 'dispatch', 'router', 'attention')
 
@@ -164,9 +163,11 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--steps', type=int, default=5)
   parser.add_argument('--breakdown', action='store_true')
   parser.add_argument('--minimind', default='')
+  parser.add_argument('--method', default='loss_controlled')
   options, rest = parser.parse_known_args(argv)
+  experiment = f'--config=experiments/paper_16e.py:{options.method}'
   overrides = ['--config.batch_size=4', '--config.accumulation=1', *rest]
-  config, _ = command_line.parse(['', f'--config={EXPERIMENT}', *overrides])
+  config, _ = command_line.parse(['', experiment, *overrides])
   config = config_lib.freeze(config)
   shape = (config.batch_size, config.sequence_length + 1)
   tokens = np.random.default_rng(0).integers(
