@@ -1,5 +1,8 @@
 """Checkpoints: separately restorable items, written in the background."""
 
+import contextlib
+import ctypes
+
 from etils import epath
 import jax
 import numpy as np
@@ -69,6 +72,7 @@ class Checkpoints:
     )
     if jax.default_backend() == 'cpu':
       self._manager.wait_until_finished()
+      _return_free_memory()
 
   def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, int]:
     """Reads a checkpoint onto the devices that `abstract` names.
@@ -102,3 +106,13 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
   return ocp.PyTreeCheckpointHandler(
     save_concurrent_gb=limit, save_device_host_concurrent_gb=limit
   )
+
+
+def _return_free_memory() -> None:
+  """Gives freed memory back to the system where the C library is glibc.
+
+  Each writing thread has a heap of its own, which keeps what it held: training
+  paper_16e on CPU then peaked at 10.7 GB instead of 7.7.
+  """
+  with contextlib.suppress(AttributeError, OSError, TypeError):
+    ctypes.CDLL(None).malloc_trim(0)
