@@ -85,7 +85,11 @@ def main(argv: Sequence[str]) -> int:
     return 2
   runs = {}
   for (method, name), run in plans.items():
-    run.train()
+    try:
+      run.train()
+    except FloatingPointError as error:
+      print(f'error: {name}: {error}', file=sys.stderr)
+      return 1
     runs.setdefault(method, []).append(analysis.Run(workdir / name))
   print(write(runs, workdir))
   print(f'Table and figures are in {workdir}: comparison.md, *.png, *.svg')

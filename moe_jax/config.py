@@ -23,10 +23,14 @@ BALANCERS = {
   'bip': routing.bip,
   'loss_controlled': routing.loss_controlled,
   'loss_free': routing.loss_free,
+  'midpoint': routing.midpoint,
+  'quantile': routing.quantile,
+  'sinkhorn': routing.sinkhorn,
   'unbalanced': routing.unbalanced,
 }
 
-# What `--config=FILE.py:METHOD` accepts: the settings of arXiv 2502.15451.
+# What `--config=FILE.py:METHOD` accepts: the settings of arXiv 2502.15451 for
+# its three methods, and the other rules with their defaults.
 METHODS = {
   'loss_controlled': {'name': 'loss_controlled', 'alpha': 0.1},
   'loss_free': {'name': 'loss_free', 'rate': 1e-3},
@@ -34,6 +38,12 @@ METHODS = {
   'bip_t2': {'name': 'bip', 'iterations': 2},
   'bip_t8': {'name': 'bip', 'iterations': 8},
   'bip_t14': {'name': 'bip', 'iterations': 14},
+  'bip_lag': {'name': 'bip', 'iterations': 4, 'lag': True},
+  'midpoint': {'name': 'midpoint', 'iterations': 4},
+  'midpoint_lag': {'name': 'midpoint', 'iterations': 4, 'lag': True},
+  'quantile': {'name': 'quantile', 'estimator': 'exact'},
+  'quantile_histogram': {'name': 'quantile', 'estimator': 'histogram'},
+  'sinkhorn': {'name': 'sinkhorn'},
   'unbalanced': {'name': 'unbalanced'},
 }
 
@@ -144,6 +154,11 @@ class Config:
     if self.seed >= 2**32:  # jax would take it modulo 2^32
       raise ValueError(f'seed={self.seed}: must be less than 2^32')
     make_balancer(self.balancer)
+    if self.accumulation > 1 and self.balancer.get('estimator') == 'exact':
+      raise ValueError(
+        f'accumulation={self.accumulation}: an exact quantile does not add up '
+        "over microbatches; set balancer.estimator='histogram'"
+      )
     expected = METHODS.get(self.method, {}).get('name')
     if self.balancer['name'] != expected:
       raise ValueError(

@@ -145,7 +145,11 @@ def main(argv: Sequence[str]) -> int:
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
-  run.train()
+  try:
+    run.train()
+  except FloatingPointError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
   return 0
 
 

@@ -218,7 +218,9 @@ class Decoder(nnx.Module):
       return x_BxSxD, (nnx.state(block, RouterState), output)
 
     if self.config.remat:
-      layer = jax.checkpoint(layer)
+      layer = jax.checkpoint(
+        layer, policy=jax.checkpoint_policies.save_only_these_names('q')
+      )
     x_BxSxD, (routers, outputs) = lax.scan(layer, x_BxSxD, (params, routers))
     if train:
       nnx.update(blocks, routers)

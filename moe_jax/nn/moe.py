@@ -1,12 +1,14 @@
 """The Mixture-of-Experts layer: owns weights and router state."""
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
 from flax import nnx
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from moe_jax import routing
@@ -38,6 +40,12 @@ class MoEConfig:
     router_z_loss: weight of mean(logsumexp(logits)^2), 0 for none.
     capacity_factor: room of each expert in training, in units of its even
       share; what does not fit is dropped. 0 is dropless; evaluation always is.
+    round_to_capacity: whether training routes are rounded so that no expert of
+      a shard of n tokens gets more than ceil(n K / E), and no token is dropped.
+    shards: equal parts of a batch that round by themselves, and solve by
+      themselves where the balancer's scope is 'shard'; must divide the batch.
+      0 is one part for each device that a trainer splits the batch over, 1
+      without a trainer.
     dtype: compute dtype of experts, 'float32' or 'bfloat16'. Parameters and
       the router are float32.
   """
@@ -51,6 +59,8 @@ class MoEConfig:
   renormalize_gates: bool = True
   router_z_loss: float = 0.0
   capacity_factor: float = 0.0
+  round_to_capacity: bool = False
+  shards: int = 0
   dtype: str = 'float32'
 
   def __post_init__(self):
@@ -64,11 +74,21 @@ class MoEConfig:
         f'model.experts_per_token={self.experts_per_token}: must be at most '
         f'model.experts={self.experts}'
       )
-    for name in ('shared_experts', 'router_z_loss', 'capacity_factor'):
+    for name in (
+      'shared_experts',
+      'router_z_loss',
+      'capacity_factor',
+      'shards',
+    ):
       if getattr(self, name) < 0:
         raise ValueError(
           f'model.{name}={getattr(self, name)}: must be 0 or more'
         )
+    if self.round_to_capacity and 0 < self.capacity_factor < 1:
+      raise ValueError(
+        f'capacity_factor={self.capacity_factor}: must be 0 or at least 1 with '
+        'model.round_to_capacity, which drops nothing'
+      )
     for name, known in (
       ('scoring', ('softmax', 'sigmoid')),
       ('dtype', ('float32', 'bfloat16')),
@@ -86,13 +106,18 @@ class MoEOutput(NamedTuple):
     loss: float32 scalar, the balancer's loss and the router z-loss.
     dropped: int32 scalar, (token, expert) pairs that found no room.
     scores: float32 [T, E], of all tokens, batch-major.
-    choice: experts, raw gates and loads, before any drop.
+    choice: experts, raw gates and loads; rounded where that is asked for, and
+      before any drop.
+    unrounded_load: int32 [E], of the choice that the balancer saw.
+    finite: bool scalar, whether all logits of unmasked tokens are.
   """
 
   loss: jax.Array
   dropped: jax.Array
   scores: jax.Array
   choice: routing.Choice
+  unrounded_load: jax.Array
+  finite: jax.Array
 
 
 class MoE(nnx.Module):
@@ -160,18 +185,16 @@ class MoE(nnx.Module):
       mask_T = mask_BxS.reshape(-1)
       x_BxSxD = jnp.where(mask_BxS[..., None], x_BxSxD, 0)
     with jax.named_scope('router'):
-      scores_TxE, choice, loss = self._route(
-        x_BxSxD, mask_BxS, mask_T, train=train
-      )
+      output = self._route(x_BxSxD, mask_BxS, mask_T, train=train)
     x_TxD = x_BxSxD.reshape(-1, self.config.width)
-    mixed = self._mix(x_TxD, choice, mask_T, train=train)
+    mixed = self._mix(x_TxD, output.choice, mask_T, train=train)
     y_BxSxD = mixed.y.reshape(x_BxSxD.shape)
     if self.shared is not None:
       y_BxSxD += self.shared(x_BxSxD)
-    output = MoEOutput(loss, mixed.dropped, scores_TxE, choice)
+    output = output._replace(dropped=mixed.dropped)
     return y_BxSxD.astype(x_BxSxD.dtype), output
 
-  def _route(self, x_BxSxD, mask_BxS, mask_T, *, train):
+  def _route(self, x_BxSxD, mask_BxS, mask_T, *, train) -> MoEOutput:
     """Scores and chooses; with `train`, this is where the router moves."""
     config, k = self.config, self.config.experts_per_token
     logits_BxSxE = jnp.dot(
@@ -182,23 +205,84 @@ class MoE(nnx.Module):
     score = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}
     scores_BxSxE = score[config.scoring](logits_BxSxE)
     scores_TxE = scores_BxSxE.reshape(-1, config.experts)
-    state = self.state.get_value()
-    if not train:
+    state, loss = self.state.get_value(), jnp.float32(0.0)
+    if train:
+      state, seen, choice, rounded = self._solve(scores_TxE, mask_T)
+      self.state.set_value(state)
+      self.observation.set_value(
+        jax.tree.map(jnp.add, self.observation.get_value(), seen)
+      )
+      loss = self.balancer.loss(scores_BxSxE, choice, k=k, mask_BxS=mask_BxS)
+      loss += config.router_z_loss * _z_loss(logits_BxSxE, mask_BxS)
+    else:
       choice = routing.choose(scores_TxE, state.q, k=k, mask_T=mask_T)
-      return scores_TxE, choice, jnp.float32(0.0)
+      rounded = choice
+    return MoEOutput(
+      loss=loss,
+      dropped=jnp.int32(0),
+      scores=scores_TxE,
+      choice=rounded,
+      unrounded_load=choice.load,
+      finite=jnp.all(jnp.isfinite(logits_BxSxE)),
+    )
 
-    q_E, state = self.balancer.solve(state, scores_TxE, k=k, mask_T=mask_T)
-    choice = routing.choose(scores_TxE, q_E, k=k, mask_T=mask_T)
-    seen = self.balancer.observe(
-      state, q_E, scores_TxE, choice, k=k, mask_T=mask_T
+  def _solve(self, scores_TxE, mask_T):
+    """Returns state, observation, the choice by prices and the one to take."""
+    config, k = self.config, self.config.experts_per_token
+    state = self.state.get_value()
+
+    def solve(scores_TxE, mask_T, axis_name=None):
+      q_E, new_state = self.balancer.solve(
+        state, scores_TxE, k=k, mask_T=mask_T, axis_name=axis_name
+      )
+      # A backward pass that recomputes the rest does not solve again.
+      q_E = checkpoint_name(lax.stop_gradient(q_E), 'q')
+      choice = routing.choose(scores_TxE, q_E, k=k, mask_T=mask_T)
+      seen = self.balancer.observe(
+        new_state,
+        q_E,
+        scores_TxE,
+        choice,
+        k=k,
+        mask_T=mask_T,
+        axis_name=axis_name,
+      )
+      rounded = choice
+      if config.round_to_capacity:
+        rounded = routing.round_to_capacity(
+          scores_TxE,
+          q_E,
+          k=k,
+          capacity=math.ceil(len(scores_TxE) * k / config.experts),
+          mask_T=mask_T,
+        )
+      return new_state, seen, choice, rounded
+
+    shards = max(1, config.shards)
+    if shards == 1:
+      return solve(scores_TxE, mask_T)
+    if len(scores_TxE) % shards:
+      raise ValueError(
+        f'shards={shards}: must divide the {len(scores_TxE)} tokens of a batch'
+      )
+    split = jax.tree.map(
+      lambda x: x.reshape(shards, -1, *x.shape[1:]), (scores_TxE, mask_T)
     )
-    self.state.set_value(state)
-    self.observation.set_value(
-      jax.tree.map(jnp.add, self.observation.get_value(), seen)
-    )
-    loss = self.balancer.loss(scores_BxSxE, choice, k=k, mask_BxS=mask_BxS)
-    loss += config.router_z_loss * _z_loss(logits_BxSxE, mask_BxS)
-    return scores_TxE, choice, loss
+    # `out_axes=None` refuses a state or observation that differs by shard.
+    state, seen, *choices = jax.vmap(
+      functools.partial(solve, axis_name='shard'),
+      axis_name='shard',
+      out_axes=(None, None, 0, 0),
+    )(*split)
+    choices = [
+      routing.Choice(
+        choice.experts.reshape(-1, k),
+        choice.gates.reshape(-1, k),
+        jnp.sum(choice.load, axis=0),
+      )
+      for choice in choices
+    ]
+    return state, seen, *choices
 
   def _mix(self, x_TxD, choice, mask_T, *, train) -> dispatch.Mixed:
     config = self.config
@@ -213,7 +297,10 @@ class MoE(nnx.Module):
     if not (train and config.capacity_factor):
       return dispatch.grouped(x_TxD, choice, weights, mask_T=mask_T)
     tokens, k = choice.experts.shape
-    room = math.ceil(config.capacity_factor * tokens * k / config.experts)
+    shards = max(1, config.shards) if config.round_to_capacity else 1
+    room = shards * math.ceil(
+      config.capacity_factor * tokens * k / (shards * config.experts)
+    )
     return dispatch.capacity(
       x_TxD,
       choice,

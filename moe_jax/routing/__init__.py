@@ -16,7 +16,10 @@ from moe_jax.routing.balancer import zero_observation
 from moe_jax.routing.bias import loss_free
 from moe_jax.routing.dual import bip
 from moe_jax.routing.dual import dual_iterations
+from moe_jax.routing.dual import midpoint
+from moe_jax.routing.entropic import sinkhorn
 from moe_jax.routing.order_statistic import kth_largest
+from moe_jax.routing.quantiles import quantile
 from moe_jax.routing.violation import max_violation
 from moe_jax.routing.violation import min_violation
 
@@ -32,7 +35,10 @@ __all__ = [
   'loss_controlled',
   'loss_free',
   'max_violation',
+  'midpoint',
   'min_violation',
+  'quantile',
+  'sinkhorn',
   'unbalanced',
   'zero_observation',
 ]

@@ -139,6 +139,42 @@ def zero_observation(balancer: Balancer, experts: int, k: int) -> Any:
   )
 
 
+class Prices(NamedTuple):
+  """Additive: q summed over the shards and microbatches that solved for one.
+
+  Attributes:
+    total: float32 [E].
+    count: int32 scalar.
+  """
+
+  total: jax.Array
+  count: jax.Array
+
+
+def observe_prices(
+  q_E: jax.Array, choice: Choice, axis_name: str | tuple[str, ...] | None
+) -> Prices:
+  """Sums each shard's q; one without a token solved nothing, has no say."""
+  count = (jnp.sum(choice.load) > 0).astype(jnp.int32)
+  prices = Prices(jnp.where(count > 0, q_E, 0.0), count)
+  return prices if axis_name is None else lax.psum(prices, axis_name)
+
+
+def mean_price(prices: Prices, *, otherwise: jax.Array) -> jax.Array:
+  """Averages q; returns `otherwise` where there was no token at all."""
+  mean_E = prices.total / jnp.maximum(prices.count, 1)
+  return jnp.where(prices.count > 0, mean_E, otherwise)
+
+
+def centred(q_E: jax.Array, *, unless: jax.Array) -> jax.Array:
+  """Subtracts the mean from q, but leaves it as it is where it did not move.
+
+  A constant added to all of q changes no choice, so unclipped rules drift
+  along it. A step without tokens must leave every bit.
+  """
+  return jnp.where(jnp.all(q_E == unless), q_E, q_E - jnp.mean(q_E))
+
+
 # The pieces of a rule that has nothing to do at that point.
 
 

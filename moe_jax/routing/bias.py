@@ -1,12 +1,16 @@
-"""Loss-Free Balancing: a bias per expert, moved by the sign of its overload."""
+"""Loss-Free Balancing: a bias per expert, moved by how overloaded it is."""
 
 from jax import lax
 import jax.numpy as jnp
 
 from moe_jax.routing import balancer as base
 
+_RULES = ('sign', 'proportional')
 
-def loss_free(rate: float = 1e-3) -> base.Balancer:
+
+def loss_free(
+  rate: float = 1e-3, *, rule: str = 'sign', centre: bool = False
+) -> base.Balancer:
   """Builds Loss-Free Balancing: q_j += rate * sign(load_j - mean load).
 
   The load is that of the whole optimizer step, over all microbatches and
@@ -14,12 +18,17 @@ def loss_free(rate: float = 1e-3) -> base.Balancer:
 
   Args:
     rate: u, the change of q per step in units of the score.
+    rule: 'sign', or 'proportional' for q_j += rate * (load_j / mean load - 1).
+    centre: whether the mean of q is subtracted after each step; it changes no
+      choice but keeps q from drifting.
 
   References:
     Wang et al., arXiv 2408.15664, Algorithm 1 (their bias is -q).
   """
   if rate < 0:
     raise ValueError(f'rate={rate}: must be 0 or more')
+  if rule not in _RULES:
+    raise ValueError(f'rule={rule!r}: must be one of {_RULES}')
 
   def observe(
     state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
@@ -30,10 +39,15 @@ def loss_free(rate: float = 1e-3) -> base.Balancer:
 
   def update(state, load_E, *, k):
     del k
-    # Against the mean in integers, floor and ceiling: exact for any load.
     total, experts = jnp.sum(load_E), load_E.shape[0]
-    sign_E = (load_E > total // experts) - 1 * (load_E < -(-total // experts))
-    return base.State(state.q + rate * sign_E)
+    if rule == 'sign':
+      # Against the mean in integers, floor and ceiling: exact for any load.
+      over_E = (load_E > total // experts) - 1 * (load_E < -(-total // experts))
+    else:
+      mean = jnp.maximum(total, 1) / experts
+      over_E = jnp.where(total > 0, load_E / mean - 1, 0.0)
+    q_E = state.q + rate * over_E
+    return base.State(base.centred(q_E, unless=state.q) if centre else q_E)
 
   return base.Balancer(
     init=base.zero_prices,

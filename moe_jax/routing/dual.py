@@ -1,4 +1,6 @@
-"""Dual iterations of the assignment program: BIP-Based Balancing."""
+"""Dual iterations of the assignment program: BIP and the midpoint rule."""
+
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -8,6 +10,7 @@ from moe_jax.routing import balancer as base
 from moe_jax.routing.order_statistic import kth_largest
 
 _CUTOFFS = ('next', 'midpoint')
+_SCOPES = ('global', 'shard')
 
 
 def dual_iterations(
@@ -79,8 +82,25 @@ def dual_iterations(
   return jnp.where(capacity > 0, solved_E, q_E)
 
 
+class LaggedState(NamedTuple):
+  """Prices now in use, and those that the next step will use.
+
+  Attributes:
+    q: float32 [E], prices this step's choices.
+    pending: float32 [E], goes on being improved during the step.
+  """
+
+  q: jax.Array
+  pending: jax.Array
+
+
 def bip(
-  iterations: int = 4, *, clip: bool = True, cutoff: str = 'next'
+  iterations: int = 4,
+  *,
+  clip: bool = True,
+  cutoff: str = 'next',
+  lag: bool = False,
+  scope: str = 'global',
 ) -> base.Balancer:
   """Builds BIP-Based Balancing: q solved on each batch before its choice.
 
@@ -88,24 +108,36 @@ def bip(
   iterations on the scores about to be routed. Such a q has seen the whole
   batch, later tokens included; evaluation keeps it frozen.
 
+  The options are the differences between BIP and Quantile Balancing, one by
+  one: `bip(1, clip=False, lag=True)` is `quantile()`.
+
   Args:
     iterations: T, dual iterations a batch; the paper uses 2, 4, 8 and 14.
     clip: see `dual_iterations`. Without it the dual has a direction along
       which nothing changes, so q is centred after each solve.
     cutoff: see `dual_iterations`.
+    lag: whether a step's choices use the q that the step before ended with.
+      Then no token's route depends on later tokens of its own batch.
+    scope: 'global' solves for all tokens of all shards together; 'shard' lets
+      each shard solve for its own, without communication, from the mean q of
+      the step before.
 
   References:
     Sun, arXiv 2502.15451, Algorithm 1.
   """
   if iterations < 0:
     raise ValueError(f'iterations={iterations}: must be 0 or more')
-  if cutoff not in _CUTOFFS:
-    raise ValueError(f'cutoff={cutoff!r}: must be one of {_CUTOFFS}')
+  for name, value, known in (
+    ('cutoff', cutoff, _CUTOFFS),
+    ('scope', scope, _SCOPES),
+  ):
+    if value not in known:
+      raise ValueError(f'{name}={value!r}: must be one of {known}')
 
-  def solve(state, scores_TxE, *, k, mask_T=None, axis_name=None):
-    q_E = dual_iterations(
+  def improve(q_E, scores_TxE, *, k, mask_T=None, axis_name=None):
+    solved_E = dual_iterations(
       scores_TxE,
-      state.q,
+      q_E,
       k=k,
       iterations=iterations,
       clip=clip,
@@ -113,14 +145,79 @@ def bip(
       mask_T=mask_T,
       axis_name=axis_name,
     )
-    if not clip:
-      q_E -= jnp.mean(q_E)
+    return solved_E if clip else base.centred(solved_E, unless=q_E)
+
+  return (_by_shard if scope == 'shard' else _global)(improve, lag)
+
+
+def _global(improve, lag: bool) -> base.Balancer:
+  """One q for all tokens, chained from microbatch to microbatch."""
+
+  def init(experts):
+    q_E = jnp.zeros(experts, jnp.float32)
+    return LaggedState(q_E, q_E) if lag else base.State(q_E)
+
+  def solve(state, scores_TxE, **kwargs):
+    if lag:
+      pending_E = improve(state.pending, scores_TxE, **kwargs)
+      return state.q, LaggedState(state.q, pending_E)
+    q_E = improve(state.q, scores_TxE, **kwargs)
     return q_E, base.State(q_E)
+
+  def update(state, observation, *, k):
+    del observation, k
+    return LaggedState(state.pending, state.pending) if lag else state
+
+  return base.Balancer(
+    init=init,
+    solve=solve,
+    observe=base.observe_nothing,
+    update=update,
+    loss=base.no_loss,
+  )
+
+
+def _by_shard(improve, lag: bool) -> base.Balancer:
+  """A q for each shard and microbatch; the state moves to their mean."""
+
+  def solve(state, scores_TxE, *, k, mask_T=None, axis_name=None):
+    del axis_name
+    if lag:
+      return state.q, state
+    return improve(state.q, scores_TxE, k=k, mask_T=mask_T), state
+
+  def observe(
+    state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
+  ):
+    if lag:
+      q_E = improve(state.q, scores_TxE, k=k, mask_T=mask_T)
+    return base.observe_prices(q_E, choice, axis_name)
+
+  def update(state, observation, *, k):
+    del k
+    return base.State(base.mean_price(observation, otherwise=state.q))
 
   return base.Balancer(
     init=base.zero_prices,
     solve=solve,
-    observe=base.observe_nothing,
-    update=base.keep_state,
+    observe=observe,
+    update=update,
     loss=base.no_loss,
   )
+
+
+def midpoint(
+  iterations: int = 4, *, lag: bool = False, scope: str = 'global'
+) -> base.Balancer:
+  """Builds the midpoint rule: `bip` unclipped, cut in the middle.
+
+  Any point between the k-th and the (k+1)-th largest minimises the dual. The
+  paper takes one end and can stay stuck at a kink there; the middle moves on.
+  Without the clip, idle experts can be given a negative price.
+
+  Args:
+    iterations: as of `bip`, as are the others.
+    lag: whether a step's choices use the q of the step before.
+    scope: 'global' or 'shard'.
+  """
+  return bip(iterations, clip=False, cutoff='midpoint', lag=lag, scope=scope)

@@ -74,7 +74,7 @@ def make_training(
   """Plans model and optimizer state on the mesh; computes nothing yet.
 
   Raises:
-    ValueError: experts or batch do not divide over the mesh.
+    ValueError: experts or batch do not divide over the mesh or its shards.
   """
   if config.model.experts % mesh.shape['expert']:
     raise ValueError(
@@ -82,17 +82,22 @@ def make_training(
       f'model.experts={config.model.experts}'
     )
   microbatch = config.batch_size // config.accumulation
-  if microbatch % mesh.size:
-    raise ValueError(
-      f'batch_size={config.batch_size}: batch_size / accumulation = '
-      f'{microbatch} must be a multiple of the {mesh.size} devices'
-    )
+  shards = config.model.shards or mesh.size
+  for name, parts in (('mesh', mesh.size), ('model.shards', shards)):
+    if microbatch % parts:
+      raise ValueError(
+        f'batch_size={config.batch_size}: batch_size / accumulation = '
+        f'{microbatch} must be a multiple of {parts}, the parts that {name} '
+        'splits it into'
+      )
+  model = dataclasses.replace(config.model, shards=shards)
+  config = dataclasses.replace(config, model=model)
   # Splitting abstractly gives the graph once; `init` then makes the arrays.
   graphdef, params, router = nnx.split(
     nnx.eval_shape(lambda: make_model(config)), nnx.Param, nn.RouterState
   )
 
-  model = dataclasses.replace(config.model, capacity_factor=0.0)
+  model = dataclasses.replace(model, capacity_factor=0.0)
   dropless = dataclasses.replace(config, model=model)
   dropless_graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(dropless)))
 

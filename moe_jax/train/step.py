@@ -13,6 +13,7 @@ import optax
 from moe_jax import nn
 from moe_jax import routing
 from moe_jax.config import Config
+from moe_jax.train import telemetry
 from moe_jax.train.optimizer import make_schedule
 from moe_jax.train.state import Training
 from moe_jax.train.state import TrainState
@@ -38,7 +39,9 @@ class _Sums(NamedTuple):
   loss: jax.Array
   auxiliary_loss: jax.Array
   load_LxE: jax.Array
+  unrounded_load_LxE: jax.Array
   dropped: jax.Array
+  infinite_L: jax.Array  # microbatches with logits that are not finite
 
 
 def cross_entropy(logits_BxSxV: jax.Array, batch: Batch) -> jax.Array:
@@ -75,7 +78,9 @@ def make_train_step(
       loss=jnp.sum(cross_entropy(logits, batch)) / tokens,
       auxiliary_loss=jnp.sum(outputs.loss) / accumulation,
       load_LxE=outputs.choice.load,
+      unrounded_load_LxE=outputs.unrounded_load,
       dropped=jnp.sum(outputs.dropped),
+      infinite_L=1 - outputs.finite.astype(jnp.int32),
     )
     router = nnx.to_pure_dict(nnx.state(model, nn.RouterState))
     return sums.loss + sums.auxiliary_loss, (router, sums)
@@ -121,7 +126,7 @@ def make_train_step(
       'train/aux_loss': sums.auxiliary_loss,
       'train/gradient_norm': optax.tree.norm(gradient),
       'train/learning_rate': schedule(state.step),
-      **_router_metrics(sums),
+      **_router_metrics(sums, config.model.round_to_capacity),
     }
     state = TrainState(
       step=state.step + 1,
@@ -135,14 +140,20 @@ def make_train_step(
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _router_metrics(sums: _Sums) -> dict[str, Any]:
+def _router_metrics(sums: _Sums, rounded: bool) -> dict[str, Any]:
   violation_L = routing.max_violation(sums.load_LxE)
   pairs = jnp.maximum(jnp.sum(sums.load_LxE), 1)
-  return {
+  metrics = {
     'router/max_violation': jnp.mean(violation_L),
     'router/min_violation': jnp.mean(routing.min_violation(sums.load_LxE)),
     'router/dropped': sums.dropped / pairs,
     # Split by layer on the host, see telemetry.py.
     'router/max_violation/layer': violation_L,
     'router/load/layer': sums.load_LxE,
+    telemetry.INFINITE: sums.infinite_L,
   }
+  if rounded:
+    metrics['router/max_violation_unrounded'] = jnp.mean(
+      routing.max_violation(sums.unrounded_load_LxE)
+    )
+  return metrics

@@ -21,6 +21,9 @@ from rich.progress import TextColumn
 from rich.progress import TimeRemainingColumn
 import tensorboardX
 
+# Counts, per layer, that must be 0; not written.
+INFINITE = 'router/infinite'
+
 _PER_LAYER = '/layer'
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -109,12 +112,17 @@ class Telemetry:
     self._pending = (step, metrics, extra)
 
   def flush(self) -> None:
-    """Writes the last step pushed, so that nothing is pending."""
+    """Writes the last step pushed, so that nothing is pending.
+
+    Raises:
+      FloatingPointError: the logits of a layer's router were not finite.
+    """
     if self._pending is None:
       return
     self.wait()
     step, metrics, extra = self._pending
     self._pending = None
+    infinite_L = metrics.pop(INFINITE, None)
     record = {'step': step}
     for name, value in metrics.items():
       if name.endswith(_PER_LAYER):
@@ -131,6 +139,12 @@ class Telemetry:
       if name != 'step':
         self._events.add_scalar(name, value, step)
     self._progress.show(record)
+    if infinite_L is not None and infinite_L.any():
+      layers = ', '.join(f'{i:02d}' for i in infinite_L.nonzero()[0])
+      raise FloatingPointError(
+        f'step {step}: the router of MoE layer {layers} has logits that are '
+        'NaN or infinite; the last checkpoint is from before'
+      )
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -1,0 +1,85 @@
+"""Sinkhorn balancing: prices of the assignment program with entropy added."""
+
+import math
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from moe_jax.routing import balancer as base
+
+
+def sinkhorn(
+  iterations: int = 8, *, temperature: float = 0.02
+) -> base.Balancer:
+  """Builds Sinkhorn balancing: q solved on each batch, by soft maxima.
+
+  Where `bip` takes order statistics, each iteration takes soft ones that make
+  the soft assignment x_ij = exp((s_ij - p_i - q_j) / temperature) have rows
+  that sum to k and columns that sum to n k / E:
+
+      p_i = temperature (logsumexp over experts of (s_ij - q_j) / temperature
+                         - log k)
+      q_j = temperature (logsumexp over tokens of (s_ij - p_i) / temperature
+                         - log(n k / E))
+
+  q starts from that of the batch before. Nothing bounds x_ij by 1. The sums
+  are floats, so q may differ in the last bits from one topology to another.
+
+  Args:
+    iterations: a batch.
+    temperature: in units of the score; the nearer to 0, the nearer the soft
+      assignment is to the hard one, and the slower the iteration.
+
+  References:
+    Clark et al., arXiv 2202.01169, section 2.1 and appendix B (S-BASE).
+  """
+  if iterations < 0:
+    raise ValueError(f'iterations={iterations}: must be 0 or more')
+  if not temperature > 0:
+    raise ValueError(f'temperature={temperature}: must be greater than 0')
+
+  def solve(state, scores_TxE, *, k, mask_T=None, axis_name=None):
+    experts = scores_TxE.shape[-1]
+    base.check_k(k, experts)
+    scores_TxE = base.rankable(scores_TxE)
+    n = base.count_tokens(scores_TxE, mask_T, axis_name)
+    share = jnp.log(jnp.maximum(n, 1) * (k / experts))
+    where = None if mask_T is None else mask_T[:, None]
+
+    def iterate(_, q_E):
+      row_T = jax.nn.logsumexp((scores_TxE - q_E) / temperature, axis=1)
+      p_T = temperature * (row_T - math.log(k))
+      column_E = _logsumexp_of_tokens(
+        (scores_TxE - p_T[:, None]) / temperature, where, axis_name
+      )
+      # No price can attract tokens that score -inf.
+      return jnp.where(
+        jnp.isfinite(column_E), temperature * (column_E - share), q_E
+      )
+
+    q_E = lax.fori_loop(0, iterations, iterate, lax.stop_gradient(state.q))
+    q_E = jnp.where(n > 0, q_E, state.q)
+    q_E = base.centred(q_E, unless=state.q)
+    return q_E, base.State(q_E)
+
+  return base.Balancer(
+    init=base.zero_prices,
+    solve=solve,
+    observe=base.observe_nothing,
+    update=base.keep_state,
+    loss=base.no_loss,
+  )
+
+
+def _logsumexp_of_tokens(x_TxE, where, axis_name):
+  if where is not None:
+    x_TxE = jnp.where(where, x_TxE, -jnp.inf)
+  top_E = jnp.max(x_TxE, axis=0)
+  if axis_name is not None:
+    top_E = lax.pmax(top_E, axis_name)
+  top_E = jnp.where(jnp.isfinite(top_E), top_E, 0.0)
+  sum_E = jnp.sum(jnp.exp(x_TxE - top_E), axis=0)
+  if axis_name is not None:
+    sum_E = lax.psum(sum_E, axis_name)
+  return top_E + jnp.log(sum_E)

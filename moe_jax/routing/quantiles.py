@@ -1,0 +1,196 @@
+"""Quantile Balancing: the dual iteration without clips, for the next batch."""
+
+import math
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from moe_jax.routing import balancer as base
+from moe_jax.routing.dual import dual_iterations
+from moe_jax.routing.order_statistic import kth_largest
+
+_ESTIMATORS = ('exact', 'histogram')
+
+
+def quantile(
+  *, ema: float = 0.0, estimator: str = 'exact', bins: int = 1000
+) -> base.Balancer:
+  """Builds Quantile Balancing: one iteration a step, applied to the next step.
+
+      p_i = (k+1)-th largest over experts of s_ij - q_j
+      q_j = (c+1)-th largest over tokens  of s_ij - p_i,    c = floor(n k / E)
+
+  and then q is centred. Choices use the q of the step before.
+
+  Args:
+    ema: how much of the old q is kept, from 0 to below 1.
+    estimator: 'exact' selects the order statistic of all shards' tokens; it
+      does not add up over microbatches, so a step must have one only.
+      'histogram' counts margins in bins, integers that add up over shards and
+      microbatches, and interpolates; its error is at most about a bin's
+      width, (2 + max q - min q) / bins. It takes scores in [0, 1].
+    bins: of the histogram.
+
+  References:
+    Su, kexue.fm/archives/11619 (2026); the histogram: Kimi K3 report (2026),
+    section 2.3.3 and appendices C and D.
+  """
+  if not 0 <= ema < 1:
+    raise ValueError(f'ema={ema}: must be 0 or more and less than 1')
+  if estimator not in _ESTIMATORS:
+    raise ValueError(f'estimator={estimator!r}: must be one of {_ESTIMATORS}')
+  if bins < 2:
+    raise ValueError(f'bins={bins}: must be 2 or more')
+
+  def observe_exact(
+    state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
+  ):
+    del state
+    q_E = dual_iterations(
+      scores_TxE,
+      q_E,
+      k=k,
+      iterations=1,
+      clip=False,
+      mask_T=mask_T,
+      axis_name=axis_name,
+    )
+    # All shards hold the same q: their mean is it, and shards without a token
+    # must not keep the others from having it.
+    prices = base.observe_prices(q_E, choice, None)
+    if axis_name is None:
+      return prices
+    return prices._replace(total=q_E, count=lax.pmax(prices.count, axis_name))
+
+  def update_exact(state, prices, *, k):
+    del k
+    q_E = base.mean_price(prices, otherwise=state.q)
+    return _moved(state, q_E, ema)
+
+  def observe_histogram(
+    state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
+  ):
+    del state, choice
+    count_ExN = margin_histogram(scores_TxE, q_E, k=k, bins=bins, mask_T=mask_T)
+    return count_ExN if axis_name is None else lax.psum(count_ExN, axis_name)
+
+  def update_histogram(state, count_ExN, *, k):
+    return _moved(state, price_of_histogram(count_ExN, state.q, k=k), ema)
+
+  exact = estimator == 'exact'
+  return base.Balancer(
+    init=base.zero_prices,
+    solve=base.keep_prices,
+    observe=observe_exact if exact else observe_histogram,
+    update=update_exact if exact else update_histogram,
+    loss=base.no_loss,
+  )
+
+
+def _moved(state: base.State, q_E: jax.Array, ema: float) -> base.State:
+  mixed_E = ema * state.q + (1 - ema) * q_E
+  mixed_E = jnp.where(q_E == state.q, q_E, mixed_E)
+  return base.State(base.centred(mixed_E, unless=state.q))
+
+
+def _range(q_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the greatest margin that scores in [0, 1] can have, and the span.
+
+  p_i = s_ij - q_j for some j, so no margin s_ij - p_i is further than 1 from
+  some q_j.
+  """
+  top = jnp.max(q_E) + 1
+  return top, top - (jnp.min(q_E) - 1)
+
+
+def margin_histogram(
+  scores_TxE: jax.Array,
+  q_E: jax.Array,
+  *,
+  k: int,
+  bins: int,
+  mask_T: jax.Array | None = None,
+) -> jax.Array:
+  """Counts the margins s_ij - p_i of each expert, the greatest in bin 0.
+
+  Args:
+    scores_TxE: router scores in [0, 1].
+    q_E: prices, which set p and the bins' range, float32 [experts].
+    k: experts per token.
+    bins: N, of equal width.
+    mask_T: bool [tokens]; False leaves a token out.
+
+  Returns:
+    int32 [E, N]; all 0 where k = E, as no margin exists.
+  """
+  experts = scores_TxE.shape[-1]
+  base.check_k(k, experts)
+  if k == experts:
+    return jnp.zeros((experts, bins), jnp.int32)
+  scores_TxE, q_E = base.rankable(scores_TxE), lax.stop_gradient(q_E)
+  p_T = kth_largest(scores_TxE - q_E, k + 1, axis=1)
+  top, span = _range(q_E)
+  depth_TxE = (top - (scores_TxE - p_T[:, None])) * (bins / span)
+  bin_TxE = jnp.clip(depth_TxE.astype(jnp.int32), 0, bins - 1)
+  if mask_T is not None:
+    bin_TxE = jnp.where(mask_T[:, None], bin_TxE, _NO_BIN)
+  # A scatter is slow on accelerators, the matrix product on CPUs.
+  return lax.platform_dependent(
+    bin_TxE,
+    cpu=lambda bin_TxE: count_by_scatter(bin_TxE, bins),
+    default=lambda bin_TxE: count_by_product(bin_TxE, bins),
+  )
+
+
+_NO_BIN = 2**30  # beyond every histogram: counted nowhere
+
+
+def count_by_scatter(bin_TxE: jax.Array, bins: int) -> jax.Array:
+  """Counts each column's values below `bins`; int32 [E, bins]."""
+  experts = bin_TxE.shape[1]
+  count_ExN = jnp.zeros((experts, bins), jnp.int32)
+  return count_ExN.at[jnp.arange(experts), bin_TxE].add(1, mode='drop')
+
+
+def count_by_product(bin_TxE: jax.Array, bins: int) -> jax.Array:
+  """The same as a product of two one-hot matrices for each column."""
+  side = math.isqrt(bins - 1) + 1  # a bin is a cell of a square of this side
+
+  def count(bin_T):
+    row_TxR = jax.nn.one_hot(bin_T // side, side, dtype=jnp.int8)
+    column_TxC = jax.nn.one_hot(bin_T % side, side, dtype=jnp.int8)
+    cells = jnp.dot(row_TxR.T, column_TxC, preferred_element_type=jnp.int32)
+    return cells.reshape(-1)[:bins]
+
+  return lax.map(count, bin_TxE.T)
+
+
+def price_of_histogram(
+  count_ExN: jax.Array, q_E: jax.Array, *, k: int
+) -> jax.Array:
+  """Estimates the (c+1)-th largest margin, c = floor(n k / E).
+
+  Args:
+    count_ExN: of `margin_histogram`, summed over the n tokens of a step.
+    q_E: prices that set its range.
+    k: experts per token.
+
+  Returns:
+    float32 [E], interpolated within a bin; `q_E` where c is 0.
+  """
+  experts, bins = count_ExN.shape
+  # n k may pass 2^31: floor(n k / E) from the quotient and the rest of n / E.
+  n = jnp.sum(count_ExN[0])
+  capacity = n // experts * k + n % experts * k // experts
+  through_ExN = jnp.cumsum(count_ExN, axis=1)  # count from above
+  bin_E = jnp.argmax(through_ExN > capacity, axis=1)
+  inside_E, through_E = (
+    jnp.take_along_axis(x, bin_E[:, None], axis=1)[:, 0]
+    for x in (count_ExN, through_ExN)
+  )
+  # Of the values in the bin, taken as evenly spread, the one of rank c + 1.
+  rank_E = capacity + 0.5 - (through_E - inside_E)
+  depth_E = bin_E + rank_E / jnp.maximum(inside_E, 1)
+  top, span = _range(q_E)
+  return jnp.where(capacity > 0, top - depth_E * (span / bins), q_E)
