@@ -17,6 +17,13 @@ from moe_jax.routing.bias import loss_free
 from moe_jax.routing.dual import bip
 from moe_jax.routing.dual import dual_iterations
 from moe_jax.routing.order_statistic import kth_largest
+from moe_jax.routing.streaming import StreamRule
+from moe_jax.routing.streaming import StreamState
+from moe_jax.routing.streaming import assign_stream
+from moe_jax.routing.streaming import online_exact
+from moe_jax.routing.streaming import online_histogram
+from moe_jax.routing.streaming import regret
+from moe_jax.routing.streaming import within_capacity
 from moe_jax.routing.violation import max_violation
 from moe_jax.routing.violation import min_violation
 
@@ -24,6 +31,9 @@ __all__ = [
   'Balancer',
   'Choice',
   'State',
+  'StreamRule',
+  'StreamState',
+  'assign_stream',
   'auxiliary_loss',
   'bip',
   'choose',
@@ -33,6 +43,10 @@ __all__ = [
   'loss_free',
   'max_violation',
   'min_violation',
+  'online_exact',
+  'online_histogram',
+  'regret',
   'unbalanced',
+  'within_capacity',
   'zero_observation',
 ]
