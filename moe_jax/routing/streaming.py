@@ -153,8 +153,8 @@ def online_histogram(
   As `online_exact`, but the (c+1)-th largest margin is read off `bins` equal
   blocks of [lower, upper): in the block where the count from above passes c,
   margins are taken as evenly spread. Memory and work per arrival are
-  O(E bins), whatever the horizon; prices are within a block of the exact ones
-  for the same margins.
+  O(E bins), whatever the horizon; within that range prices are less than a
+  block from the exact ones for the same margins.
 
   Args:
     horizon: see `online_exact`.

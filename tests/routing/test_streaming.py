@@ -219,11 +219,11 @@ LAW = routing.online_exact(64, k=2, iterations=2)
 @jax.jit
 def batch_fixed_point(scores):
   q = jnp.zeros(scores.shape[1])
-  q = routing.dual_iterations(scores, q, k=2, iterations=300)
+  q = routing.dual_iterations(scores, q, k=2, iterations=200)
   return q, routing.dual_iterations(scores, q, k=2, iterations=1)
 
 
-@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.settings(deadline=None, max_examples=25)
 @hypothesis.given(
   seed=st.integers(0, 2**31), skew=st.floats(0, 3), ties=st.booleans()
 )
@@ -231,7 +231,7 @@ def test_prices_rise_from_zero_towards_the_batch_fixed_point(seed, skew, ties):
   scores = softmax_scores(seed, 64, 8, skew=skew)
   if ties:
     scores = jnp.round(scores * 32) / 32
-  experts_NxK, q_NxE = trace(LAW, scores)
+  experts_NxK, q_NxE = map(np.asarray, trace(LAW, scores))
   assert np.all(q_NxE[0] == 0)
   assert np.all(np.diff(q_NxE, axis=0) >= 0)
   # No price before c = 16 choices.
