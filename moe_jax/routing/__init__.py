@@ -20,6 +20,13 @@ from moe_jax.routing.dual import midpoint
 from moe_jax.routing.entropic import sinkhorn
 from moe_jax.routing.order_statistic import kth_largest
 from moe_jax.routing.quantiles import quantile
+from moe_jax.routing.streaming import StreamRule
+from moe_jax.routing.streaming import StreamState
+from moe_jax.routing.streaming import assign_stream
+from moe_jax.routing.streaming import online_exact
+from moe_jax.routing.streaming import online_histogram
+from moe_jax.routing.streaming import regret
+from moe_jax.routing.streaming import within_capacity
 from moe_jax.routing.violation import max_violation
 from moe_jax.routing.violation import min_violation
 
@@ -27,6 +34,9 @@ __all__ = [
   'Balancer',
   'Choice',
   'State',
+  'StreamRule',
+  'StreamState',
+  'assign_stream',
   'auxiliary_loss',
   'bip',
   'choose',
@@ -39,6 +49,10 @@ __all__ = [
   'min_violation',
   'quantile',
   'sinkhorn',
+  'online_exact',
+  'online_histogram',
+  'regret',
   'unbalanced',
+  'within_capacity',
   'zero_observation',
 ]
