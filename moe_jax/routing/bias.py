@@ -45,7 +45,7 @@ def loss_free(
       over_E = (load_E > total // experts) - 1 * (load_E < -(-total // experts))
     else:
       mean = jnp.maximum(total, 1) / experts
-      over_E = jnp.where(total > 0, load_E / mean - 1, 0.0)
+      over_E = jnp.where(total > 0, (load_E - mean) / mean, 0.0)
     q_E = state.q + rate * over_E
     return base.State(base.centred(q_E, unless=state.q) if centre else q_E)
 

@@ -1,0 +1,61 @@
+"""Every rule, for tests of what all of them must do; and one step of a rule."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import routing
+
+RULES = {
+  'unbalanced': routing.unbalanced(),
+  'loss_controlled': routing.loss_controlled(),
+  'loss_free': routing.loss_free(0.01),
+  'loss_free_proportional': routing.loss_free(
+    0.01, rule='proportional', centre=True
+  ),
+  'bip': routing.bip(2),
+  'bip_unclipped': routing.bip(2, clip=False),
+  'bip_lag': routing.bip(2, lag=True),
+  'bip_shard': routing.bip(2, scope='shard'),
+  'midpoint': routing.midpoint(2),
+  'midpoint_lag': routing.midpoint(2, lag=True),
+  'midpoint_lag_shard': routing.midpoint(2, lag=True, scope='shard'),
+  'quantile': routing.quantile(ema=0.25),
+  'quantile_histogram': routing.quantile(ema=0.25, estimator='histogram'),
+  'sinkhorn': routing.sinkhorn(2),
+}
+
+# q of these is the same, bit for bit, however tokens are spread over devices.
+BY_COUNTING = [
+  name for name in RULES if name != 'sinkhorn' and 'shard' not in name
+]
+
+
+def step(balancer, state, scores_TxE, *, k, mask_T=None, axis_name=None):
+  """Solves, chooses, observes and updates, as an optimizer step does.
+
+  Returns:
+    The new state, the q that priced the choice, and the choice.
+  """
+  q_E, state = balancer.solve(
+    state, scores_TxE, k=k, mask_T=mask_T, axis_name=axis_name
+  )
+  choice = routing.choose(scores_TxE, q_E, k=k, mask_T=mask_T)
+  seen = balancer.observe(
+    state, q_E, scores_TxE, choice, k=k, mask_T=mask_T, axis_name=axis_name
+  )
+  return balancer.update(state, seen, k=k), q_E, choice
+
+
+@functools.cache
+def jitted_step(name, k):
+  return jax.jit(functools.partial(step, RULES[name], k=k))
+
+
+def skewed_scores(tokens, experts, seed=0, skew=1.0, dtype=jnp.float32):
+  """Softmax of Gaussian logits, some experts in greater demand."""
+  of_token, of_expert = jax.random.split(jax.random.key(seed))
+  logits = jax.random.normal(of_token, (tokens, experts))
+  logits += skew * jax.random.normal(of_expert, (experts,))
+  return jax.nn.softmax(logits).astype(dtype)
