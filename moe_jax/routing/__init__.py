@@ -16,7 +16,10 @@ from moe_jax.routing.balancer import zero_observation
 from moe_jax.routing.bias import loss_free
 from moe_jax.routing.dual import bip
 from moe_jax.routing.dual import dual_iterations
+from moe_jax.routing.oracle import lp_optimum
+from moe_jax.routing.oracle import optimality
 from moe_jax.routing.order_statistic import kth_largest
+from moe_jax.routing.rounding import round_to_capacity
 from moe_jax.routing.violation import max_violation
 from moe_jax.routing.violation import min_violation
 
@@ -31,8 +34,11 @@ __all__ = [
   'kth_largest',
   'loss_controlled',
   'loss_free',
+  'lp_optimum',
   'max_violation',
   'min_violation',
+  'optimality',
+  'round_to_capacity',
   'unbalanced',
   'zero_observation',
 ]
