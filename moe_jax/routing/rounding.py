@@ -23,7 +23,7 @@ def round_to_capacity(
 
   Args:
     scores_TxE: router scores [tokens, experts]; compared in float32. -inf is
-      the last resort of a move.
+      the last resort of a move, but no chain of moves is sought to avoid it.
     q_E: price of each expert, float32 [experts], of any rule. It receives no
       gradient.
     k: experts per token, 1 <= k <= experts.
@@ -39,8 +39,7 @@ def round_to_capacity(
     ValueError: where not all tokens would fit, or `k` is out of range.
 
   References:
-    The constraints of Sun, arXiv 2502.15451, problem (BIP), met exactly. A
-    move of least margin is a step of the transportation simplex.
+    The constraints of Sun, arXiv 2502.15451, problem (BIP), met exactly.
   """
   tokens, experts = scores_TxE.shape
   base.check_k(k, experts)
@@ -58,11 +57,12 @@ def round_to_capacity(
   adjusted_TxE = jnp.clip(base.adjusted_scores(scores_TxE, q_E), -limit, limit)
   chosen_TxE = jnp.any(choice.experts[..., None] == jnp.arange(experts), axis=1)
 
-  # Each round makes a move. An expert f above capacity has more tokens than an
-  # expert e with room, so one of them is not at e yet; and where any f is, some
-  # e is. (No token is ever short of experts, so none can get stuck.) More than
-  # that: a round fills an e, relieves an f, or moves all tokens that can move,
-  # of which k in a row leave none. That makes at most (k + 1) E rounds.
+  # This ends. An expert f above capacity has more tokens than an expert e with
+  # room, and while there is an f there is an e, so some token of f can go to e:
+  # each round makes a move. No token is ever short of experts, so none can get
+  # stuck. A round fills an e, relieves an f, or moves every token that can
+  # move; k of the last kind in a row leave none. So (k + 1) E rounds suffice;
+  # two to five are usual.
   def unfinished(carry):
     _, load_E = carry
     return jnp.any(load_E > capacity)
