@@ -119,16 +119,18 @@ def test_all_tokens_want_the_same_experts(tokens, k):
       assert routing.max_violation(choice.load) == 0
 
 
-def test_masked_tokens_take_no_capacity():
+@pytest.mark.parametrize('seed', range(4))
+def test_masked_tokens_take_no_capacity(seed):
   """As if they were not there, at the capacity of all."""
-  scores = jax.random.uniform(jax.random.key(0), (64, 8)) + jnp.arange(8) / 8
-  mask = jnp.arange(64) % 3 != 1
-  choice = _compiled(2, 16)(scores, jnp.zeros(8), mask_T=mask)
-  alone = _compiled(2, 16)(scores[mask], jnp.zeros(8))
+  scores = jax.random.uniform(jax.random.key(seed), (64, 8))
+  q = jnp.sin(jnp.arange(8.0)) / 4  # Moves the masked rows, all 0, as well.
+  mask = jnp.arange(64) % 4 != 1
+  choice = _compiled(3, 24)(scores, q, mask_T=mask)
+  alone = _compiled(3, 24)(scores[mask], q)
   for masked, left in zip(choice[:2], alone[:2], strict=True):
     np.testing.assert_array_equal(masked[mask], left)
   np.testing.assert_array_equal(choice.load, alone.load)
-  assert choice.load.max() == 16  # The capacity does bind.
+  assert choice.load.max() == 24  # The capacity does bind.
 
 
 # By hand
