@@ -18,8 +18,11 @@ from moe_jax.routing.dual import bip
 from moe_jax.routing.dual import dual_iterations
 from moe_jax.routing.dual import midpoint
 from moe_jax.routing.entropic import sinkhorn
+from moe_jax.routing.oracle import lp_optimum
+from moe_jax.routing.oracle import optimality
 from moe_jax.routing.order_statistic import kth_largest
 from moe_jax.routing.quantiles import quantile
+from moe_jax.routing.rounding import round_to_capacity
 from moe_jax.routing.streaming import StreamRule
 from moe_jax.routing.streaming import StreamState
 from moe_jax.routing.streaming import assign_stream
@@ -44,14 +47,17 @@ __all__ = [
   'kth_largest',
   'loss_controlled',
   'loss_free',
+  'lp_optimum',
   'max_violation',
   'midpoint',
   'min_violation',
-  'quantile',
-  'sinkhorn',
   'online_exact',
   'online_histogram',
+  'optimality',
+  'quantile',
   'regret',
+  'round_to_capacity',
+  'sinkhorn',
   'unbalanced',
   'within_capacity',
   'zero_observation',

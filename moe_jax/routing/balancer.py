@@ -84,15 +84,21 @@ def choose(
   scores_TxE = scores_TxE.astype(jnp.float32)
   if mask_T is not None:
     scores_TxE = jnp.where(mask_T[:, None], scores_TxE, 0.0)
-  adjusted = rankable(scores_TxE) - lax.stop_gradient(q_E)
-  adjusted = jnp.where(adjusted == 0, 0.0, adjusted)  # -0.0 equals 0.0
-  _, experts_TxK = lax.top_k(adjusted, k)
+  _, experts_TxK = lax.top_k(adjusted_scores(scores_TxE, q_E), k)
   gates = jnp.take_along_axis(scores_TxE, experts_TxK, axis=-1)
   chosen = experts_TxK[..., None] == jnp.arange(experts)
   if mask_T is not None:
     chosen &= mask_T[:, None, None]
   load = jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
   return Choice(experts_TxK.astype(jnp.int32), gates, load)
+
+
+def adjusted_scores(scores_TxE: jax.Array, q_E: jax.Array) -> jax.Array:
+  """Returns s - q as constants whose order is that of choice."""
+  adjusted = rankable(scores_TxE) - lax.stop_gradient(q_E)
+  adjusted = jnp.where(adjusted == 0, 0.0, adjusted)  # -0.0 equals 0.0
+  # A score of -inf is last, even if its expert's price is -inf as well.
+  return jnp.where(jnp.isnan(adjusted), -jnp.inf, adjusted)
 
 
 def rankable(scores_TxE: jax.Array) -> jax.Array:

@@ -1,0 +1,206 @@
+"""How good prices are: against linear programs, on the host, in float64.
+
+The one file here that computes with NumPy and SciPy instead of jax.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.routing import balancer as base
+
+
+class Optimum(NamedTuple):
+  """The solution of an assignment program with integral capacities.
+
+  Attributes:
+    value: the greatest sum of scores.
+    q: float64 [E], optimal prices, 0 or more; often one choice of many.
+    assignment: bool [T, E]. The constraint matrix is totally unimodular, so
+      that a vertex of the relaxation is integral.
+  """
+
+  value: float
+  q: np.ndarray
+  assignment: np.ndarray
+
+
+class Optimality(NamedTuple):
+  """What the choice by s - q attains, and what is attainable.
+
+  With capacity C = ceil(T k / E), a program allows no expert more than C
+  tokens, and a token k experts at most (`lp`) or exactly (`lp_rows_equal`). The
+  dual value of any prices is at or above the optimum.
+
+  Attributes:
+    objective: sum of the scores chosen. Choice knows no capacity, so it can
+      exceed both optima.
+    max_violation: greatest load over the even load T k / E, minus 1.
+    lp_optimum: the greatest sum of scores.
+    lp_q: float64 [E], prices that prove it.
+    dual_value: the bound that the prices given prove.
+    lp_rows_equal_optimum: the same four of the second program.
+    lp_rows_equal_q: see above.
+    rows_equal_dual_value: see above.
+  """
+
+  objective: float
+  max_violation: float
+  lp_optimum: float
+  lp_q: np.ndarray
+  dual_value: float
+  lp_rows_equal_optimum: float
+  lp_rows_equal_q: np.ndarray
+  rows_equal_dual_value: float
+
+  @property
+  def duality_gap(self) -> float:
+    """How far the prices are from proving the optimum; 0 if they do."""
+    return self.dual_value - self.lp_optimum
+
+  @property
+  def relative_gap(self) -> float:
+    return _relative(self.duality_gap, self.lp_optimum)
+
+  @property
+  def rows_equal_gap(self) -> float:
+    """The gap of the program that gives every token all its k experts."""
+    return self.rows_equal_dual_value - self.lp_rows_equal_optimum
+
+  @property
+  def rows_equal_relative_gap(self) -> float:
+    return _relative(self.rows_equal_gap, self.lp_rows_equal_optimum)
+
+
+def optimality(scores, q, k: int) -> Optimality:
+  """Compares the choice by s - q with the best balanced assignment.
+
+  For analysis: it solves two linear programs of T x E variables, which takes
+  seconds for 1024 x 64.
+
+  Args:
+    scores: router scores [tokens, experts], finite; taken as float32.
+    q: price of each expert, finite [experts]. Choice takes it as float32, the
+      dual value as float64.
+    k: experts per token.
+
+  Returns:
+    See `Optimality`.
+
+  Raises:
+    ValueError: for scores or prices of other shapes or not finite, or k out of
+      range.
+
+  References:
+    Sun, arXiv 2502.15451, problems (BIP) and (D-LP).
+  """
+  scores_TxE = _check_scores(scores, k)
+  tokens, experts = scores_TxE.shape
+  q_E = np.asarray(q, np.float64)
+  if q_E.shape != (experts,) or not np.all(np.isfinite(q_E)):
+    raise ValueError(f'q={q}: must be {experts} finite prices')
+  choice = base.choose(scores_TxE, np.float32(q_E), k=k)
+  best = lp_optimum(scores_TxE, k)
+  rows_equal = lp_optimum(scores_TxE, k, rows_equal=True)
+  return Optimality(
+    objective=float(np.asarray(choice.gates, np.float64).sum()),
+    max_violation=float(np.max(choice.load)) * experts / (tokens * k) - 1,
+    lp_optimum=best.value,
+    lp_q=best.q,
+    dual_value=_dual_value(scores_TxE, q_E, k, rows_equal=False),
+    lp_rows_equal_optimum=rows_equal.value,
+    lp_rows_equal_q=rows_equal.q,
+    rows_equal_dual_value=_dual_value(scores_TxE, q_E, k, rows_equal=True),
+  )
+
+
+def lp_optimum(scores, k: int, *, rows_equal: bool = False) -> Optimum:
+  """Solves for the assignment of the greatest sum of scores.
+
+  Args:
+    scores: router scores [tokens, experts], finite; taken as float32.
+    k: experts per token. An expert takes ceil(tokens * k / experts) at most.
+    rows_equal: whether each token gets exactly k experts, or at most k. The
+      optima differ where scores are so skewed that k experts of a token cost
+      others more than it gains.
+
+  Returns:
+    Its value, prices that prove it, and the assignment.
+
+  Raises:
+    ValueError: for scores that are no matrix of finite numbers, or k out of
+      range.
+  """
+  # Only where it is used: it takes a good part of a second to import.
+  from scipy import optimize
+  from scipy import sparse
+
+  scores_TxE = _check_scores(scores, k)
+  tokens, experts = scores_TxE.shape
+  # Variables are in the order of the rows of x_TxE.
+  rows = sparse.kron(sparse.eye(tokens), np.ones((1, experts)), format='csr')
+  columns = sparse.kron(np.ones((1, tokens)), sparse.eye(experts), format='csr')
+  k_T = np.full(tokens, k)
+  capacity_E = np.full(experts, _capacity(scores_TxE, k))
+  if rows_equal:
+    constraints = {
+      'A_ub': columns,
+      'b_ub': capacity_E,
+      'A_eq': rows,
+      'b_eq': k_T,
+    }
+  else:
+    constraints = {
+      'A_ub': sparse.vstack([columns, rows]),
+      'b_ub': np.concatenate([capacity_E, k_T]),
+    }
+  result = optimize.linprog(
+    -scores_TxE.ravel(), bounds=(0, 1), method='highs', **constraints
+  )
+  if not result.success:
+    raise RuntimeError(f'HiGHS: {result.message}')
+  return Optimum(
+    value=-float(result.fun),
+    q=-result.ineqlin.marginals[:experts],
+    assignment=result.x.reshape(tokens, experts) > 0.5,
+  )
+
+
+def _relative(gap: float, optimum: float) -> float:
+  return gap / max(abs(optimum), float(np.finfo(np.float64).tiny))
+
+
+def _check_scores(scores, k: int) -> np.ndarray:
+  """Returns the numbers that a router has, in float64."""
+  scores_TxE = np.asarray(scores).astype(np.float32).astype(np.float64)
+  if scores_TxE.ndim != 2:
+    raise ValueError(
+      f'scores of shape {scores_TxE.shape}: must be [tokens, experts]'
+    )
+  base.check_k(k, scores_TxE.shape[1])
+  bad = np.argwhere(~np.isfinite(scores_TxE))
+  if len(bad):
+    token, expert = bad[0]
+    raise ValueError(
+      f'scores[{token}, {expert}]={scores_TxE[token, expert]}: must be finite'
+    )
+  return scores_TxE
+
+
+def _capacity(scores_TxE: np.ndarray, k: int) -> int:
+  tokens, experts = scores_TxE.shape
+  return -(-tokens * k // experts)
+
+
+def _dual_value(scores_TxE, q_E, k, *, rows_equal) -> float:
+  """Returns C sum_j q_j + sum_i (the k largest of s_i - q), for q >= 0.
+
+  Where a token may have fewer experts, only what is positive of the k counts.
+  """
+  # A shift changes no choice. One that makes prices less than 0 valid is due.
+  # With equal rows, C E >= T k makes the bound the better the lower all are.
+  q_E = q_E - (q_E.min() if rows_equal else min(q_E.min(), 0.0))
+  best_TxK = np.sort(scores_TxE - q_E, axis=1)[:, -k:]
+  if not rows_equal:
+    best_TxK = np.maximum(best_TxK, 0.0)
+  return float(_capacity(scores_TxE, k) * q_E.sum() + best_TxK.sum())
