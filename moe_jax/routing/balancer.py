@@ -104,12 +104,21 @@ def adjusted_scores(scores_TxE: jax.Array, q_E: jax.Array) -> jax.Array:
 def rankable(scores_TxE: jax.Array) -> jax.Array:
   """Returns scores as constants to compare, NaN as -inf: last.
 
-  The select has a second use: without it, XLA joins the product that a softmax
-  ends with and the subtraction of q in one rounding, in some programs and not
-  in others, and so parts experts that q makes exactly equal, as `bip` does.
+  The select has a second use, see `rounded`: the product that a softmax ends
+  with, joined with the subtraction of q, parts experts that `bip` makes equal.
   """
   scores_TxE = lax.stop_gradient(scores_TxE.astype(jnp.float32))
   return jnp.where(jnp.isnan(scores_TxE), -jnp.inf, scores_TxE)
+
+
+def rounded(x: jax.Array) -> jax.Array:
+  """Returns x, a product, so that it is rounded before it is added to.
+
+  XLA joins a product and a sum in one rounding in some programs and not in
+  others, and nothing else that was tried stops it: neither `reduce_precision`
+  nor an optimization barrier. With it, q has the same bits in all programs.
+  """
+  return jnp.where(jnp.isnan(x), jnp.nan, x)
 
 
 def check_k(k: int, experts: int) -> None:
@@ -178,7 +187,8 @@ def centred(q_E: jax.Array, *, unless: jax.Array) -> jax.Array:
   A constant added to all of q changes no choice, so unclipped rules drift
   along it. A step without tokens must leave every bit.
   """
-  return jnp.where(jnp.all(q_E == unless), q_E, q_E - jnp.mean(q_E))
+  centred_E = q_E - rounded(jnp.mean(q_E))
+  return jnp.where(jnp.all(q_E == unless), q_E, centred_E)
 
 
 # The pieces of a rule that has nothing to do at that point.

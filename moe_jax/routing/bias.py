@@ -43,10 +43,13 @@ def loss_free(
     if rule == 'sign':
       # Against the mean in integers, floor and ceiling: exact for any load.
       over_E = (load_E > total // experts) - 1 * (load_E < -(-total // experts))
+      move_E = rate * over_E
     else:
+      # Not divided by the mean expert by expert: XLA may do that as a product
+      # with its inverse, in some programs and not in others.
       mean = jnp.maximum(total, 1) / experts
-      over_E = jnp.where(total > 0, (load_E - mean) / mean, 0.0)
-    q_E = state.q + rate * over_E
+      move_E = jnp.where(total > 0, (load_E - mean) * (rate / mean), 0.0)
+    q_E = state.q + base.rounded(move_E)
     return base.State(base.centred(q_E, unless=state.q) if centre else q_E)
 
   return base.Balancer(

@@ -59,6 +59,10 @@ def dual_iterations(
     return q_E
   scores_TxE = base.rankable(scores_TxE)
   q_E = lax.stop_gradient(q_E)
+  if axis_name is None:
+    # Changes nothing, but in `jax.shard_map` the loop below must start from a
+    # q that varies over shards if, as in the scope 'shard', it will.
+    q_E = jnp.where(scores_TxE[0] > 0, q_E, q_E)
   capacity = base.count_tokens(scores_TxE, mask_T, axis_name) * k // experts
   where = None if mask_T is None else mask_T[:, None]
 

@@ -89,7 +89,7 @@ def quantile(
 
 
 def _moved(state: base.State, q_E: jax.Array, ema: float) -> base.State:
-  mixed_E = ema * state.q + (1 - ema) * q_E
+  mixed_E = base.rounded(ema * state.q) + base.rounded((1 - ema) * q_E)
   mixed_E = jnp.where(q_E == state.q, q_E, mixed_E)
   return base.State(base.centred(mixed_E, unless=state.q))
 
@@ -193,4 +193,5 @@ def price_of_histogram(
   rank_E = capacity + 0.5 - (through_E - inside_E)
   depth_E = bin_E + rank_E / jnp.maximum(inside_E, 1)
   top, span = _range(q_E)
-  return jnp.where(capacity > 0, top - depth_E * (span / bins), q_E)
+  price_E = top - base.rounded(depth_E * (span / bins))
+  return jnp.where(capacity > 0, price_E, q_E)
