@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from moe_jax.routing import balancer as base
 from moe_jax.routing.order_statistic import kth_and_next_largest
+from moe_jax.routing.order_statistic import kth_and_next_of_row
 from moe_jax.routing.order_statistic import kth_largest
-from moe_jax.routing.order_statistic import largest
 
 _CUTOFFS = ('next', 'midpoint')
 
@@ -66,7 +66,7 @@ def dual_iterations(
     return jnp.maximum(cut, 0.0) if clip else cut
 
   def iterate(_, q_E):
-    p_T = between(*largest(scores_TxE - q_E, k + 1)[-2:])
+    p_T = between(*kth_and_next_of_row(scores_TxE, k, minus_E=q_E))
     adjusted = scores_TxE - p_T[:, None]
     over = {'axis': 0, 'where': where, 'axis_name': axis_name}
     if cutoff == 'next':  # The one before is not needed.

@@ -3,22 +3,30 @@
 Shape letters: T tokens, E experts, K largest.
 """
 
+import functools
+
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-# XLA's CPU code for a long reduction passes through memory 32 elements at a
-# time; short axes first become vector code. Counting 32 times in 33.5 M
-# numbers takes 0.14 s of processor time this way and 0.6 s without.
+# XLA's CPU code passes a long reduction through memory, 32 elements at a time.
+# Eight slices reduced element by element first are vector code: 0.14 s instead
+# of 0.6 s of processor time for the counts in a [131072, 256].
 _SLICES = 8
-_TOKENS_IN_CACHE = 1024
+_BLOCK = 1 << 18  # Elements: 1 MB, a core's cache.
+
+
+def _slices(x: jax.Array, axis: int, split: bool) -> list[jax.Array]:
+  """Splits `axis` in even parts; just one where that cannot be."""
+  even = split and x.shape[axis] % _SLICES == 0
+  return jnp.split(x, _SLICES if even else 1, axis)
 
 
 def _is_local(axis_name) -> bool:
-  """Tells whether arrays lie on one device, so that any reshape is free.
+  """Tells whether arrays lie on one device, so that splitting them is free.
 
   That is known inside of `jax.shard_map` and where there is just one device.
-  Elsewhere a reshape of a sharded axis may cost an all-gather.
+  Elsewhere splitting a sharded axis may cost an all-gather.
   """
   return axis_name is not None or jax.device_count() == 1
 
@@ -35,21 +43,28 @@ def _sortable(x: jax.Array) -> jax.Array:
 
 
 def _from_sortable(key: jax.Array) -> jax.Array:
+  """Inverts `_sortable`; 0, which stands for nothing, becomes -inf."""
   positive = key >> 31 == 1
   bits = jnp.where(positive, key & jnp.uint32((1 << 31) - 1), ~key)
-  return lax.bitcast_convert_type(bits, jnp.float32)
+  value = lax.bitcast_convert_type(bits, jnp.float32)
+  return jnp.where(key == 0, -jnp.inf, value)
+
+
+def _keys(x: jax.Array, where: jax.Array | None) -> jax.Array:
+  keys = _sortable(x.astype(jnp.float32))
+  return keys if where is None else jnp.where(where, keys, jnp.uint32(0))
 
 
 def _count_at_least(threshold, keys, axis, axis_name) -> jax.Array:
-  """Counts on this shard, per slice along `axis`."""
-  n = keys.shape[axis]
+  """Counts on this shard, for each slice along `axis`."""
   threshold = jnp.expand_dims(threshold, axis)
-  if not _is_local(axis_name) or n % _SLICES:
-    return jnp.sum(keys >= threshold, axis, dtype=jnp.int32)
-  split = (*keys.shape[:axis], _SLICES, n // _SLICES, *keys.shape[axis + 1 :])
-  at_least = keys.reshape(split) >= jnp.expand_dims(threshold, axis)
-  few = jnp.sum(at_least, axis, dtype=jnp.uint16)
+  parts = _slices(keys, axis, _is_local(axis_name))
+  few = sum((part >= threshold).astype(jnp.uint16) for part in parts)
   return jnp.sum(few, axis, dtype=jnp.int32)
+
+
+def _total(count: jax.Array, axis_name) -> jax.Array:
+  return count if axis_name is None else lax.psum(count, axis_name)
 
 
 def _kth_largest_16_bits(keys, k, axis, axis_name, bits) -> jax.Array:
@@ -58,14 +73,11 @@ def _kth_largest_16_bits(keys, k, axis, axis_name, bits) -> jax.Array:
 
   def narrow(step, low):
     shift = (16 - bits * (step + 1)).astype(jnp.uint16)
-    count = jnp.stack(
-      [
-        _count_at_least(low + (digit << shift), keys, axis, axis_name)
-        for digit in digits
-      ]
-    )
-    if axis_name is not None:
-      count = lax.psum(count, axis_name)
+    counts = [
+      _count_at_least(low + (digit << shift), keys, axis, axis_name)
+      for digit in digits
+    ]
+    count = _total(jnp.stack(counts), axis_name)
     # Counts fall as the digit rises, so this is the greatest that has k.
     return low + (jnp.sum(count >= k, 0, dtype=jnp.uint16) << shift)
 
@@ -74,6 +86,18 @@ def _kth_largest_16_bits(keys, k, axis, axis_name, bits) -> jax.Array:
   shape = keys.shape[:axis] + keys.shape[axis + 1 :]
   low = narrow(jnp.int32(0), jnp.zeros(shape, jnp.uint16))
   return lax.fori_loop(1, 16 // bits, narrow, low)
+
+
+def _select(keys, k, axis, axis_name, bits) -> jax.Array:
+  """Selects from uint32; 0 where there are fewer than k."""
+  # Half the bits are half the memory to read, and twice the lanes.
+  upper = (keys >> 16).astype(jnp.uint16)
+  high = _kth_largest_16_bits(upper, k, axis, axis_name, bits)
+  among = jnp.expand_dims(high, axis)
+  lower = jnp.where(upper > among, jnp.uint16(0xFFFF), jnp.uint16(0))
+  lower = jnp.where(upper == among, keys.astype(jnp.uint16), lower)
+  low = _kth_largest_16_bits(lower, k, axis, axis_name, bits)
+  return high.astype(jnp.uint32) << 16 | low
 
 
 def kth_largest(
@@ -91,7 +115,7 @@ def kth_largest(
   elements at or above a threshold. A count is an integer, so the result has
   the same bits however `axis` is sharded. With b = `bits_per_pass`, a call
   costs 32 / b all-reduces of 2^b - 1 int32 counts for each value of the result
-  (b = 1: 32 of one; 2: 16 of 3; 4: 8 of 15; 8: 4 of 255), and as many
+  (b = 1: 32 of one; 2: 16 of 3; 4: 8 of 15), and as many
   comparisons of each element: b > 1 pays where latency is what costs.
 
   Args:
@@ -100,31 +124,17 @@ def kth_largest(
     axis: the axis to select along.
     where: False leaves an element out; broadcasts against `x`.
     axis_name: mesh axes over which `axis` is split, inside `jax.shard_map`.
-    bits_per_pass: 1, 2, 4 or 8.
+    bits_per_pass: 1, 2 or 4.
 
   Returns:
     float32, the shape of `x` without `axis`. -inf where fewer than k elements
     take part.
   """
-  if bits_per_pass not in (1, 2, 4, 8):
-    raise ValueError(f'bits_per_pass={bits_per_pass}: must be 1, 2, 4 or 8')
+  if bits_per_pass not in (1, 2, 4):
+    raise ValueError(f'bits_per_pass={bits_per_pass}: must be 1, 2 or 4')
   axis %= x.ndim
-  keys = _sortable(x.astype(jnp.float32))
-  if where is not None:
-    keys = jnp.where(where, keys, jnp.uint32(0))
-
-  # Half the bits are half the memory to read, and twice the lanes.
-  def search(keys):
-    return _kth_largest_16_bits(keys, k, axis, axis_name, bits_per_pass)
-
-  upper = (keys >> 16).astype(jnp.uint16)
-  high = search(upper)
-  among = jnp.expand_dims(high, axis)
-  lower = jnp.where(upper > among, jnp.uint16(0xFFFF), jnp.uint16(0))
-  lower = jnp.where(upper == among, keys.astype(jnp.uint16), lower)
-  low = search(lower)
-  key = high.astype(jnp.uint32) << 16 | low
-  return jnp.where(key == 0, -jnp.inf, _from_sortable(key))
+  keys = _keys(x, where)
+  return _from_sortable(_select(keys, k, axis, axis_name, bits_per_pass))
 
 
 def kth_and_next_largest(
@@ -142,60 +152,101 @@ def kth_and_next_largest(
   each value of a result.
   """
   axis %= x.ndim
-  kth = kth_largest(
-    x,
-    k,
-    axis=axis,
-    where=where,
-    axis_name=axis_name,
-    bits_per_pass=bits_per_pass,
+  keys = _keys(x, where)
+  key = _select(keys, k, axis, axis_name, bits_per_pass)
+  count = _total(_count_at_least(key, keys, axis, axis_name), axis_name)
+  parts = _slices(keys, axis, _is_local(axis_name))
+  at = jnp.expand_dims(key, axis)
+  below = functools.reduce(
+    jnp.maximum, [jnp.where(part < at, part, jnp.uint32(0)) for part in parts]
   )
-  keys = _sortable(x.astype(jnp.float32))
-  if where is not None:
-    keys = jnp.where(where, keys, jnp.uint32(0))
-  key = _sortable(kth)
-  below = jnp.where(keys < jnp.expand_dims(key, axis), keys, jnp.uint32(0))
   below = jnp.max(below, axis)
-  count = _count_at_least(key, keys, axis, axis_name)
   if axis_name is not None:
-    count = lax.psum(count, axis_name)
     below = lax.pmax(below, axis_name)
-  below = jnp.where(below == 0, -jnp.inf, _from_sortable(below))
-  return kth, jnp.where(count > k, kth, below)
+  following = jnp.where(count > k, key, below)
+  return _from_sortable(key), _from_sortable(following)
 
 
-def largest(x_TxE: jax.Array, k: int) -> jax.Array:
-  """Selects each token's k largest values, in order, for a small k.
+def _largest(x_ExT: jax.Array, k: int) -> jax.Array:
+  """Inserts one expert after the other into each token's sorted k largest."""
+  # Row 0, above all, is there so that every row has one before it.
+  row = jnp.full_like(x_ExT[0], jnp.inf)
+  top = jnp.stack([row] + [-row] * k)
 
-  One expert after the other is inserted into a sorted list of k, with tokens
-  as vector lanes: 2 k operations an element, no communication however tokens
-  are sharded.
+  def insert(expert, top):
+    new = jnp.maximum(top[1:], jnp.minimum(top[:-1], x_ExT[expert]))
+    return top.at[1:].set(new)
+
+  return lax.fori_loop(0, len(x_ExT), insert, top)[1:]
+
+
+def _by_blocks(select, x_TxE: jax.Array) -> jax.Array:
+  """Applies `select`, [E, T] -> [K, T], to blocks of tokens; gives [T, K].
+
+  Blocks stay in the cache. Work is on tokens as vector lanes, with no
+  communication however these are sharded.
+  """
+  tokens, experts = x_TxE.shape
+  block = max(1, _BLOCK // experts)
+  one_cpu = jax.default_backend() == 'cpu' and jax.device_count() == 1
+  if not one_cpu or tokens % block:
+    return select(x_TxE.T).T
+  blocks = x_TxE.reshape(-1, block, experts)
+  return lax.map(lambda x: select(x.T).T, blocks).reshape(tokens, -1)
+
+
+def kth_and_next_of_row(
+  x_TxE: jax.Array, k: int, *, minus_E: jax.Array | float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+  """Selects each token's k-th and (k+1)-th largest, in 2 k + 2 operations.
 
   Args:
     x_TxE: values, any float dtype; compared in float32. NaN counts as -inf.
-    k: 1 <= k <= experts.
+    k: 1 <= k < experts; small.
+    minus_E: what to subtract first. It is an argument so that the difference
+      need not be stored.
 
   Returns:
-    float32 [k, T], largest first.
+    float32 [T] each.
   """
 
-  def of_block(x_TxE):
-    x_TxE = x_TxE.astype(jnp.float32)
-    x_TxE = jnp.where(jnp.isnan(x_TxE), -jnp.inf, x_TxE)
-    x_ExT = jnp.where(x_TxE == 0, 0.0, x_TxE).T  # -0.0 equals 0.0
-    # Row 0, above all, is there so that every row has one before it.
-    row = jnp.full_like(x_ExT[0], jnp.inf)
-    top = jnp.stack([row] + [-row] * k)
+  def select(x_ExT):
+    x_ExT = x_ExT.astype(jnp.float32)
+    x_ExT -= jnp.broadcast_to(minus_E, x_ExT.shape[:1])[:, None]
+    x_ExT = jnp.where(jnp.isnan(x_ExT), -jnp.inf, x_ExT)
+    x_ExT = jnp.where(x_ExT == 0, 0.0, x_ExT)  # -0.0 equals 0.0
+    return _largest(x_ExT, k + 1)[-2:]
 
-    def insert(expert, top):
-      new = jnp.maximum(top[1:], jnp.minimum(top[:-1], x_ExT[expert]))
-      return top.at[1:].set(new)
+  return tuple(_by_blocks(select, x_TxE).T)
 
-    return lax.fori_loop(0, len(x_ExT), insert, top)[1:]
 
-  tokens, experts = x_TxE.shape
-  block = _TOKENS_IN_CACHE
-  if jax.device_count() > 1 or tokens % block:
-    return of_block(x_TxE)
-  top_BxKxT = lax.map(of_block, x_TxE.reshape(-1, block, experts))
-  return jnp.moveaxis(top_BxKxT, 0, 1).reshape(k, tokens)
+def top_k(x_TxE: jax.Array, k: int) -> jax.Array:
+  """Returns the indices `lax.top_k` does, for few k; faster on CPU.
+
+  Args:
+    x_TxE: float32 without NaN and -0.0.
+    k: 1 <= k <= experts; small.
+
+  Returns:
+    int32 [T, k], the largest first, the lower index first among equals.
+  """
+
+  def select(x_ExT):
+    experts = len(x_ExT)
+    index_E = jnp.arange(experts, dtype=jnp.int32)[:, None]
+    top_KxT = _largest(x_ExT, k)
+    found = [jnp.full_like(top_KxT[0], -1, jnp.int32)]
+    for i in range(k):
+      # Equal values take turns.
+      again = top_KxT[i] == top_KxT[i - 1] if i else False
+      after = jnp.where(again, found[-1], -1)
+      fits = (x_ExT == top_KxT[i]) & (index_E > after)
+      parts = _slices(jnp.where(fits, index_E, experts), 0, True)
+      found.append(jnp.min(functools.reduce(jnp.minimum, parts), 0))
+    return jnp.stack(found[1:])
+
+  return lax.platform_dependent(
+    x_TxE,
+    cpu=lambda x_TxE: _by_blocks(select, x_TxE),
+    default=lambda x_TxE: lax.top_k(x_TxE, k)[1].astype(jnp.int32),
+  )
