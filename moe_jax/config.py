@@ -90,6 +90,8 @@ class Config:
     checkpoint_every: steps between checkpoints; the end has one, too.
     checkpoints_kept: the newest that many are kept.
     balancer: its name and the arguments of its function.
+    change_balancer: whether a run found in the work directory may go on under
+      another method or balancer; q is kept, other router state starts anew.
     model: sizes of the language model.
     mesh: the devices.
     data: the text.
@@ -113,6 +115,7 @@ class Config:
   balancer: Mapping[str, Any] = dataclasses.field(
     default_factory=lambda: balancer_options('bip')
   )
+  change_balancer: bool = False
   model: DecoderConfig = DecoderConfig()
   mesh: MeshConfig = MeshConfig()
   data: DataConfig = DataConfig()

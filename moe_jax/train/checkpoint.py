@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+from typing import Any
 
 from etils import epath
 import jax
@@ -48,6 +49,11 @@ class Checkpoints:
   def latest_step(self) -> int | None:
     """Returns the step of the newest checkpoint, None where there is none."""
     return self._manager.latest_step()
+
+  def saved_config(self, step: int) -> dict[str, Any]:
+    """Returns the config that a checkpoint was saved with."""
+    meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    return self._manager.restore(step, args=meta)['meta']['config']
 
   def save(self, step: int, state: TrainState) -> None:
     """Starts writing; waits for the checkpoint before, if need be.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -26,6 +27,7 @@ from moe_jax.train import evaluate as evaluation
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.optimizer import make_optimizer
 from moe_jax.train.state import TrainState
+from moe_jax.train.state import carry_prices
 from moe_jax.train.state import make_training
 from moe_jax.train.state import parameter_counts
 from moe_jax.train.step import Batch
@@ -87,7 +89,7 @@ class Run:
         print(f'{self.workdir}: already at step {step}', file=sys.stderr)
         return
       if step:
-        state, sequence = checkpoints.restore(step, self.training.abstract)
+        state, sequence = self._restore(checkpoints, step)
       else:
         state, sequence = self.training.init(), 0
         self._write_facts(state)
@@ -115,6 +117,27 @@ class Run:
           telemetry.flush()
           checkpoints.save(step, state)
           telemetry.restart_clock()
+
+  def _restore(
+    self, checkpoints: Checkpoints, step: int
+  ) -> tuple[TrainState, int]:
+    """Reads a checkpoint, also one of another balancer where that may change.
+
+    The config that it was saved with says which state its routers have.
+    """
+    saved = checkpoints.saved_config(step)['balancer']
+    if saved == self.config.balancer:
+      return checkpoints.restore(step, self.training.abstract)
+    before = dataclasses.replace(
+      self.config, method=saved['name'], balancer=saved
+    )
+    training = make_training(before, make_optimizer(before), self.mesh)
+    state, sequence = checkpoints.restore(step, training.abstract)
+    router = carry_prices(state.router, self.training.init_router())
+    facts = _read_json(self.workdir / 'run.json')
+    facts.setdefault('balancer_changes', {})[str(step)] = {'from': saved}
+    _write_json(self.workdir / 'run.json', facts)
+    return state._replace(router=router), sequence
 
   def training_batches(self, sequence: int) -> Iterator[Batch]:
     """Yields the batches from a global sequence index on, on the devices."""
@@ -234,12 +257,24 @@ def _check_same(config: Config, workdir: pathlib.Path) -> None:
     if before.get(name) != now.get(name)
     and name.split('.')[0] not in MAY_CHANGE
     and name not in ('data.cache_dir', 'data.tfds_dir')
+    and not (config.change_balancer and _is_of_balancer(name))
   ]
   if differences:
     raise ValueError(
       f'--workdir={workdir}: holds a run of another config: '
       f'{", ".join(differences)}; choose another work directory'
+      + _change_hint(differences)
     )
+
+
+def _is_of_balancer(name: str) -> bool:
+  return name.split('.')[0] in ('method', 'balancer', 'change_balancer')
+
+
+def _change_hint(differences: list[str]) -> str:
+  if not all(_is_of_balancer(name.split('=')[0]) for name in differences):
+    return ''
+  return ', or go on under the other balancer by --config.change_balancer=true'
 
 
 def _check_same_text(fingerprint: str, workdir: pathlib.Path) -> None:

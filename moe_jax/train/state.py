@@ -44,6 +44,7 @@ class Training(NamedTuple):
     dropless_graphdef: the same without a capacity, for evaluation.
     optimizer: the gradient transformation.
     init: `() -> TrainState`, sharded; call it once, compiled.
+    init_router: `() -> TrainState.router` alone.
     abstract: the shapes, dtypes and shardings of that state.
   """
 
@@ -51,6 +52,7 @@ class Training(NamedTuple):
   dropless_graphdef: nnx.GraphDef
   optimizer: optax.GradientTransformation
   init: Callable[[], TrainState]
+  init_router: Callable[[], Any]
   abstract: TrainState
 
 
@@ -138,8 +140,39 @@ def make_training(
     abstract,
     shardings,
   )
-  init = jax.jit(init, out_shardings=shardings)
-  return Training(graphdef, dropless_graphdef, optimizer, init, abstract)
+  return Training(
+    graphdef,
+    dropless_graphdef,
+    optimizer,
+    init=jax.jit(init, out_shardings=shardings),
+    init_router=jax.jit(lambda: init().router, out_shardings=shardings.router),
+    abstract=abstract,
+  )
+
+
+def carry_prices(before: Any, router: Any) -> Any:
+  """Starts routers from the prices that they had under another rule.
+
+  Args:
+    before: router state that was trained.
+    router: initial state of the same routers under the new rule.
+
+  Returns:
+    `router` with its prices, q and any other array of the state of q's shape,
+    such as the pending ones, set to the q before.
+  """
+  q_of = {
+    jax.tree_util.keystr(path[:-1]): leaf
+    for path, leaf in jax.tree.leaves_with_path(before)
+    if jax.tree_util.keystr(path[-1:]) == '.q'
+  }
+
+  def carry(path, leaf):
+    q = q_of.get(jax.tree_util.keystr(path[:-1]), leaf)
+    same = (q.shape, q.dtype) == (leaf.shape, leaf.dtype)
+    return jnp.copy(q) if same else leaf  # No array may be donated twice.
+
+  return jax.tree.map_with_path(carry, router)
 
 
 def parameter_counts(config: Config, params: Any) -> tuple[int, int]:

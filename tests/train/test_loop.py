@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax import config as config_lib
 from moe_jax.train import checkpoint as checkpoint_lib
 from moe_jax.train import evaluate as evaluation
 from moe_jax.train import loop
@@ -108,6 +109,79 @@ def test_another_config_is_refused_and_named(finished):
   config = dataclasses.replace(finished.config, steps=7)
   with pytest.raises(ValueError, match=r'steps=7 \(was 6\)'):
     loop.Run(config, finished.workdir)
+
+
+def test_another_balancer_is_refused_unless_that_is_said(
+  finished, tmp_path, monkeypatch
+):
+  """From step 3 on under another rule, which starts from q as it is."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished.workdir, workdir)
+  shutil.rmtree(workdir / 'checkpoints' / '6')
+  config = dataclasses.replace(
+    finished.config,
+    method='midpoint_lag',
+    balancer=config_lib.balancer_options('midpoint', lag=True),
+  )
+  with pytest.raises(ValueError, match='--config.change_balancer=true'):
+    loop.Run(config, workdir)
+  config = dataclasses.replace(config, change_balancer=True)
+  with checkpoint_lib.Checkpoints(
+    workdir / 'checkpoints', finished.config
+  ) as checkpoints:
+    before, _ = checkpoints.restore(3, finished.training.abstract)
+  seen = []
+  restore = loop.Run._restore
+
+  def spy(self, *args):
+    seen.append(restore(self, *args)[0])
+    return restore(self, *args)
+
+  monkeypatch.setattr(loop.Run, '_restore', spy)
+  run = loop.Run(config, workdir)
+  run.train()
+  q = before.router['moe_blocks']['feed_forward']['state'].q
+  state = seen[0].router['moe_blocks']['feed_forward']['state']
+  assert np.any(q)
+  np.testing.assert_array_equal(state.q, q)
+  np.testing.assert_array_equal(state.pending, q)
+  assert [r['step'] for r in records(workdir)] == [1, 2, 3, 4, 5, 6]
+  facts = json.loads((workdir / 'run.json').read_text())
+  assert facts['balancer_changes'] == {'3': {'from': finished.config.balancer}}
+  # What was said once holds: the same command goes on, another is refused.
+  loop.Run(config, workdir).train()
+  with pytest.raises(ValueError, match='another config'):
+    loop.Run(finished.config, workdir)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_logits_that_are_not_finite_stop_the_run_by_layer(
+  text, tmp_path, monkeypatch, bad
+):
+  run = loop.Run(tiny.tiny_config(text, checkpoint_every=2), tmp_path / 'run')
+  make_train_step = loop.make_train_step
+
+  def poisoned(config, training):
+    train_step, steps = make_train_step(config, training), []
+
+    def step(state, batch):
+      steps.append(0)
+      if len(steps) == 4:
+        router = state.params['moe_blocks']['feed_forward']['router']
+        state.params['moe_blocks']['feed_forward']['router'] = router.at[
+          1, 0, 0
+        ].set(bad)
+      return train_step(state, batch)
+
+    return step
+
+  monkeypatch.setattr(loop, 'make_train_step', poisoned)
+  with pytest.raises(FloatingPointError, match='step 4: .* MoE layer 01'):
+    run.train()
+  with checkpoint_lib.Checkpoints(
+    run.workdir / 'checkpoints', run.config
+  ) as checkpoints:
+    assert checkpoints.latest_step() == 2
 
 
 def test_other_text_is_refused(finished):
