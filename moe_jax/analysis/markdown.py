@@ -38,6 +38,12 @@ _BALANCE = (
     'MaxVio, mean over the layers, at step 1.',
   ),
   _Column(
+    'last_max_violation',
+    'last fifth',
+    '.3f',
+    'MaxVio, mean over the layers, then over the last fifth of the steps.',
+  ),
+  _Column(
     'worst_average_max_violation',
     'AvgMaxVio, worst layer',
     '.3f',

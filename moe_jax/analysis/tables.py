@@ -11,6 +11,8 @@ import math
 import statistics
 from typing import Any
 
+import pandas as pd
+
 from moe_jax.analysis.run import Run
 from moe_jax.config import MAY_CHANGE
 
@@ -36,7 +38,8 @@ def summarize(run: Run) -> dict[str, Any]:
 
     Its balance: `average_max_violation` (AvgMaxVio, mean over steps),
     `sup_max_violation` (SupMaxVio, the first step included),
-    `first_max_violation`; both for each layer, as
+    `first_max_violation`, `last_max_violation` (mean over the last fifth of the
+    steps); the first two for each layer, as
     `average_max_violation/layer_00` and so on, and for the worst layer with its
     name in `worst_average_layer` and `worst_sup_layer`.
 
@@ -141,6 +144,7 @@ def _balance(run: Run) -> dict[str, Any]:
     'average_max_violation': model.mean(skipna=False),
     'sup_max_violation': model.max(skipna=False),
     'first_max_violation': model.get(1),
+    'last_max_violation': _last(model).mean(skipna=False),
     'worst_average_layer': average.fillna(math.inf).idxmax(),
     'worst_average_max_violation': average.max(skipna=False),
     'worst_sup_layer': sup.fillna(math.inf).idxmax(),
@@ -148,6 +152,11 @@ def _balance(run: Run) -> dict[str, Any]:
     **average.add_prefix('average_max_violation/'),
     **sup.add_prefix('sup_max_violation/'),
   }
+
+
+def _last(metric: pd.Series) -> pd.Series:
+  """Returns the last fifth of the steps, at least one."""
+  return metric.tail(max(1, len(metric) // 5))
 
 
 def _quality(run: Run) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def test_balance(write_run):
   assert summary['average_max_violation'] == pytest.approx(1.75 / 3)
   assert summary['sup_max_violation'] == 1.0
   assert summary['first_max_violation'] == 1.0
+  assert summary['last_max_violation'] == 0.25
   assert summary['worst_average_layer'] == 'layer_01'
   assert summary['worst_average_max_violation'] == pytest.approx(2 / 3)
   assert summary['worst_sup_layer'] == 'layer_00'
