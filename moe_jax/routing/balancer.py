@@ -11,6 +11,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from moe_jax.routing.order_statistic import top_k
+
 
 class Choice(NamedTuple):
   """The experts of each token.
@@ -86,13 +88,25 @@ def choose(
     scores_TxE = jnp.where(mask_T[:, None], scores_TxE, 0.0)
   adjusted = rankable(scores_TxE) - lax.stop_gradient(q_E)
   adjusted = jnp.where(adjusted == 0, 0.0, adjusted)  # -0.0 equals 0.0
-  _, experts_TxK = lax.top_k(adjusted, k)
+  experts_TxK = top_k(adjusted, k)
   gates = jnp.take_along_axis(scores_TxE, experts_TxK, axis=-1)
-  chosen = experts_TxK[..., None] == jnp.arange(experts)
-  if mask_T is not None:
-    chosen &= mask_T[:, None, None]
-  load = jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
-  return Choice(experts_TxK.astype(jnp.int32), gates, load)
+  valid_T = jnp.ones(len(scores_TxE), bool) if mask_T is None else mask_T
+  load = lax.platform_dependent(
+    experts_TxK,
+    valid_T,
+    # Adding one by one takes 1 ms for 131,072 tokens, 256 experts, 8 chosen;
+    # comparing takes 42 ms, but is what vector hardware does well.
+    cpu=lambda experts_TxK, valid_T: (
+      jnp.zeros(experts, jnp.int32).at[experts_TxK].add(valid_T[:, None])
+    ),
+    default=lambda experts_TxK, valid_T: jnp.sum(
+      jnp.any(experts_TxK[..., None] == jnp.arange(experts), axis=1)
+      & valid_T[:, None],
+      axis=0,
+      dtype=jnp.int32,
+    ),
+  )
+  return Choice(experts_TxK, gates, load)
 
 
 def rankable(scores_TxE: jax.Array) -> jax.Array:

@@ -5,6 +5,8 @@ from jax import lax
 import jax.numpy as jnp
 
 from moe_jax.routing import balancer as base
+from moe_jax.routing.order_statistic import kth_and_next_largest
+from moe_jax.routing.order_statistic import kth_and_next_of_row
 from moe_jax.routing.order_statistic import kth_largest
 
 _CUTOFFS = ('next', 'midpoint')
@@ -59,21 +61,17 @@ def dual_iterations(
   capacity = base.count_tokens(scores_TxE, mask_T, axis_name) * k // experts
   where = None if mask_T is None else mask_T[:, None]
 
-  def cut(x, rank, **kwargs):
-    after = kth_largest(x, rank + 1, **kwargs)
-    if cutoff == 'midpoint':
-      after = (kth_largest(x, rank, **kwargs) + after) * 0.5
-    return jnp.maximum(after, 0.0) if clip else after
+  def between(before, after):
+    cut = (before + after) * 0.5 if cutoff == 'midpoint' else after
+    return jnp.maximum(cut, 0.0) if clip else cut
 
   def iterate(_, q_E):
-    p_T = cut(scores_TxE - q_E, k, axis=1)
-    return cut(
-      scores_TxE - p_T[:, None],
-      capacity,
-      axis=0,
-      where=where,
-      axis_name=axis_name,
-    )
+    p_T = between(*kth_and_next_of_row(scores_TxE, k, minus_E=q_E))
+    adjusted = scores_TxE - p_T[:, None]
+    over = {'axis': 0, 'where': where, 'axis_name': axis_name}
+    if cutoff == 'next':  # The one before is not needed.
+      return between(None, kth_largest(adjusted, capacity + 1, **over))
+    return between(*kth_and_next_largest(adjusted, capacity, **over))
 
   solved_E = lax.fori_loop(0, iterations, iterate, q_E)
   return jnp.where(capacity > 0, solved_E, q_E)

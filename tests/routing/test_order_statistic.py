@@ -1,6 +1,7 @@
 """kth_largest is a sort's k-th largest, on any number of devices."""
 
 import functools
+import re
 
 from hypothesis import given
 from hypothesis import settings
@@ -15,6 +16,7 @@ import pytest
 
 from moe_jax import routing
 from moe_jax.parallel import mesh as meshes
+from moe_jax.routing import order_statistic
 
 SHAPE = (8, 5)
 # Few distinct values, so that most draws have ties. (No subnormals: XLA's CPU
@@ -28,10 +30,21 @@ MASKS = arrays.arrays(bool, SHAPE)
 
 
 @functools.cache
-def _compiled(axis):
+def _compiled(axis, bits_per_pass=1):
   """k is traced: one program serves every rank."""
   return jax.jit(
-    lambda x, k, where: routing.kth_largest(x, k, axis=axis, where=where)
+    lambda x, k, where: routing.kth_largest(
+      x, k, axis=axis, where=where, bits_per_pass=bits_per_pass
+    )
+  )
+
+
+@functools.cache
+def _compiled_pair(axis):
+  return jax.jit(
+    lambda x, k, where: order_statistic.kth_and_next_largest(
+      x, k, axis=axis, where=where
+    )
   )
 
 
@@ -64,6 +77,69 @@ def test_equals_sorting(x, where, k, axis):
   _assert_same_bits(
     _compiled(axis)(x, k, where), _by_sorting(x, k, axis, where)
   )
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+  x=MATRICES,
+  where=MASKS,
+  k=st.integers(1, max(SHAPE) + 1),
+  axis=st.sampled_from([0, 1]),
+)
+def test_pair_equals_sorting(x, where, k, axis):
+  kth, following = _compiled_pair(axis)(x, k, where)
+  _assert_same_bits(kth, _by_sorting(x, k, axis, where))
+  _assert_same_bits(following, _by_sorting(x, k + 1, axis, where))
+
+
+@pytest.mark.parametrize('bits_per_pass', [2, 4])
+@settings(deadline=None, max_examples=25)
+@given(x=MATRICES, where=MASKS, k=st.integers(1, SHAPE[0] + 1))
+def test_several_bits_a_pass_equal_sorting(bits_per_pass, x, where, k):
+  _assert_same_bits(
+    _compiled(0, bits_per_pass)(x, k, where), _by_sorting(x, k, 0, where)
+  )
+
+
+@settings(deadline=None, max_examples=50)
+@given(x=MATRICES, k=st.integers(1, SHAPE[1] - 1))
+def test_pair_of_a_row_equals_sorting(x, k):
+  pair = jax.jit(order_statistic.kth_and_next_of_row, static_argnums=1)(x, k)
+  for i, actual in enumerate(pair):
+    _assert_same_bits(actual, _by_sorting(x, k + i, 1))
+
+
+@settings(deadline=None, max_examples=50)
+@given(x=MATRICES, k=st.integers(1, SHAPE[1]))
+def test_top_k_is_that_of_lax(x, k):
+  x = np.where(np.isnan(x) | (x == 0), 0, x)
+  actual = jax.jit(order_statistic.top_k, static_argnums=1)(x, k)
+  expected = jax.lax.top_k(x, k)[1]
+  assert actual.dtype == jnp.int32
+  np.testing.assert_array_equal(actual, expected)
+
+
+def test_one_device_selects_the_same(monkeypatch):
+  """There, long axes are split and tokens taken in blocks."""
+  x = np.random.default_rng(0).integers(-9, 9, (96, 16)).astype(np.float32)
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+  monkeypatch.setattr(order_statistic, '_BLOCK', 3)  # 48 tokens in top_k
+  for axis, k in [(0, 1), (0, 40), (0, 96), (1, 5)]:
+    pair = order_statistic.kth_and_next_largest(x, k, axis=axis)
+    for i, actual in enumerate(pair):
+      _assert_same_bits(actual, _by_sorting(x, k + i, axis))
+  minus = np.arange(16, dtype=np.float32)
+  pair = order_statistic.kth_and_next_of_row(x, 4, minus_E=minus)
+  for i, actual in enumerate(pair):
+    _assert_same_bits(actual, _by_sorting(x - minus, 4 + i, 1))
+  np.testing.assert_array_equal(
+    order_statistic.top_k(x, 5), jax.lax.top_k(x, 5)[1]
+  )
+
+
+def test_bits_per_pass_is_checked():
+  with pytest.raises(ValueError, match='bits_per_pass=3'):
+    routing.kth_largest(jnp.ones(4), 1, axis=0, bits_per_pass=3)
 
 
 @settings(deadline=None, max_examples=25)
@@ -125,6 +201,81 @@ def test_sharding_leaves_every_bit(tokens, devices):
   _assert_same_bits(actual, _by_sorting(x, k, 0, where))
 
 
+def _all_reduces(program):
+  """Counts the numbers of each all-reduce a program executes."""
+  trips = {
+    body: int(n)
+    for body, n in re.findall(
+      r'body=%?([\w.\-]+).*"known_trip_count":\{"n":"(\d+)"', program
+    )
+  }
+  executed = []
+  for computation in re.split(r'\n(?=%|ENTRY)', program):
+    name = re.match(r'%?([\w.\-]+)', computation)[1]
+    for types in re.findall(r'= (.*) all-reduce(?:-start)?\(', computation):
+      sizes = [
+        np.prod([int(n) for n in dims.split(',') if n], dtype=int)
+        for dims in re.findall(r'\[([\d,]*)\]', types)
+      ]
+      executed += [sum(sizes)] * trips.get(name, 1)
+  return executed
+
+
+@pytest.mark.parametrize('bits_per_pass', [1, 2, 4])
+def test_number_of_all_reduces(tokens, bits_per_pass):
+  x, where, k = tokens
+  mesh = meshes.make_mesh()
+  columns = x.shape[1]
+  expected = [columns * (2**bits_per_pass - 1)] * (32 // bits_per_pass)
+
+  @jax.jit
+  @functools.partial(
+    jax.shard_map,
+    mesh=mesh,
+    in_specs=(P(meshes.AXES), P(meshes.AXES)),
+    out_specs=P(),
+  )
+  def by_hand(x, where):
+    return routing.kth_largest(
+      x,
+      k,
+      axis=0,
+      where=where,
+      axis_name=meshes.AXES,
+      bits_per_pass=bits_per_pass,
+    )
+
+  program = by_hand.lower(x, where).compile().as_text()
+  assert _all_reduces(program) == expected
+  sharding = NamedSharding(mesh, P(meshes.AXES, None))
+  program = (
+    _compiled(0, bits_per_pass)
+    .lower(*jax.device_put((x, k, where), (sharding, None, sharding)))
+    .compile()
+    .as_text()
+  )
+  assert _all_reduces(program) == expected
+
+
+def test_nothing_is_gathered(tokens):
+  """Neither a solve nor a choice moves a sharded score."""
+  x, _, _ = tokens
+  sharded = jax.device_put(x, NamedSharding(meshes.make_mesh(), meshes.BATCH))
+
+  @jax.jit
+  def route(scores, mask):
+    q = routing.dual_iterations(
+      scores, jnp.zeros(6), k=2, iterations=2, cutoff='midpoint', mask_T=mask
+    )
+    return q, routing.choose(scores, q, k=2, mask_T=mask)
+
+  mask = jax.device_put(x[:, 0] > -1, sharded.sharding)
+  program = route.lower(sharded, mask).compile().as_text()
+  assert 'all-reduce' in program
+  for collective in ('all-gather', 'all-to-all', 'collective-permute'):
+    assert collective not in program
+
+
 def test_shard_map_leaves_every_bit(tokens, devices):
   """Over both axes of the mesh; the result is known to be replicated."""
   x, where, k = tokens
@@ -135,12 +286,15 @@ def test_shard_map_leaves_every_bit(tokens, devices):
     jax.shard_map,
     mesh=mesh,
     in_specs=(P(meshes.AXES), P(meshes.AXES)),
-    out_specs=P(),
+    out_specs=(P(), P()),
   )
   def select(x, where):
-    return routing.kth_largest(x, k, axis=0, where=where, axis_name=meshes.AXES)
+    return order_statistic.kth_and_next_largest(
+      x, k, axis=0, where=where, axis_name=meshes.AXES
+    )
 
-  _assert_same_bits(select(x, where), _by_sorting(x, k, 0, where))
+  for i, actual in enumerate(select(x, where)):
+    _assert_same_bits(actual, _by_sorting(x, k + i, 0, where))
 
 
 def test_dual_iterations_do_not_depend_on_the_devices(tokens, devices):
