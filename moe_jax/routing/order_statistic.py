@@ -191,7 +191,7 @@ def _largest(x_ExT: jax.Array, k: int) -> jax.Array:
 def _by_blocks(select, x_TxE: jax.Array, block: int) -> jax.Array:
   """Applies `select`, [E, T] -> [K, T], to blocks of tokens; gives [T, K].
 
-  On one CPU, that is, with blocks that stay in its cache; all at once elsewhere.
+  On one CPU, that is, with blocks that stay in its cache; else all at once.
   Tokens are the vector lanes: no communication, however they are sharded.
   """
   tokens, experts = x_TxE.shape
