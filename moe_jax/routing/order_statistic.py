@@ -8,8 +8,8 @@ from jax import lax
 import jax.numpy as jnp
 
 # XLA's CPU code passes a long reduction through memory, 32 elements at a time.
-# Eight slices reduced element by element first are vector code: 0.14 s instead
-# of 0.6 s of processor time for the counts in a [131072, 256].
+# Slices reduced element by element first are vector code: kth_largest of the
+# columns of a [131072, 256] takes 0.22 s of processor time, without them 0.71.
 _SLICES = 8
 _BLOCK = 1024  # Tokens; 1 MB of scores at 256 experts.
 
