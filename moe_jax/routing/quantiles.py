@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.routing import balancer as base
 from moe_jax.routing.dual import dual_iterations
-from moe_jax.routing.order_statistic import kth_largest
+from moe_jax.routing.order_statistic import kth_and_next_of_row
 
 _ESTIMATORS = ('exact', 'histogram')
 
@@ -129,7 +129,7 @@ def margin_histogram(
   if k == experts:
     return jnp.zeros((experts, bins), jnp.int32)
   scores_TxE, q_E = base.rankable(scores_TxE), lax.stop_gradient(q_E)
-  p_T = kth_largest(scores_TxE - q_E, k + 1, axis=1)
+  _, p_T = kth_and_next_of_row(scores_TxE, k, minus_E=q_E)
   top, span = _range(q_E)
   depth_TxE = (top - (scores_TxE - p_T[:, None])) * (bins / span)
   bin_TxE = jnp.clip(depth_TxE.astype(jnp.int32), 0, bins - 1)

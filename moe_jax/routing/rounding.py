@@ -5,6 +5,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from moe_jax.routing import balancer as base
+from moe_jax.routing.order_statistic import top_k
 
 
 def round_to_capacity(
@@ -77,9 +78,9 @@ def round_to_capacity(
   chosen_TxE, load_E = lax.while_loop(
     unfinished, move, (chosen_TxE, choice.load)
   )
-  _, experts_TxK = lax.top_k(jnp.where(chosen_TxE, adjusted_TxE, -jnp.inf), k)
+  experts_TxK = top_k(jnp.where(chosen_TxE, adjusted_TxE, -jnp.inf), k)
   gates_TxK = jnp.take_along_axis(scores_TxE, experts_TxK, axis=-1)
-  return base.Choice(experts_TxK.astype(jnp.int32), gates_TxK, load_E)
+  return base.Choice(experts_TxK, gates_TxK, load_E)
 
 
 def _move_cheapest(adjusted_TxE, chosen_TxE, excess_E, mask_T):
