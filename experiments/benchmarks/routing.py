@@ -1,17 +1,23 @@
 """Times routing against the same rules written in PyTorch with torch.topk.
 
   python -m experiments.benchmarks.routing [--repeats=15] [--threads=2] \\
-      [--sizes=4096x16x4,16384x64x8,65536x64x8,131072x256x8]
+      [--sizes=4096x16x4,16384x64x8,65536x64x8,131072x256x8] \\
+      [--models=experiments/mini_16e.py,experiments/mini_64e.py]
 
 Sizes are tokens x experts x experts per token; solves are of 4 iterations. JAX
 and PyTorch take turns; printed are medians of milliseconds, and the median and
 range of the ratios of pairs. `memory` is what XLA needs at its peak beside
 inputs and results, in units of the score matrix. Where torch is not installed,
 its columns are left out. For figures of one device, give JAX just one.
+
+Then, for the train step of each model under bip: layers x solve of as many
+tokens as the first size with its experts has, as a share of the time that the
+step takes for as many tokens.
 """
 
 import argparse
 from collections.abc import Callable
+import dataclasses
 import functools
 import statistics
 import time
@@ -22,6 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmarks import train_step
+from moe_jax import config as config_lib
+from moe_jax import main as command_line
 from moe_jax import routing
 from moe_jax.routing import order_statistic
 
@@ -31,6 +40,7 @@ except ImportError:
   torch = None
 
 ITERATIONS = 4
+COLUMNS = ('JAX ms', 'torch ms', 'torch / JAX', 'memory')
 
 
 class Task(NamedTuple):
@@ -68,6 +78,55 @@ def torch_solve(scores, q, k, clip=True, cutoff='next'):
     p = cut(scores - q, k, 1)
     q = cut(scores - p[:, None], capacity, 0)
   return q
+
+
+def update(scores_TxE, q_E, k, balancer):
+  """Runs a rule that moves q after the choice, without the choice itself."""
+  state = balancer.init(scores_TxE.shape[1])._replace(q=q_E)
+  first_TxK = jnp.broadcast_to(jnp.arange(k), (len(scores_TxE), k))
+  load_E = jnp.bincount(first_TxK.ravel(), length=scores_TxE.shape[1])
+  choice = routing.Choice(first_TxK, scores_TxE[:, :k], load_E)
+  seen = balancer.observe(state, q_E, scores_TxE, choice, k=k)
+  return balancer.update(state, seen, k=k).q
+
+
+def torch_histogram(scores, q, k, bins=1000):
+  """Does what `quantile(estimator='histogram')` does after the choice."""
+  tokens, experts = scores.shape
+  p = torch.topk(scores - q, k + 1, dim=1).values[:, -1:]
+  top, span = q.max() + 1, q.max() - q.min() + 2
+  depth = ((top - (scores - p)) * (bins / span)).long().clamp(0, bins - 1)
+  depth += torch.arange(experts) * bins
+  count = torch.bincount(depth.flatten(), minlength=experts * bins)
+  through = count.view(experts, bins).cumsum(1)
+  found = (through > tokens * k // experts).int().argmax(1)
+  q = top - found * (span / bins)
+  return q - q.mean()
+
+
+def sinkhorn(scores_TxE, q_E, k):
+  """Runs `sinkhorn` with as many iterations as the other rules."""
+  balancer = routing.sinkhorn(ITERATIONS)
+  return balancer.solve(routing.State(q_E), scores_TxE, k=k)[0]
+
+
+def torch_sinkhorn(scores, q, k, temperature=0.2):
+  """Does what `sinkhorn` does."""
+  tokens, experts = scores.shape
+  for _ in range(ITERATIONS):
+    p = temperature * (
+      torch.logsumexp((scores - q) / temperature, 1) - np.log(k)
+    )
+    column = torch.logsumexp((scores - p[:, None]) / temperature, 0)
+    q = temperature * (column - np.log(tokens * k / experts))
+  return q - q.mean()
+
+
+def rounded(scores_TxE, q_E, k):
+  """Rounds the choice by the prices of the midpoint rule, given."""
+  tokens, experts = scores_TxE.shape
+  capacity = -(-tokens * k // experts)
+  return routing.round_to_capacity(scores_TxE, q_E, k=k, capacity=capacity)
 
 
 def choose(scores_TxE, q_E, k):
@@ -116,6 +175,12 @@ TASKS = {
   'bip': _rule(),
   'quantile rule': _rule(clip=False),
   'midpoint': _rule(clip=False, cutoff='midpoint'),
+  'histogram': Task(
+    functools.partial(update, balancer=routing.quantile(estimator='histogram')),
+    torch_histogram,
+  ),
+  'sinkhorn': Task(sinkhorn, torch_sinkhorn),
+  'rounding': Task(rounded),
   'choose': Task(choose, torch_choose),
   'column cutoff': Task(column_cutoff, torch_column_cutoff),
   'row cutoff': Task(row_cutoff, torch_row_cutoff),
@@ -157,6 +222,49 @@ def compare(
   return row
 
 
+def share_of_step(path: str, sizes: list[tuple[int, int, int]], repeats: int):
+  """Prints what part of a model's train step its solves are."""
+  config = config_lib.freeze(command_line.load_experiment(path, 'bip'))
+  model = config.model
+  batch = min(config.batch_size, 4096 // config.sequence_length)
+  config = dataclasses.replace(config, batch_size=batch, accumulation=1)
+  tokens = next(
+    n
+    for n, experts, k in sizes
+    if (experts, k) == (model.experts, model.experts_per_token)
+  )
+  scores = random_scores(tokens, model.experts)
+  solver = jax.jit(functools.partial(solve, k=model.experts_per_token))
+  text = np.random.default_rng(0).integers(
+    model.vocabulary, size=(batch, config.sequence_length + 1), dtype=np.int32
+  )
+  step, _ = train_step.our_step(config, text)
+  zero = jnp.zeros(model.experts)
+  runs = [step, lambda: jax.block_until_ready(solver(scores, zero))]
+  for run in runs:
+    run()
+  times = [[milliseconds(run) for run in runs] for _ in range(repeats)]
+  step_ms, solve_ms = (
+    statistics.median(column) for column in zip(*times, strict=True)
+  )
+  per_token = step_ms / (batch * config.sequence_length)
+  layers = model.layers - model.dense_layers
+  share = layers * solve_ms / (tokens * per_token)
+  print(
+    f'{path}: {layers} layers x {solve_ms:.2f} ms for {tokens} tokens, '
+    f'{share:.2%} of {per_token * 1e3:.1f} us a token'
+  )
+
+
+def random_scores(tokens: int, experts: int) -> jax.Array:
+  """Some experts are liked better, as they are before balancing."""
+  logits, bias = (
+    jax.random.normal(jax.random.key(i), shape)
+    for i, shape in enumerate([(tokens, experts), (experts,)])
+  )
+  return jax.nn.softmax(logits + bias)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -166,25 +274,33 @@ def main() -> None:
   parser.add_argument(
     '--sizes', default='4096x16x4,16384x64x8,65536x64x8,131072x256x8'
   )
+  parser.add_argument(
+    '--models', default='experiments/mini_16e.py,experiments/mini_64e.py'
+  )
   options = parser.parse_args()
   if torch:
     torch.set_num_threads(options.threads)
   else:
     print('torch cannot be imported: no comparison')
-  for size in options.sizes.split(','):
-    tokens, experts, k = map(int, size.split('x'))
-    # Experts differ in how much they are liked, as they do before balancing.
-    logits, bias = (
-      jax.random.normal(jax.random.key(i), shape)
-      for i, shape in enumerate([(tokens, experts), (experts,)])
-    )
-    scores = jax.nn.softmax(logits + bias)
+  sizes = [
+    tuple(map(int, size.split('x'))) for size in options.sizes.split(',')
+  ]
+  for tokens, experts, k in sizes:
+    scores = random_scores(tokens, experts)
+    prices = routing.midpoint().solve(
+      routing.State(jnp.zeros(experts)), scores, k=k
+    )[0]
     print(f'\n{tokens} tokens, {experts} experts, {k} per token')
     for i, (name, task) in enumerate(TASKS.items()):
-      row = compare(task, scores, k, options.repeats)
+      q_E = prices if name == 'rounding' else jnp.zeros(experts)
+      row = compare(task, scores, q_E, k, options.repeats)
       if i == 0:
-        print(' ' * 14 + ''.join(f'{column:>26s}' for column in row))
-      print(f'{name:14s}' + ''.join(f'{value:>26s}' for value in row.values()))
+        print(' ' * 14 + ''.join(f'{column:>26s}' for column in COLUMNS))
+      cells = [row.get(column, '') for column in COLUMNS]
+      print(f'{name:14s}' + ''.join(f'{cell:>26s}' for cell in cells))
+  print()
+  for path in filter(None, options.models.split(',')):
+    share_of_step(path, sizes, options.repeats)
 
 
 if __name__ == '__main__':
