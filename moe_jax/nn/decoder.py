@@ -219,7 +219,8 @@ class Decoder(nnx.Module):
 
     if self.config.remat:
       layer = jax.checkpoint(
-        layer, policy=jax.checkpoint_policies.save_only_these_names('q')
+        layer,
+        policy=jax.checkpoint_policies.save_only_these_names('q', 'experts'),
       )
     x_BxSxD, (routers, outputs) = lax.scan(layer, x_BxSxD, (params, routers))
     if train:

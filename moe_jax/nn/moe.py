@@ -41,7 +41,8 @@ class MoEConfig:
     capacity_factor: room of each expert in training, in units of its even
       share; what does not fit is dropped. 0 is dropless; evaluation always is.
     round_to_capacity: whether training routes are rounded so that no expert of
-      a shard of n tokens gets more than ceil(n K / E), and no token is dropped.
+      a shard of n tokens, padding included, gets more than ceil(n K / E), and
+      no token is dropped.
     shards: equal parts of a batch that round by themselves, and solve by
       themselves where the balancer's scope is 'shard'; must divide the batch.
       0 is one part for each device that a trainer splits the batch over, 1
@@ -235,7 +236,8 @@ class MoE(nnx.Module):
       q_E, new_state = self.balancer.solve(
         state, scores_TxE, k=k, mask_T=mask_T, axis_name=axis_name
       )
-      # A backward pass that recomputes the rest does not solve again.
+      # A backward pass that recomputes the rest neither solves nor, see
+      # `choose`, chooses again.
       q_E = checkpoint_name(lax.stop_gradient(q_E), 'q')
       choice = routing.choose(scores_TxE, q_E, k=k, mask_T=mask_T)
       seen = self.balancer.observe(
@@ -253,7 +255,6 @@ class MoE(nnx.Module):
           scores_TxE,
           q_E,
           k=k,
-          capacity=math.ceil(len(scores_TxE) * k / config.experts),
           mask_T=mask_T,
         )
       return new_state, seen, choice, rounded

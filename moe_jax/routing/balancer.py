@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from moe_jax.routing.order_statistic import top_k
@@ -86,7 +87,9 @@ def choose(
   scores_TxE = scores_TxE.astype(jnp.float32)
   if mask_T is not None:
     scores_TxE = jnp.where(mask_T[:, None], scores_TxE, 0.0)
-  experts_TxK = top_k(adjusted_scores(scores_TxE, q_E), k)
+  experts_TxK = checkpoint_name(
+    top_k(adjusted_scores(scores_TxE, q_E), k), 'experts'
+  )
   gates = jnp.take_along_axis(scores_TxE, experts_TxK, axis=-1)
   valid_T = jnp.ones(len(scores_TxE), bool) if mask_T is None else mask_T
   load = lax.platform_dependent(
@@ -128,9 +131,9 @@ def rankable(scores_TxE: jax.Array) -> jax.Array:
 def rounded(x: jax.Array) -> jax.Array:
   """Returns x, a product, so that it is rounded before it is added to.
 
-  XLA joins a product and a sum in one rounding in some programs and not in
-  others, and nothing else that was tried stops it: neither `reduce_precision`
-  nor an optimization barrier. With it, q has the same bits in all programs.
+  On CPU, XLA joins a product and a sum in one rounding in some programs and
+  not in others, and neither `reduce_precision` nor an optimization barrier
+  stops it. This does, so that q has the same bits in all programs.
   """
   return jnp.where(jnp.isnan(x), jnp.nan, x)
 
@@ -152,6 +155,11 @@ def count_tokens(
   """Counts unmasked tokens over all shards; a Python int where it is known."""
   count = scores_TxE.shape[0] if mask_T is None else jnp.sum(mask_T, dtype=int)
   return count if axis_name is None else lax.psum(count, axis_name)
+
+
+def even_share(n: int | jax.Array, k: int, experts: int) -> int | jax.Array:
+  """Returns floor(n k / E), also where n k does not fit into an int32."""
+  return n // experts * k + n % experts * k // experts
 
 
 def zero_observation(balancer: Balancer, experts: int, k: int) -> Any:

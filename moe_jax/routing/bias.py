@@ -39,17 +39,22 @@ def loss_free(
 
   def update(state, load_E, *, k):
     del k
-    total, experts = jnp.sum(load_E), load_E.shape[0]
+    # total / E, rounded down and up; the total may not fit into an int32.
+    experts = load_E.shape[0]
+    rest = jnp.sum(load_E % experts)
+    least = jnp.sum(load_E // experts) + rest // experts
+    most = least + (rest % experts > 0)
     if rule == 'sign':
-      # Against the mean in integers, floor and ceiling: exact for any load.
-      over_E = (load_E > total // experts) - 1 * (load_E < -(-total // experts))
+      # Against the mean in integers: exact for any load.
+      over_E = (load_E > least) - 1 * (load_E < most)
       move_E = rate * over_E
     else:
       # Not divided by the mean expert by expert: XLA may do that as a product
       # with its inverse, in some programs and not in others.
-      mean = jnp.maximum(total, 1) / experts
-      move_E = jnp.where(total > 0, (load_E - mean) * (rate / mean), 0.0)
-    q_E = state.q + base.rounded(move_E)
+      mean = least + (rest % experts) / experts
+      factor = rate / jnp.where(mean > 0, mean, 1.0)
+      move_E = (load_E - mean) * factor
+    q_E = state.q + base.rounded(move_E).astype(jnp.float32)
     return base.State(base.centred(q_E, unless=state.q) if centre else q_E)
 
   return base.Balancer(

@@ -34,7 +34,8 @@ def dual_iterations(
       q_j = max(0, (c+1)-th largest over tokens  of s_ij - p_i)
 
   Where a (k+1)-th or (c+1)-th largest does not exist (k = E) or nothing is to
-  be shared out (n k < E, no token), q is returned as it came.
+  be shared out (n k < E, no token), q is returned as it came. So is the price
+  of an expert for which scores of -inf leave no finite cutoff.
 
   Args:
     scores_TxE: router scores [tokens, experts]; taken as float32 constants.
@@ -57,7 +58,12 @@ def dual_iterations(
   base.check_k(k, experts)
   if cutoff not in _CUTOFFS:
     raise ValueError(f'cutoff={cutoff!r}: must be one of {_CUTOFFS}')
-  if k == experts:
+  if iterations < 0:
+    raise ValueError(f'iterations={iterations}: must be 0 or more')
+  capacity = base.even_share(
+    base.count_tokens(scores_TxE, mask_T, axis_name), k, experts
+  )
+  if k == experts or (isinstance(capacity, int) and capacity == 0):
     return q_E
   scores_TxE = base.rankable(scores_TxE)
   q_E = lax.stop_gradient(q_E)
@@ -65,7 +71,6 @@ def dual_iterations(
     # Changes nothing, but in `jax.shard_map` the loop below must start from a
     # q that varies over shards if, as in the scope 'shard', it will.
     q_E = jnp.where(scores_TxE[0] > 0, q_E, q_E)
-  capacity = base.count_tokens(scores_TxE, mask_T, axis_name) * k // experts
   where = None if mask_T is None else mask_T[:, None]
 
   def between(before, after):
@@ -77,8 +82,11 @@ def dual_iterations(
     adjusted = scores_TxE - p_T[:, None]
     over = {'axis': 0, 'where': where, 'axis_name': axis_name}
     if cutoff == 'next':  # The one before is not needed.
-      return between(None, kth_largest(adjusted, capacity + 1, **over))
-    return between(*kth_and_next_largest(adjusted, capacity, **over))
+      new_E = between(None, kth_largest(adjusted, capacity + 1, **over))
+    else:
+      new_E = between(*kth_and_next_largest(adjusted, capacity, **over))
+    # Scores of -inf can leave an expert with fewer than c + 1 takers.
+    return jnp.where(jnp.isfinite(new_E), new_E, q_E)
 
   solved_E = lax.fori_loop(0, iterations, iterate, q_E)
   return jnp.where(capacity > 0, solved_E, q_E)

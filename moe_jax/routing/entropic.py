@@ -23,7 +23,8 @@ def sinkhorn(
       q_j = temperature (logsumexp over tokens of (s_ij - p_i) / temperature
                          - log(n k / E))
 
-  q starts from that of the batch before. Nothing bounds x_ij by 1. The sums
+  q starts from that of the batch before. Nothing bounds x_ij by 1, so for k > 1
+  the choice can be less even than x, and even less than plain top-k. The sums
   are floats, so q may differ in the last bits from one topology to another.
 
   Args:
@@ -42,16 +43,20 @@ def sinkhorn(
   def solve(state, scores_TxE, *, k, mask_T=None, axis_name=None):
     experts = scores_TxE.shape[-1]
     base.check_k(k, experts)
+    if k == experts:
+      return state.q, state
     scores_TxE = base.rankable(scores_TxE)
     n = base.count_tokens(scores_TxE, mask_T, axis_name)
     share = jnp.log(jnp.maximum(n, 1) * (k / experts))
-    where = None if mask_T is None else mask_T[:, None]
+    valid_T = jnp.ones(len(scores_TxE), bool) if mask_T is None else mask_T
 
     def iterate(_, q_E):
       row_T = jax.nn.logsumexp((scores_TxE - q_E) / temperature, axis=1)
       p_T = temperature * (row_T - math.log(k))
       column_E = _logsumexp_of_tokens(
-        (scores_TxE - p_T[:, None]) / temperature, where, axis_name
+        (scores_TxE - p_T[:, None]) / temperature,
+        valid_T & jnp.isfinite(p_T),  # Some scores are not -inf.
+        axis_name,
       )
       # No price can attract tokens that score -inf.
       return jnp.where(
@@ -72,9 +77,8 @@ def sinkhorn(
   )
 
 
-def _logsumexp_of_tokens(x_TxE, where, axis_name):
-  if where is not None:
-    x_TxE = jnp.where(where, x_TxE, -jnp.inf)
+def _logsumexp_of_tokens(x_TxE, valid_T, axis_name):
+  x_TxE = jnp.where(valid_T[:, None], x_TxE, -jnp.inf)
   top_E = jnp.max(x_TxE, axis=0)
   if axis_name is not None:
     top_E = lax.pmax(top_E, axis_name)

@@ -96,6 +96,10 @@ def _kth_largest_16_bits(keys, k, axis, axis_name, bits) -> jax.Array:
 
 def _select(keys, k, axis, axis_name, bits) -> jax.Array:
   """Selects from uint32; 0 where there are fewer than k."""
+  if bits not in (1, 2, 4):
+    raise ValueError(f'bits_per_pass={bits}: must be 1, 2 or 4')
+  if isinstance(k, int) and k < 1:
+    raise ValueError(f'k={k}: ranks are counted from 1')
   # Half the bits are half the memory to read, and twice the lanes.
   upper = (keys >> 16).astype(jnp.uint16)
   high = _kth_largest_16_bits(upper, k, axis, axis_name, bits)
@@ -136,8 +140,6 @@ def kth_largest(
     float32, the shape of `x` without `axis`. -inf where fewer than k elements
     take part.
   """
-  if bits_per_pass not in (1, 2, 4):
-    raise ValueError(f'bits_per_pass={bits_per_pass}: must be 1, 2 or 4')
   axis %= x.ndim
   keys = _keys(x, where)
   return _from_sortable(_select(keys, k, axis, axis_name, bits_per_pass))
@@ -205,7 +207,7 @@ def _by_blocks(select, x_TxE: jax.Array, block: int) -> jax.Array:
 def kth_and_next_of_row(
   x_TxE: jax.Array, k: int, *, minus_E: jax.Array | float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-  """Selects each token's k-th and (k+1)-th largest, in 2 k + 2 operations.
+  """Selects each token's k-th and (k+1)-th largest, without communication.
 
   Args:
     x_TxE: values, any float dtype; compared in float32. NaN counts as -inf.
@@ -217,14 +219,27 @@ def kth_and_next_of_row(
     float32 [T] each.
   """
 
-  def select(x_ExT):
-    x_ExT = x_ExT.astype(jnp.float32)
-    x_ExT -= jnp.broadcast_to(minus_E, x_ExT.shape[:1])[:, None]
-    x_ExT = jnp.where(jnp.isnan(x_ExT), -jnp.inf, x_ExT)
-    x_ExT = jnp.where(x_ExT == 0, 0.0, x_ExT)  # -0.0 equals 0.0
-    return _largest(x_ExT, k + 1)[-2:]
+  def adjusted(x, minus):
+    x = x.astype(jnp.float32) - minus
+    x = jnp.where(jnp.isnan(x), -jnp.inf, x)
+    return jnp.where(x == 0, 0.0, x)  # -0.0 equals 0.0
 
-  return tuple(_by_blocks(select, x_TxE, _BLOCK).T)
+  def by_insertion(x_TxE, minus_E):
+    def select(x_ExT):
+      return _largest(adjusted(x_ExT, minus_E[:, None]), k + 1)[-2:]
+
+    return _by_blocks(select, x_TxE, _BLOCK)
+
+  def by_top_k(x_TxE, minus_E):
+    return lax.top_k(adjusted(x_TxE, minus_E), k + 1)[0][:, -2:]
+
+  pair_Tx2 = lax.platform_dependent(
+    x_TxE,
+    jnp.broadcast_to(minus_E, x_TxE.shape[1:]),
+    cpu=by_insertion,
+    default=by_top_k,
+  )
+  return pair_Tx2[:, 0], pair_Tx2[:, 1]
 
 
 def top_k(x_TxE: jax.Array, k: int) -> jax.Array:

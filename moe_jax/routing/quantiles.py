@@ -65,6 +65,13 @@ def quantile(
 
   def update_exact(state, prices, *, k):
     del k
+    # Known in a notebook; compiled, it is for the caller to see to it.
+    known = not isinstance(prices.count, jax.core.Tracer)
+    if known and int(prices.count) > 1:
+      raise ValueError(
+        f'{prices.count} observations in a step: a mean of quantiles is not '
+        "the quantile; use estimator='histogram' with several microbatches"
+      )
     q_E = base.mean_price(prices, otherwise=state.q)
     return _moved(state, q_E, ema)
 
@@ -132,6 +139,7 @@ def margin_histogram(
   _, p_T = kth_and_next_of_row(scores_TxE, k, minus_E=q_E)
   top, span = _range(q_E)
   depth_TxE = (top - (scores_TxE - p_T[:, None])) * (bins / span)
+  depth_TxE = jnp.where(jnp.isnan(depth_TxE), bins, depth_TxE)  # last
   bin_TxE = jnp.clip(depth_TxE.astype(jnp.int32), 0, bins - 1)
   if mask_T is not None:
     bin_TxE = jnp.where(mask_T[:, None], bin_TxE, _NO_BIN)
@@ -180,9 +188,7 @@ def price_of_histogram(
     float32 [E], interpolated within a bin; `q_E` where c is 0.
   """
   experts, bins = count_ExN.shape
-  # n k may pass 2^31: floor(n k / E) from the quotient and the rest of n / E.
-  n = jnp.sum(count_ExN[0])
-  capacity = n // experts * k + n % experts * k // experts
+  capacity = base.even_share(jnp.sum(count_ExN[0]), k, experts)
   through_ExN = jnp.cumsum(count_ExN, axis=1)  # count from above
   bin_E = jnp.argmax(through_ExN > capacity, axis=1)
   inside_E, through_E = (
@@ -190,7 +196,7 @@ def price_of_histogram(
     for x in (count_ExN, through_ExN)
   )
   # Of the values in the bin, taken as evenly spread, the one of rank c + 1.
-  rank_E = capacity + 0.5 - (through_E - inside_E)
+  rank_E = (capacity - (through_E - inside_E)) + 0.5
   depth_E = bin_E + rank_E / jnp.maximum(inside_E, 1)
   top, span = _range(q_E)
   price_E = top - base.rounded(depth_E * (span / bins))

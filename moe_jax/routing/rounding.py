@@ -2,6 +2,7 @@
 
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from moe_jax.routing import balancer as base
@@ -13,7 +14,7 @@ def round_to_capacity(
   q_E: jax.Array,
   *,
   k: int,
-  capacity: int,
+  capacity: int | None = None,
   mask_T: jax.Array | None = None,
 ) -> base.Choice:
   """Routes each token to k experts, none of which gets more than `capacity`.
@@ -28,7 +29,7 @@ def round_to_capacity(
     q_E: price of each expert, float32 [experts], of any rule. It receives no
       gradient.
     k: experts per token, 1 <= k <= experts.
-    capacity: most tokens of an expert, a Python int; at least
+    capacity: most tokens of an expert, a Python int; at least, and by default,
       ceil(tokens * k / experts), masked tokens counted, which holds them all.
     mask_T: bool [tokens]; False for padding, which gets gates of 0 and takes
       no capacity, whatever its scores hold.
@@ -44,10 +45,12 @@ def round_to_capacity(
   """
   tokens, experts = scores_TxE.shape
   base.check_k(k, experts)
-  if capacity * experts < tokens * k:
+  least = -(-tokens * k // experts)
+  capacity = least if capacity is None else capacity
+  if capacity < least:
     raise ValueError(
       f'capacity={capacity}: {experts} experts have too little room for '
-      f'{tokens} tokens x k={k}; it takes {-(-tokens * k // experts)} or more'
+      f'{tokens} tokens x k={k}; it takes {least} or more'
     )
   choice = base.choose(scores_TxE, q_E, k=k, mask_T=mask_T)
   if mask_T is None:
@@ -78,7 +81,9 @@ def round_to_capacity(
   chosen_TxE, load_E = lax.while_loop(
     unfinished, move, (chosen_TxE, choice.load)
   )
-  experts_TxK = top_k(jnp.where(chosen_TxE, adjusted_TxE, -jnp.inf), k)
+  experts_TxK = checkpoint_name(
+    top_k(jnp.where(chosen_TxE, adjusted_TxE, -jnp.inf), k), 'experts'
+  )
   gates_TxK = jnp.take_along_axis(scores_TxE, experts_TxK, axis=-1)
   return base.Choice(experts_TxK, gates_TxK, load_E)
 

@@ -30,6 +30,7 @@ from moe_jax.train.state import TrainState
 from moe_jax.train.state import carry_prices
 from moe_jax.train.state import make_training
 from moe_jax.train.state import parameter_counts
+from moe_jax.train.state import shards_of
 from moe_jax.train.step import Batch
 from moe_jax.train.step import make_train_step
 from moe_jax.train.telemetry import Telemetry
@@ -57,9 +58,10 @@ class Run:
         f'{jax.process_count()} processes: a run takes one, with all its '
         'devices'
       )
-    self.config, self.workdir = config, pathlib.Path(workdir)
-    _check_same(config, self.workdir)
+    self.workdir = pathlib.Path(workdir)
     self.mesh = meshes.make_mesh(config.mesh.data, config.mesh.expert)
+    self.config = config = _with_shards(config, self.mesh)
+    _check_same(config, self.workdir)
     self.training = make_training(config, make_optimizer(config), self.mesh)
     self.text = data.load_text(config.data)
     if config.sequence_length >= len(self.text.train_tokens):
@@ -126,6 +128,17 @@ class Run:
     The config that it was saved with says which state its routers have.
     """
     saved = checkpoints.saved_config(step)['balancer']
+    facts = _read_json(self.workdir / 'run.json')
+    changes = {
+      key: change
+      for key, change in facts.get('balancer_changes', {}).items()
+      if int(key) < step  # What came later never reached a checkpoint.
+    }
+    if saved != self.config.balancer:
+      changes[str(step)] = {'from': saved}
+    if changes != facts.get('balancer_changes', {}):
+      facts['balancer_changes'] = changes
+      _write_json(self.workdir / 'run.json', facts)
     if saved == self.config.balancer:
       return checkpoints.restore(step, self.training.abstract)
     before = dataclasses.replace(
@@ -134,9 +147,6 @@ class Run:
     training = make_training(before, make_optimizer(before), self.mesh)
     state, sequence = checkpoints.restore(step, training.abstract)
     router = carry_prices(state.router, self.training.init_router())
-    facts = _read_json(self.workdir / 'run.json')
-    facts.setdefault('balancer_changes', {})[str(step)] = {'from': saved}
-    _write_json(self.workdir / 'run.json', facts)
     return state._replace(router=router), sequence
 
   def training_batches(self, sequence: int) -> Iterator[Batch]:
@@ -239,6 +249,18 @@ def digest(tree: Any) -> str:
   for leaf in jax.tree.leaves(tree):
     sha256.update(np.ascontiguousarray(leaf).data)
   return sha256.hexdigest()
+
+
+def _with_shards(config: Config, mesh: Mesh) -> Config:
+  """Writes down the number of shards where results depend on it.
+
+  So that such a run is not continued, or compared, on another mesh unnoticed.
+  """
+  by_shard = config.balancer.get('scope') == 'shard'
+  if not (by_shard or config.model.round_to_capacity):
+    return config
+  model = dataclasses.replace(config.model, shards=shards_of(config, mesh))
+  return dataclasses.replace(config, model=model)
 
 
 def _check_same(config: Config, workdir: pathlib.Path) -> None:

@@ -41,7 +41,7 @@ class Training(NamedTuple):
   Attributes:
     graphdef: with `state.params` and `state.router`, `nnx.merge` makes the
       `Decoder`.
-    dropless_graphdef: the same without a capacity, for evaluation.
+    dropless_graphdef: the same without capacity or rounding, for evaluation.
     optimizer: the gradient transformation.
     init: `() -> TrainState`, sharded; call it once, compiled.
     init_router: `() -> TrainState.router` alone.
@@ -84,7 +84,12 @@ def make_training(
       f'model.experts={config.model.experts}'
     )
   microbatch = config.batch_size // config.accumulation
-  shards = config.model.shards or mesh.size
+  shards = shards_of(config, mesh)
+  if shards % mesh.size:
+    raise ValueError(
+      f'model.shards={shards}: must be 0 or a multiple of the {mesh.size} '
+      'devices, so that no shard is spread over several'
+    )
   for name, parts in (('mesh', mesh.size), ('model.shards', shards)):
     if microbatch % parts:
       raise ValueError(
@@ -99,7 +104,9 @@ def make_training(
     nnx.eval_shape(lambda: make_model(config)), nnx.Param, nn.RouterState
   )
 
-  model = dataclasses.replace(model, capacity_factor=0.0)
+  model = dataclasses.replace(
+    model, capacity_factor=0.0, round_to_capacity=False
+  )
   dropless = dataclasses.replace(config, model=model)
   dropless_graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(dropless)))
 
@@ -148,6 +155,11 @@ def make_training(
     init_router=jax.jit(lambda: init().router, out_shardings=shardings.router),
     abstract=abstract,
   )
+
+
+def shards_of(config: Config, mesh: Mesh) -> int:
+  """Returns into how many parts a batch is split that route by themselves."""
+  return config.model.shards or mesh.size
 
 
 def carry_prices(before: Any, router: Any) -> Any:

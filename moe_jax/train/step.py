@@ -79,7 +79,7 @@ def make_train_step(
       auxiliary_loss=jnp.sum(outputs.loss) / accumulation,
       load_LxE=outputs.choice.load,
       unrounded_load_LxE=outputs.unrounded_load,
-      dropped=jnp.sum(outputs.dropped),
+      dropped=jnp.sum(outputs.dropped, dtype=jnp.float32),
       infinite_L=1 - outputs.finite.astype(jnp.int32),
     )
     router = nnx.to_pure_dict(nnx.state(model, nn.RouterState))
@@ -142,7 +142,8 @@ def make_train_step(
 
 def _router_metrics(sums: _Sums, rounded: bool) -> dict[str, Any]:
   violation_L = routing.max_violation(sums.load_LxE)
-  pairs = jnp.maximum(jnp.sum(sums.load_LxE), 1)
+  # In float32: over all layers of a pod's step it may not fit into an int32.
+  pairs = jnp.maximum(jnp.sum(sums.load_LxE, dtype=jnp.float32), 1)
   metrics = {
     'router/max_violation': jnp.mean(violation_L),
     'router/min_violation': jnp.mean(routing.min_violation(sums.load_LxE)),

@@ -115,14 +115,14 @@ class Telemetry:
     """Writes the last step pushed, so that nothing is pending.
 
     Raises:
-      FloatingPointError: the logits of a layer's router were not finite.
+      FloatingPointError: loss, gradient or a router's logits are not finite.
     """
     if self._pending is None:
       return
     self.wait()
     step, metrics, extra = self._pending
     self._pending = None
-    infinite_L = metrics.pop(INFINITE, None)
+    infinite_L = metrics.pop(INFINITE, np.zeros(0))
     record = {'step': step}
     for name, value in metrics.items():
       if name.endswith(_PER_LAYER):
@@ -139,12 +139,23 @@ class Telemetry:
       if name != 'step':
         self._events.add_scalar(name, value, step)
     self._progress.show(record)
-    if infinite_L is not None and infinite_L.any():
-      layers = ', '.join(f'{i:02d}' for i in infinite_L.nonzero()[0])
-      raise FloatingPointError(
-        f'step {step}: the router of MoE layer {layers} has logits that are '
-        'NaN or infinite; the last checkpoint is from before'
-      )
+    _check_finite(record, infinite_L)
+
+
+def _check_finite(record: dict[str, Any], infinite_L: np.ndarray) -> None:
+  if infinite_L.any():
+    layers = ', '.join(f'{i:02d}' for i in infinite_L.nonzero()[0])
+    what = f'logits of the router of MoE layer {layers}'
+  elif not math.isfinite(record.get('train/loss', 0.0)):
+    what = 'train/loss'
+  elif not math.isfinite(record.get('train/gradient_norm', 0.0)):
+    what = 'train/gradient_norm'
+  else:
+    return
+  raise FloatingPointError(
+    f'step {record["step"]}: {what} NaN or infinite; no checkpoint was written '
+    'since, so that the run can go on from the last one'
+  )
 
 
 def _line(record: dict[str, Any]) -> str:

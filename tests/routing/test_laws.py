@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from moe_jax import routing
+from moe_jax.routing import balancer as balancer_lib
 from tests.routing import rules
 
 TOKENS, EXPERTS, K = 96, 8, 3
@@ -160,33 +161,89 @@ def test_updating_from_nothing_leaves_q(name):
   assert_same(balancer.update(state, nothing, k=K).q, state.q)
 
 
-@every_rule
-@pytest.mark.parametrize('tokens,k', [(TOKENS, EXPERTS), (2, 3)])
+@pytest.mark.parametrize(
+  'name,tokens,k',
+  [(name, TOKENS, EXPERTS) for name in rules.RULES]
+  # Loads and soft sums know no c.
+  + [
+    (name, 2, 3)
+    for name in rules.RULES
+    if 'loss_free' not in name and name != 'sinkhorn'
+  ],
+)
 def test_nothing_to_share_out_leaves_q(name, tokens, k):
   """k = E, every token takes every expert; n k < E, so c = 0."""
-  if k < EXPERTS and ('loss_free' in name or name == 'sinkhorn'):
-    return  # These know no c.
   state = warm(name)
   scores = rules.skewed_scores(tokens, EXPERTS)
   after, q, choice = rules.jitted_step(name, k)(state, scores)
-  if name != 'sinkhorn':
-    assert_same(after.q, state.q)
+  assert_same(after.q, state.q)
   assert np.all(np.isfinite(after.q)) and np.all(np.isfinite(q))
   if k == EXPERTS:
     np.testing.assert_array_equal(choice.load, tokens)
 
 
 @every_rule
-def test_equal_scores_keep_prices_equal_or_finite(name):
+def test_equal_scores_give_equal_prices(name):
   """No price can part equal tokens; see rounding for that."""
   state = rules.RULES[name].init(EXPERTS)
   scores = jnp.full((TOKENS, EXPERTS), 0.125)
   for _ in range(3):
     state, q, choice = rules.jitted_step(name, K)(state, scores)
     assert np.all(np.isfinite(q))
-    np.testing.assert_array_equal(
-      np.sum(choice.load), TOKENS * K, err_msg=f'{choice.load}'
-    )
+    if 'loss_free' not in name:  # which goes by the loads that ties make
+      np.testing.assert_array_equal(q, q[0])
+      np.testing.assert_array_equal(choice.load, [TOKENS] * K + [0] * 5)
+
+
+@every_rule
+def test_scores_of_minus_infinity_do_no_lasting_harm(name):
+  """No token can take expert 2; or each can take just three experts."""
+  scores = rules.skewed_scores(TOKENS, EXPERTS)
+  nobody = scores.at[:, 2].set(-jnp.inf)
+  rank = jnp.argsort(jnp.argsort(scores, axis=1), axis=1)
+  three = jnp.where(rank >= EXPERTS - K, scores, -jnp.inf)
+  state = warm(name)
+  for bad in (nobody, nobody, three, three):
+    state, q, choice = rules.jitted_step(name, K)(state, bad)
+    assert np.all(np.isfinite(q)) and np.all(np.isfinite(state.q))
+    assert np.all(np.isfinite(np.asarray(choice.gates)))
+  _, _, choice = rules.jitted_step(name, K)(state, scores)
+  assert np.sum(choice.load) == TOKENS * K
+
+
+def test_a_token_of_nan_does_not_take_sinkhorn_from_the_others():
+  scores = rules.skewed_scores(TOKENS, EXPERTS)
+  state = rules.RULES['sinkhorn'].init(EXPERTS)
+  _, q, _ = rules.jitted_step('sinkhorn', K)(state, scores.at[5].set(jnp.nan))
+  _, expected, _ = rules.jitted_step('sinkhorn', K)(state, scores)
+  np.testing.assert_allclose(q, expected, atol=0.01)
+  assert np.any(q)
+
+
+def test_exact_quantiles_of_microbatches_are_refused():
+  balancer = rules.RULES['quantile']
+  state, total = balancer.init(EXPERTS), None
+  for seed in (1, 2):
+    scores = rules.skewed_scores(TOKENS, EXPERTS, seed)
+    choice = routing.choose(scores, state.q, k=K)
+    seen = balancer.observe(state, state.q, scores, choice, k=K)
+    total = seen if total is None else jax.tree.map(jnp.add, total, seen)
+  with pytest.raises(ValueError, match="2 observations .*'histogram'"):
+    balancer.update(state, total, k=K)
+
+
+def test_counts_beyond_int32_are_shared_out_exactly():
+  """300 million tokens of 8 choices: n k does not fit."""
+  n, k, experts = 300_000_001, 8, 256
+  shared = jax.jit(lambda n: balancer_lib.even_share(n, k, experts))(
+    jnp.int32(n)
+  )
+  assert shared == n * k // experts
+  even = np.full(experts, n * k // experts, np.int32)
+  load = even + np.where(np.arange(experts) == 3, 5, 0).astype(np.int32)
+  rule = rules.RULES['loss_free']
+  q = rule.update(rule.init(experts), jnp.asarray(load), k=k).q
+  assert q[3] > 0 and np.all(np.delete(q, 3) == -q[3])
 
 
 @pytest.mark.parametrize(

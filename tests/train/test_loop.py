@@ -154,9 +154,12 @@ def test_another_balancer_is_refused_unless_that_is_said(
     loop.Run(finished.config, workdir)
 
 
-@pytest.mark.parametrize('bad', [np.nan, np.inf])
-def test_logits_that_are_not_finite_stop_the_run_by_layer(
-  text, tmp_path, monkeypatch, bad
+@pytest.mark.parametrize(
+  ('name', 'bad', 'what'),
+  [('router', np.nan, 'MoE layer 01'), ('scale', np.inf, 'train/loss')],
+)
+def test_a_step_that_is_not_finite_stops_the_run_before_it_is_saved(
+  text, tmp_path, monkeypatch, name, bad, what
 ):
   run = loop.Run(tiny.tiny_config(text, checkpoint_every=2), tmp_path / 'run')
   make_train_step = loop.make_train_step
@@ -167,21 +170,36 @@ def test_logits_that_are_not_finite_stop_the_run_by_layer(
     def step(state, batch):
       steps.append(0)
       if len(steps) == 4:
-        router = state.params['moe_blocks']['feed_forward']['router']
-        state.params['moe_blocks']['feed_forward']['router'] = router.at[
-          1, 0, 0
-        ].set(bad)
+        params, index = state.params['norm'], (0,)
+        if name == 'router':
+          params, index = state.params['moe_blocks']['feed_forward'], (1, 0, 0)
+        params[name] = params[name].at[index].set(bad)
       return train_step(state, batch)
 
     return step
 
   monkeypatch.setattr(loop, 'make_train_step', poisoned)
-  with pytest.raises(FloatingPointError, match='step 4: .* MoE layer 01'):
+  with pytest.raises(FloatingPointError, match=f'step 4: .*{what}'):
     run.train()
   with checkpoint_lib.Checkpoints(
     run.workdir / 'checkpoints', run.config
   ) as checkpoints:
     assert checkpoints.latest_step() == 2
+
+
+def test_shards_are_written_down_where_results_depend_on_them(text, tmp_path):
+  devices = jax.device_count()
+  for overrides, shards in (
+    ({}, 0),
+    ({'model.round_to_capacity': True}, devices),
+    ({'balancer.scope': 'shard'}, devices),
+    ({'balancer.scope': 'shard', 'model.shards': 2 * devices}, 2 * devices),
+  ):
+    config = tiny.tiny_config(text, batch_size=2 * devices, **overrides)
+    run = loop.Run(config, tmp_path / 'run')
+    assert run.config.model.shards == shards
+  with pytest.raises(ValueError, match=r'model\.shards=3: .* multiple of'):
+    loop.Run(tiny.tiny_config(text, **{'model.shards': 3}), tmp_path / 'run')
 
 
 def test_other_text_is_refused(finished):
@@ -221,12 +239,15 @@ def test_the_unigram_model_predicts_what_the_model_does(finished):
   assert facts['unigram_perplexity'] == pytest.approx(np.exp(loss / 128))
 
 
-def test_evaluation_never_drops(text, tmp_path):
+@pytest.mark.parametrize(
+  'overrides', [{'capacity_factor': 0.5}, {'model.round_to_capacity': True}]
+)
+def test_evaluation_neither_drops_nor_rounds(text, tmp_path, overrides):
   """Without a rule to solve, solved and frozen are the same."""
-  config = tiny.tiny_config(text, 'unbalanced', capacity_factor=0.5, steps=1)
+  config = tiny.tiny_config(text, 'unbalanced', steps=1, **overrides)
   loop.Run(config, tmp_path / 'run').train()
   (record,) = records(tmp_path / 'run')
-  assert record['router/dropped'] > 0
+  assert (record['router/dropped'] > 0) == ('capacity_factor' in overrides)
   assert record['eval/validation/perplexity'] == pytest.approx(
     record['eval/validation/perplexity_solved'], rel=1e-6
   )

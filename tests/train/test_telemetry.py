@@ -80,6 +80,8 @@ def test_record(tmp_path):
 def test_not_a_number_is_null_in_json(tmp_path):
   with open_telemetry(tmp_path) as telemetry:
     telemetry.push(1, ready(float('nan')))
+    with pytest.raises(FloatingPointError, match='step 1: train/loss'):
+      telemetry.flush()
   line = (tmp_path / 'metrics.jsonl').read_text()
   assert json.loads(line)['train/loss'] is None
   assert 'NaN' not in line
