@@ -195,10 +195,9 @@ def milliseconds(run: Callable[[], Any]) -> float:
 
 
 def compare(
-  task: Task, scores_TxE: jax.Array, k: int, repeats: int
+  task: Task, scores_TxE: jax.Array, q_E: jax.Array, k: int, repeats: int
 ) -> dict[str, str]:
   """Returns the columns of a task's line."""
-  q_E = jnp.zeros(scores_TxE.shape[1])
   compiled = (
     jax.jit(task.ours, static_argnums=2).lower(scores_TxE, q_E, k).compile()
   )
