@@ -41,7 +41,7 @@ METHODS = {
   'bip_lag': {'name': 'bip', 'iterations': 4, 'lag': True},
   'midpoint': {'name': 'midpoint', 'iterations': 4},
   'midpoint_lag': {'name': 'midpoint', 'iterations': 4, 'lag': True},
-  'quantile': {'name': 'quantile', 'estimator': 'exact'},
+  'quantile': {'name': 'quantile'},
   'quantile_histogram': {'name': 'quantile', 'estimator': 'histogram'},
   'sinkhorn': {'name': 'sinkhorn'},
   'unbalanced': {'name': 'unbalanced'},

@@ -212,11 +212,11 @@ def test_markdown_holds_the_numbers(write_run, records):
   }
   markdown = comparison_markdown(comparison(runs))
   balance = cells(markdown, 'loss_free', 'Balance')
-  assert balance[:3] == ['0.583', '1.000', '1.000']
-  assert balance[3:] == ['0.667', 'layer_01', '1.500', 'layer_00']
+  assert balance[:4] == ['0.583', '1.000', '1.000', '0.250']
+  assert balance[4:] == ['0.667', 'layer_01', '1.500', 'layer_00']
   # Bold where it is the lowest, and not where the two are equal.
   balance = cells(markdown, 'bip', 'Balance')
-  assert balance[:4] == ['**0.100**', '**0.100**', '**0.100**', '0.667']
+  assert balance[:5] == ['**0.100**'] * 4 + ['0.667']
   layer = cells(markdown, 'layer_00', 'AvgMaxVio / SupMaxVio of each layer')
   assert layer == ['0.500 / 1.500', '0.500 / 1.500']
   assert cells(markdown, 'bip', 'Training') == ['7.000', '-0.500', '24']
@@ -237,7 +237,7 @@ def test_bold_only_where_seeds_leave_no_doubt(two_methods):
   # SupMaxVio: 1.0 and 1.125 against 2.0 and 2.125.
   assert balance[1] == '**1.062 ± 0.088**'
   # The worst layer is the same for both.
-  assert balance[3] == '0.667 ± 0.000'
+  assert balance[4] == '0.667 ± 0.000'
 
 
 def test_spread_wider_than_the_gap_is_not_bold(write_run, records):
