@@ -20,7 +20,7 @@ def dual_iterations(
   q_E: jax.Array,
   *,
   k: int,
-  iterations: int,
+  iterations: int | jax.Array,
   clip: bool = True,
   cutoff: str = 'next',
   mask_T: jax.Array | None = None,
@@ -41,7 +41,7 @@ def dual_iterations(
     scores_TxE: router scores [tokens, experts]; taken as float32 constants.
     q_E: prices to start from, float32 [experts].
     k: experts per token.
-    iterations: T >= 0.
+    iterations: T >= 0; may be traced.
     clip: whether p and q are kept at or above 0.
     cutoff: 'next' takes the (k+1)-th and (c+1)-th largest, as the paper does;
       'midpoint' the mean of these and the ones before them.
@@ -58,7 +58,7 @@ def dual_iterations(
   base.check_k(k, experts)
   if cutoff not in _CUTOFFS:
     raise ValueError(f'cutoff={cutoff!r}: must be one of {_CUTOFFS}')
-  if iterations < 0:
+  if isinstance(iterations, int) and iterations < 0:
     raise ValueError(f'iterations={iterations}: must be 0 or more')
   capacity = base.even_share(
     base.count_tokens(scores_TxE, mask_T, axis_name), k, experts

@@ -154,14 +154,16 @@ def lp_optimum(scores, k: int, *, rows_equal: bool = False) -> Optimum:
       'A_ub': sparse.vstack([columns, rows]),
       'b_ub': np.concatenate([capacity_E, k_T]),
     }
+  # HiGHS takes costs below an absolute 1e-7 for 0.
+  scale = np.abs(scores_TxE).max(initial=0) or 1.0
   result = optimize.linprog(
-    -scores_TxE.ravel(), bounds=(0, 1), method='highs', **constraints
+    -scores_TxE.ravel() / scale, bounds=(0, 1), method='highs', **constraints
   )
   if not result.success:
     raise RuntimeError(f'HiGHS: {result.message}')
   return Optimum(
-    value=-float(result.fun),
-    q=-result.ineqlin.marginals[:experts],
+    value=-float(result.fun) * scale,
+    q=-result.ineqlin.marginals[:experts] * scale,
     assignment=result.x.reshape(tokens, experts) > 0.5,
   )
 

@@ -156,7 +156,10 @@ def test_another_balancer_is_refused_unless_that_is_said(
 
 @pytest.mark.parametrize(
   ('name', 'bad', 'what'),
-  [('router', np.nan, 'MoE layer 01'), ('scale', np.inf, 'train/loss')],
+  [
+    ('router', np.nan, 'MoE layer 01'),
+    pytest.param('scale', np.inf, 'train/loss', marks=pytest.mark.long),
+  ],
 )
 def test_a_step_that_is_not_finite_stops_the_run_before_it_is_saved(
   text, tmp_path, monkeypatch, name, bad, what
@@ -240,7 +243,11 @@ def test_the_unigram_model_predicts_what_the_model_does(finished):
 
 
 @pytest.mark.parametrize(
-  'overrides', [{'capacity_factor': 0.5}, {'model.round_to_capacity': True}]
+  'overrides',
+  [
+    {'capacity_factor': 0.5},
+    pytest.param({'model.round_to_capacity': True}, marks=pytest.mark.long),
+  ],
 )
 def test_evaluation_neither_drops_nor_rounds(text, tmp_path, overrides):
   """Without a rule to solve, solved and frozen are the same."""

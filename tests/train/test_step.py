@@ -86,7 +86,11 @@ def test_no_hidden_transfers(config):
 @pytest.mark.parametrize(
   ('method', 'atol'),
   # Scores may differ in the last bit, which may move a token between bins.
-  [('loss_free', 0), ('unbalanced', 0), ('quantile_histogram', 1e-4)],
+  [
+    ('loss_free', 0),
+    pytest.param('unbalanced', 0, marks=pytest.mark.long),
+    pytest.param('quantile_histogram', 1e-4, marks=pytest.mark.long),
+  ],
 )
 def test_accumulation_equals_one_batch(method, atol, tmp_path):
   """These rules see the whole step's loads; bip solves each microbatch."""
