@@ -42,7 +42,9 @@ def tokens(batch=4, sequence=10, seed=1):
   # 40 tokens x 2 / 8 experts = 10; 25 x 2 / 8 = 6.25.
   [((4, 10), 0.0), ((5, 5), 7 / 6.25 - 1)],
 )
-@pytest.mark.parametrize('capacity_factor', [0.0, 1.0])
+@pytest.mark.parametrize(
+  'capacity_factor', [pytest.param(0.0, marks=pytest.mark.long), 1.0]
+)
 def test_rounding_is_even_and_drops_nothing_from_the_first_step(
   sequence, violation, capacity_factor
 ):
@@ -107,7 +109,9 @@ def test_each_shard_rounds_by_itself():
   np.testing.assert_array_equal(chosen.sum(0), aux.choice.load)
 
 
-@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize(
+  'masked', [pytest.param(False, marks=pytest.mark.long), True]
+)
 @pytest.mark.parametrize(
   'balancer',
   [

@@ -60,7 +60,7 @@ def assert_same(actual, reference):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(actual), reference)
 
 
-@pytest.mark.parametrize('count', [2, 8])
+@pytest.mark.parametrize('count', [pytest.param(2, marks=pytest.mark.long), 8])
 @counting_rule
 def test_compiler_sharding_leaves_every_bit(name, count):
   mesh = meshes.make_mesh(count // 2, 2, devices=jax.devices()[:count])
@@ -70,7 +70,9 @@ def test_compiler_sharding_leaves_every_bit(name, count):
   assert_same(compiled(*jax.device_put(batches(), sharding)), expected(name))
 
 
-@pytest.mark.parametrize('count', [2, 4, 8])
+@pytest.mark.parametrize(
+  'count', [pytest.param(n, marks=pytest.mark.long) for n in (2, 4)] + [8]
+)
 @counting_rule
 def test_shard_map_leaves_every_bit(name, count):
   mesh = meshes.make_mesh(count // 2, 2, devices=jax.devices()[:count])
