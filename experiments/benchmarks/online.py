@@ -19,31 +19,10 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import optimize
-from scipy import sparse
 
 from moe_jax import routing
 
 SIZES = ((16, 4), (64, 8))  # experts, chosen
-
-
-# To be replaced by routing.oracle.lp_optimum.
-def lp_optimum(scores_NxE: np.ndarray, k: int) -> float:
-  """Solves the offline problem: rows at most k, columns at most ceil(n k/E)."""
-  n, experts = scores_NxE.shape
-  rows = sparse.kron(sparse.eye(n), np.ones((1, experts)))
-  columns = sparse.kron(np.ones((1, n)), sparse.eye(experts))
-  limits = np.r_[np.full(n, k), np.full(experts, -(-n * k // experts))]
-  result = optimize.linprog(
-    -scores_NxE.astype(np.float64).ravel(),
-    A_ub=sparse.vstack([rows, columns]).tocsr(),
-    b_ub=limits,
-    bounds=(0, 1),
-    method='highs-ds',
-  )
-  if not result.success:
-    raise RuntimeError(f'offline optimum: {result.message}')
-  return -result.fun
 
 
 def closing(
@@ -136,7 +115,7 @@ def main() -> None:
     generator = np.random.default_rng(flags.seed)
     for name, logits in make_streams(generator, n, experts).items():
       scores = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
-      optimum = lp_optimum(np.asarray(scores), k)
+      optimum = routing.lp_optimum(scores, k).value
       print(f'\n{name}: n={n}, E={experts}, k={k}, optimum {optimum:.1f}\n')
       print(head, '| --- | ---: | ---: | ---: | ---: | ---: | ---: |', sep='\n')
       for row, rule in rules.items():
