@@ -45,7 +45,7 @@ def sinkhorn(
     base.check_k(k, experts)
     if k == experts:
       return state.q, state
-    scores_TxE = base.rankable(scores_TxE)
+    scores_TxE = lax.stop_gradient(scores_TxE.astype(jnp.float32))
     n = base.count_tokens(scores_TxE, mask_T, axis_name)
     share = jnp.log(jnp.maximum(n, 1) * (k / experts))
     valid_T = jnp.ones(len(scores_TxE), bool) if mask_T is None else mask_T
@@ -55,7 +55,7 @@ def sinkhorn(
       p_T = temperature * (row_T - math.log(k))
       column_E = _logsumexp_of_tokens(
         (scores_TxE - p_T[:, None]) / temperature,
-        valid_T & jnp.isfinite(p_T),  # Some scores are not -inf.
+        valid_T & jnp.isfinite(p_T),  # No NaN, and not all -inf.
         axis_name,
       )
       # No price can attract tokens that score -inf.
