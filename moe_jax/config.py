@@ -62,10 +62,13 @@ class MeshConfig:
   Attributes:
     data: copies of the model, each with its own part of the batch.
     expert: parts into which the experts are split.
+    fsdp: whether parameters and optimizer state are split over `data`, too
+      (ZeRO-3); needs model.remat.
   """
 
   data: int = -1
   expert: int = 1
+  fsdp: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,6 +159,11 @@ class Config:
       )
     if self.seed >= 2**32:  # jax would take it modulo 2^32
       raise ValueError(f'seed={self.seed}: must be less than 2^32')
+    if self.mesh.fsdp and not self.model.remat:
+      raise ValueError(
+        'mesh.fsdp=True: needs model.remat=True, or the gathered weights of '
+        'all layers would be kept for the backward pass'
+      )
     make_balancer(self.balancer)
     if self.accumulation > 1 and self.balancer.get('estimator') == 'exact':
       raise ValueError(

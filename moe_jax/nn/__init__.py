@@ -2,6 +2,7 @@
 
 from moe_jax.nn.decoder import Decoder
 from moe_jax.nn.decoder import DecoderConfig
+from moe_jax.nn.decoder import parameter_specs
 from moe_jax.nn.moe import ExpertParam
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.moe import MoEConfig
@@ -16,4 +17,5 @@ __all__ = [
   'MoEConfig',
   'MoEOutput',
   'RouterState',
+  'parameter_specs',
 ]

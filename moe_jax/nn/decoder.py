@@ -3,21 +3,27 @@
 Shape letters: B batch, S sequence, D model, V vocabulary, L layers.
 """
 
+from collections.abc import Callable
 import dataclasses
+import functools
 
 from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from moe_jax import routing
 from moe_jax.nn.attention import Attention
 from moe_jax.nn.feed_forward import SwiGLU
 from moe_jax.nn.feed_forward import rms_norm
+from moe_jax.nn.moe import ExpertParam
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.moe import MoEConfig
 from moe_jax.nn.moe import MoEOutput
 from moe_jax.nn.moe import RouterState
+from moe_jax.parallel import mesh as meshes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +91,10 @@ class Block(nnx.Module):
   def __init__(
     self,
     config: DecoderConfig,
-    balancer: routing.Balancer | None,
     *,
+    balancer: routing.Balancer | None,
+    mesh: Mesh | None,
+    fsdp: bool,
     rngs: nnx.Rngs,
   ):
     dtype = jnp.dtype(config.dtype)
@@ -109,7 +117,7 @@ class Block(nnx.Module):
     self.feed_forward = (
       SwiGLU(config.width, config.dense_hidden, dtype=dtype, rngs=rngs)
       if balancer is None
-      else MoE(config, balancer, rngs=rngs)
+      else MoE(config, balancer, mesh=mesh, fsdp=fsdp, rngs=rngs)
     )
 
   def __call__(
@@ -124,20 +132,15 @@ class Block(nnx.Module):
     return x_BxSxD + y_BxSxD, output
 
 
-def _stack(
-  layers: int,
-  config: DecoderConfig,
-  balancer: routing.Balancer | None,
-  rngs: nnx.Rngs,
-) -> Block:
+def _stack(layers: int, rngs: nnx.Rngs, build: Callable[..., Block]) -> Block:
   """Builds `layers` blocks as one whose variables have a leading axis L."""
 
   @nnx.split_rngs(splits=layers)
   @nnx.vmap(in_axes=0, out_axes=0)
-  def build(rngs):
-    return Block(config, balancer, rngs=rngs)
+  def stack(rngs):
+    return build(rngs=rngs)
 
-  return build(rngs)
+  return stack(rngs)
 
 
 class Decoder(nnx.Module):
@@ -146,13 +149,30 @@ class Decoder(nnx.Module):
   Args:
     config: sizes and options.
     balancer: the rule for q of every MoE layer.
+    mesh: as of `MoE`.
+    fsdp: whether parameters are split over `data` and gathered layer by layer,
+      forward and again backward (ZeRO-3); needs `mesh` and `config.remat`.
     rngs: for the initial weights.
+
+  Raises:
+    ValueError: `fsdp` without `mesh` or `config.remat`.
   """
 
   def __init__(
-    self, config: DecoderConfig, balancer: routing.Balancer, *, rngs: nnx.Rngs
+    self,
+    config: DecoderConfig,
+    balancer: routing.Balancer,
+    *,
+    mesh: Mesh | None = None,
+    fsdp: bool = False,
+    rngs: nnx.Rngs,
   ):
-    self.config = config
+    if fsdp and (mesh is None or not config.remat):
+      raise ValueError(
+        f'fsdp=True: needs a mesh and model.remat=True (is {config.remat}), or '
+        'the gathered weights of all layers would be kept for the backward pass'
+      )
+    self.config, self.mesh, self.fsdp = config, mesh, fsdp
     dtype = jnp.dtype(config.dtype)
     # As MiniMind's output layer, whose weight it is, too: U(+-1/sqrt(D)).
     self.embedding = nnx.Embed(
@@ -164,13 +184,16 @@ class Decoder(nnx.Module):
       ),
       rngs=rngs,
     )
+    block = functools.partial(Block, config, mesh=mesh, fsdp=fsdp)
     self.dense_blocks = (
-      _stack(config.dense_layers, config, None, rngs)
+      _stack(config.dense_layers, rngs, functools.partial(block, balancer=None))
       if config.dense_layers
       else None
     )
     self.moe_blocks = _stack(
-      config.layers - config.dense_layers, config, balancer, rngs
+      config.layers - config.dense_layers,
+      rngs,
+      functools.partial(block, balancer=balancer),
     )
     self.norm = rms_norm(
       config.width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs
@@ -195,25 +218,40 @@ class Decoder(nnx.Module):
       Logits, float32 [B, S, V], and what each MoE layer did, stacked along a
       leading layer axis.
     """
-    x_BxSxD = self.embedding(tokens_BxS)
+    table_VxD = self._gather(self.embedding.embedding)[...]
+    table_VxD = table_VxD.astype(self.config.dtype)
+    x_BxSxD = jnp.take(table_VxD, tokens_BxS, axis=0)
     if self.dense_blocks is not None:
       x_BxSxD, _ = self._apply(self.dense_blocks, x_BxSxD, mask_BxS, train)
     x_BxSxD, outputs = self._apply(self.moe_blocks, x_BxSxD, mask_BxS, train)
     x_BxSxD = self.norm(x_BxSxD)
     logits_BxSxV = jnp.einsum(
-      'bsd,vd->bsv',
-      x_BxSxD,
-      self.embedding.embedding[...].astype(x_BxSxD.dtype),
-      preferred_element_type=jnp.float32,
+      'bsd,vd->bsv', x_BxSxD, table_VxD, preferred_element_type=jnp.float32
     )
     return logits_BxSxV, outputs
+
+  def _gather(self, params):
+    """Gathers parameters for their use, but for experts: `MoE` does those."""
+    if not self.fsdp:
+      return params
+
+    def gather(variable):
+      if isinstance(variable, ExpertParam):
+        return variable
+      spec = meshes.dense_spec(variable.shape, self.mesh, fsdp=True)
+      value = meshes.gather_dense(variable[...], self.mesh, spec)
+      return variable.replace(value)
+
+    return jax.tree.map(gather, params, is_leaf=_is_variable)
 
   def _apply(self, blocks, x_BxSxD, mask_BxS, train):
     """Scans over stacked blocks; this is where their router state changes."""
     graphdef, params, routers = nnx.split(blocks, nnx.Param, RouterState)
 
     def layer(x_BxSxD, variables):
-      block = nnx.merge(graphdef, *variables, copy=True)
+      params, routers = variables
+      params = self._gather(params)
+      block = nnx.merge(graphdef, params, routers, copy=True)
       x_BxSxD, output = block(x_BxSxD, mask_BxS, train=train)
       return x_BxSxD, (nnx.state(block, RouterState), output)
 
@@ -239,3 +277,27 @@ class Decoder(nnx.Module):
       return nnx.state(block, RouterState)
 
     nnx.update(self.moe_blocks, jax.vmap(update)(routers))
+
+
+def parameter_specs(params: nnx.State, mesh: Mesh, *, fsdp: bool) -> nnx.State:
+  """Returns where each parameter of a `Decoder` is, in place of its value."""
+
+  def specs(params, *, stacked):
+    def spec(variable):
+      is_expert = isinstance(variable, ExpertParam)
+      rule = meshes.expert_spec if is_expert else meshes.dense_spec
+      spec = rule(variable.shape[stacked:], mesh, fsdp=fsdp)
+      return variable.replace(P(*(None,) * stacked, *spec))
+
+    return jax.tree.map(spec, params, is_leaf=_is_variable)
+
+  return nnx.State(
+    {
+      name: specs(part, stacked=name in ('dense_blocks', 'moe_blocks'))
+      for name, part in params.items()
+    }
+  )
+
+
+def _is_variable(node) -> bool:
+  return isinstance(node, nnx.Variable)

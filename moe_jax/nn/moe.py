@@ -3,18 +3,22 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 from typing import NamedTuple
 
 from flax import nnx
 import jax
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from moe_jax import routing
+from moe_jax.nn import router
 from moe_jax.nn.feed_forward import SwiGLU
 from moe_jax.nn.feed_forward import linear_init
 from moe_jax.parallel import dispatch
+from moe_jax.parallel import mesh as meshes
 
 
 class RouterState(nnx.Variable):
@@ -43,10 +47,11 @@ class MoEConfig:
     round_to_capacity: whether training routes are rounded so that no expert of
       a shard of n tokens, padding included, gets more than ceil(n K / E), and
       no token is dropped.
-    shards: equal parts of a batch that round by themselves, and solve by
-      themselves where the balancer's scope is 'shard'; must divide the batch.
-      0 is one part for each device that a trainer splits the batch over, 1
-      without a trainer.
+    shards: equal parts of a batch that fill buffers of their own, round by
+      themselves and, where the balancer's scope is 'shard', solve by
+      themselves; 0 is one for each device of the mesh. Must be a multiple of
+      the devices, and their very number if several shards of a device would
+      have to solve by themselves.
     dtype: compute dtype of experts, 'float32' or 'bfloat16'. Parameters and
       the router are float32.
   """
@@ -131,13 +136,24 @@ class MoE(nnx.Module):
   Args:
     config: sizes and options.
     balancer: the rule for q, from `moe_jax.routing`.
+    mesh: with axes 'data' and 'expert', see `moe_jax.parallel.mesh`. The batch
+      is split over both, the experts over the second. None computes wherever
+      the arrays are, without expert parallelism.
+    fsdp: whether weights are split over `data`, too; needs `mesh`.
     rngs: for the initial weights.
   """
 
   def __init__(
-    self, config: MoEConfig, balancer: routing.Balancer, *, rngs: nnx.Rngs
+    self,
+    config: MoEConfig,
+    balancer: routing.Balancer,
+    *,
+    mesh: Mesh | None = None,
+    fsdp: bool = False,
+    rngs: nnx.Rngs,
   ):
-    self.config, self.balancer = config, balancer
+    self.config, self.balancer, self.mesh = config, balancer, mesh
+    self.fsdp = fsdp
     width, hidden, experts = config.width, config.hidden, config.experts
     # The router is tiny and decides discretely: all of it is float32.
     self.router = nnx.Param(linear_init()(rngs.params(), (width, experts)))
@@ -180,134 +196,67 @@ class MoE(nnx.Module):
 
     Returns:
       [B, S, D] of the input's dtype, and what the router did.
-    """
-    mask_T = None
-    if mask_BxS is not None:
-      mask_T = mask_BxS.reshape(-1)
-      x_BxSxD = jnp.where(mask_BxS[..., None], x_BxSxD, 0)
-    with jax.named_scope('router'):
-      output = self._route(x_BxSxD, mask_BxS, mask_T, train=train)
-    x_TxD = x_BxSxD.reshape(-1, self.config.width)
-    mixed = self._mix(x_TxD, output.choice, mask_T, train=train)
-    y_BxSxD = mixed.y.reshape(x_BxSxD.shape)
-    if self.shared is not None:
-      y_BxSxD += self.shared(x_BxSxD)
-    output = output._replace(dropped=mixed.dropped)
-    return y_BxSxD.astype(x_BxSxD.dtype), output
 
-  def _route(self, x_BxSxD, mask_BxS, mask_T, *, train) -> MoEOutput:
-    """Scores and chooses; with `train`, this is where the router moves."""
-    config, k = self.config, self.config.experts_per_token
-    logits_BxSxE = jnp.dot(
-      x_BxSxD.astype(jnp.float32),
-      self.router[...],
-      precision=lax.Precision.HIGHEST,
+    Raises:
+      ValueError: the batch does not divide over the mesh or into the shards.
+    """
+    if mask_BxS is not None:
+      x_BxSxD = jnp.where(mask_BxS[..., None], x_BxSxD, 0)
+    weights = dispatch.ExpertWeights(
+      *(weight[...] for weight in (self.gate, self.up, self.down))
     )
-    score = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}
-    scores_BxSxE = score[config.scoring](logits_BxSxE)
-    scores_TxE = scores_BxSxE.reshape(-1, config.experts)
-    state, loss = self.state.get_value(), jnp.float32(0.0)
+    y_BxSxD, output, moved = self._on_mesh(train, x_BxSxD.shape)(
+      self.router[...], weights, self.state.get_value(), x_BxSxD, mask_BxS
+    )
     if train:
-      state, seen, choice, rounded = self._solve(scores_TxE, mask_T)
+      state, seen = moved
       self.state.set_value(state)
       self.observation.set_value(
         jax.tree.map(jnp.add, self.observation.get_value(), seen)
       )
-      loss = self.balancer.loss(scores_BxSxE, choice, k=k, mask_BxS=mask_BxS)
-      loss += config.router_z_loss * _z_loss(logits_BxSxE, mask_BxS)
-    else:
-      choice = routing.choose(scores_TxE, state.q, k=k, mask_T=mask_T)
-      rounded = choice
-    return MoEOutput(
-      loss=loss,
-      dropped=jnp.int32(0),
-      scores=scores_TxE,
-      choice=rounded,
-      unrounded_load=choice.load,
-      finite=jnp.all(jnp.isfinite(logits_BxSxE)),
-    )
+    if self.shared is not None:
+      # Independent of the exchange: a compiler can overlap the two.
+      y_BxSxD += self.shared(x_BxSxD)
+    return y_BxSxD.astype(x_BxSxD.dtype), output
 
-  def _solve(self, scores_TxE, mask_T):
-    """Returns state, observation, the choice by prices and the one to take."""
-    config, k = self.config, self.config.experts_per_token
-    state = self.state.get_value()
-
-    def solve(scores_TxE, mask_T, axis_name=None):
-      q_E, new_state = self.balancer.solve(
-        state, scores_TxE, k=k, mask_T=mask_T, axis_name=axis_name
-      )
-      # A backward pass that recomputes the rest neither solves nor, see
-      # `choose`, chooses again.
-      q_E = checkpoint_name(lax.stop_gradient(q_E), 'q')
-      choice = routing.choose(scores_TxE, q_E, k=k, mask_T=mask_T)
-      seen = self.balancer.observe(
-        new_state,
-        q_E,
-        scores_TxE,
-        choice,
-        k=k,
-        mask_T=mask_T,
-        axis_name=axis_name,
-      )
-      rounded = choice
-      if config.round_to_capacity:
-        rounded = routing.round_to_capacity(
-          scores_TxE,
-          q_E,
-          k=k,
-          mask_T=mask_T,
-        )
-      return new_state, seen, choice, rounded
-
-    shards = max(1, config.shards)
-    if shards == 1:
-      return solve(scores_TxE, mask_T)
-    if len(scores_TxE) % shards:
+  def _on_mesh(self, train, shape_BxSxD):
+    """Returns `_apply` for arrays of all devices."""
+    config, mesh = self.config, self.mesh
+    devices = 1 if mesh is None else mesh.size
+    shards = config.shards or devices
+    batch, sequence, _ = shape_BxSxD
+    if shards % devices or batch * sequence % shards or batch % devices:
       raise ValueError(
-        f'shards={shards}: must divide the {len(scores_TxE)} tokens of a batch'
+        f'shards={shards}: must divide the {batch * sequence} tokens of a '
+        f'batch; {devices} device(s) must divide the shards and the {batch} '
+        'sequences'
       )
-    split = jax.tree.map(
-      lambda x: x.reshape(shards, -1, *x.shape[1:]), (scores_TxE, mask_T)
+    apply = functools.partial(
+      _apply, config, self.balancer, train=train, groups=shards // devices
     )
-    # `out_axes=None` refuses a state or observation that differs by shard.
-    state, seen, *choices = jax.vmap(
-      functools.partial(solve, axis_name='shard'),
-      axis_name='shard',
-      out_axes=(None, None, 0, 0),
-    )(*split)
-    choices = [
-      routing.Choice(
-        choice.experts.reshape(-1, k),
-        choice.gates.reshape(-1, k),
-        jnp.sum(choice.load, axis=0),
+    if devices == 1:
+      return apply
+    specs = dispatch.ExpertWeights(
+      *(
+        meshes.expert_spec(weight.shape, mesh, fsdp=self.fsdp)
+        for weight in (self.gate, self.up, self.down)
       )
-      for choice in choices
-    ]
-    return state, seen, *choices
-
-  def _mix(self, x_TxD, choice, mask_T, *, train) -> dispatch.Mixed:
-    config = self.config
-    if config.renormalize_gates:
-      total = jnp.sum(choice.gates, axis=-1, keepdims=True)
-      choice = choice._replace(gates=choice.gates / (total + 1e-20))
-    dtype = jnp.dtype(config.dtype)
-    weights = dispatch.ExpertWeights(
-      *(w[...].astype(dtype) for w in (self.gate, self.up, self.down))
     )
-    x_TxD = x_TxD.astype(dtype)
-    if not (train and config.capacity_factor):
-      return dispatch.grouped(x_TxD, choice, weights, mask_T=mask_T)
-    tokens, k = choice.experts.shape
-    shards = max(1, config.shards) if config.round_to_capacity else 1
-    room = shards * math.ceil(
-      config.capacity_factor * tokens * k / (shards * config.experts)
+    batch, same = meshes.BATCH, P()
+    choice = routing.Choice(experts=batch, gates=batch, load=same)
+    output = MoEOutput(
+      loss=same,
+      dropped=same,
+      scores=batch,
+      choice=choice,
+      unrounded_load=same,
+      finite=same,
     )
-    return dispatch.capacity(
-      x_TxD,
-      choice,
-      weights,
-      mask_T=mask_T,
-      capacity=min(room, tokens),
+    return jax.shard_map(
+      functools.partial(apply, specs=specs),
+      mesh=mesh,
+      in_specs=(same, specs, same, batch, batch),
+      out_specs=(batch, output, same),
     )
 
   def update_router(self) -> None:
@@ -321,10 +270,94 @@ class MoE(nnx.Module):
     self.observation.set_value(jax.tree.map(jnp.zeros_like, observation))
 
 
-def _z_loss(logits_BxSxE: jax.Array, mask_BxS: jax.Array | None) -> jax.Array:
-  """Averages logsumexp(logits)^2 over tokens (arXiv 2202.08906, eq. 5)."""
-  square_BxS = jnp.square(jax.nn.logsumexp(logits_BxSxE, axis=-1))
-  if mask_BxS is None:
-    return jnp.mean(square_BxS)
-  total = jnp.sum(jnp.where(mask_BxS, square_BxS, 0.0))
-  return total / jnp.maximum(jnp.sum(mask_BxS), 1)
+def _apply(
+  config: MoEConfig,
+  balancer: routing.Balancer,
+  router_DxE: jax.Array,
+  weights: dispatch.ExpertWeights,
+  state: Any,
+  x_BxSxD: jax.Array,
+  mask_BxS: jax.Array | None,
+  *,
+  train: bool,
+  groups: int,
+  specs: dispatch.ExpertWeights | None = None,
+):
+  """Routes and mixes the tokens of one device, of all without `specs`.
+
+  Returns y, the `MoEOutput` over all devices and `Routed.moved`.
+  """
+  axes = None if specs is None else meshes.AXES
+  with jax.named_scope('router'):
+    routed = router.route(
+      x_BxSxD,
+      router_DxE,
+      state,
+      balancer,
+      k=config.experts_per_token,
+      scoring=config.scoring,
+      z_loss=config.router_z_loss,
+      rounding=config.round_to_capacity,
+      train=train,
+      mask_BxS=mask_BxS,
+      groups=groups,
+      axis_name=axes,
+    )
+  dtype = jnp.dtype(config.dtype)
+  if specs is None:
+    weights = jax.tree.map(lambda weight: weight.astype(dtype), weights)
+  else:
+    weights = jax.tree.map(
+      lambda weight, spec: meshes.gather_experts(weight, spec, dtype),
+      weights,
+      specs,
+    )
+  mixed = _mix(
+    config,
+    weights,
+    x_BxSxD.reshape(-1, config.width).astype(dtype),
+    routed.rounded,
+    None if mask_BxS is None else mask_BxS.reshape(-1),
+    static=train and (config.capacity_factor > 0 or config.round_to_capacity),
+    groups=groups,
+    axis_name=None if specs is None else 'expert',
+  )
+  load_E, seen_E, dropped = (
+    x if axes is None else lax.psum(x, axes)
+    for x in (routed.rounded.load, routed.choice.load, mixed.dropped)
+  )
+  output = MoEOutput(
+    loss=routed.loss,
+    dropped=dropped,
+    scores=routed.scores,
+    choice=routed.rounded._replace(load=load_E),
+    unrounded_load=seen_E,
+    finite=routed.finite,
+  )
+  return mixed.y.reshape(x_BxSxD.shape), output, routed.moved
+
+
+def _mix(
+  config, weights, x_TxD, choice, mask_T, *, static, groups, axis_name
+) -> dispatch.Mixed:
+  if config.renormalize_gates:
+    total = jnp.sum(choice.gates, axis=-1, keepdims=True)
+    choice = choice._replace(gates=choice.gates / (total + 1e-20))
+  if not static:
+    return dispatch.grouped(
+      x_TxD, choice, weights, mask_T=mask_T, axis_name=axis_name
+    )
+  tokens = len(x_TxD) // groups
+  factor = config.capacity_factor
+  if config.round_to_capacity:
+    factor = max(factor, 1.0)  # Rounded loads fit exactly.
+  share = tokens * config.experts_per_token / config.experts
+  return dispatch.capacity(
+    x_TxD,
+    choice,
+    weights,
+    mask_T=mask_T,
+    capacity=min(math.ceil(factor * share), tokens),
+    groups=groups,
+    axis_name=axis_name,
+  )

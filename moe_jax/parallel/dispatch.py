@@ -3,6 +3,7 @@
 Both lay the (token, chosen expert) pairs out in rows ordered by expert, apply
 the experts to the rows and mix the results by the gates. They differ in the
 layout: `grouped` packs the rows, `capacity` gives each expert a fixed buffer.
+Where the experts are split over a mesh axis, rows travel, see exchange.py.
 
 Shape letters: T tokens, D model, F hidden, E experts, K chosen, N rows,
 C capacity.
@@ -11,8 +12,10 @@ C capacity.
 from typing import NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
+from moe_jax.parallel import exchange
 from moe_jax.parallel.grouped_matmul import TILE
 from moe_jax.parallel.grouped_matmul import grouped_matmul
 from moe_jax.routing import Choice
@@ -76,24 +79,27 @@ def _take_rows_backward(inverse_MxJ, dy_NxD):
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
-def _sort_pairs(choice: Choice, mask_T: jax.Array | None):
-  """Orders pairs by expert, then choice rank, then token; masked pairs last.
+def _sort_pairs(choice: Choice, mask_T: jax.Array | None, groups: int = 1):
+  """Orders pairs by expert, group, choice rank, token; masked pairs last.
+
+  Groups are equal, consecutive parts of the tokens with queues of their own.
 
   Returns:
-    token [TK] and rank [TK] of each pair in that order, its expert [TK] (E if
-    masked), and its place in its expert's queue [TK].
+    token [TK] and rank [TK] of each pair in that order, its queue [TK], which
+    is expert * groups + group (E * groups if masked), and its place there [TK].
   """
   tokens, k = choice.experts.shape
-  experts = choice.load.shape[0]
-  expert_TxK = choice.experts
+  queues = choice.load.shape[0] * groups
+  group_T = jnp.arange(tokens, dtype=jnp.int32) // (tokens // groups)
+  queue_TxK = choice.experts * groups + group_T[:, None]
   if mask_T is not None:
-    expert_TxK = jnp.where(mask_T[:, None], expert_TxK, experts)
-  expert_KT = expert_TxK.T.reshape(-1)
-  order = jnp.argsort(expert_KT, stable=True).astype(jnp.int32)
-  expert_N = expert_KT[order]
-  start_E = jnp.cumsum(choice.load) - choice.load
-  place_N = jnp.arange(tokens * k) - start_E.at[expert_N].get(mode='clip')
-  return order % tokens, order // tokens, expert_N, place_N
+    queue_TxK = jnp.where(mask_T[:, None], queue_TxK, queues)
+  queue_KT = queue_TxK.T.reshape(-1)
+  order = jnp.argsort(queue_KT, stable=True).astype(jnp.int32)
+  queue_N = queue_KT[order]
+  start_Q = jnp.searchsorted(queue_N, jnp.arange(queues))
+  place_N = jnp.arange(tokens * k) - start_Q.at[queue_N].get(mode='clip')
+  return order % tokens, order // tokens, queue_N, place_N
 
 
 def _mix(x_TxD, choice, rows, apply, *, row_N, token_N, rank_N):
@@ -113,6 +119,10 @@ def _mix(x_TxD, choice, rows, apply, *, row_N, token_N, rank_N):
   return y_TxD.astype(x_TxD.dtype)
 
 
+def _split_over(axis_name: str | None) -> int:
+  return 1 if axis_name is None else lax.axis_size(axis_name)
+
+
 @jax.named_scope('dispatch')
 def grouped(
   x_TxD: jax.Array,
@@ -120,33 +130,53 @@ def grouped(
   weights: ExpertWeights,
   *,
   mask_T: jax.Array | None = None,
+  axis_name: str | None = None,
 ) -> Mixed:
   """Applies the experts without dropping: rows packed, grouped products.
 
   Args:
     x_TxD: tokens, of the dtype of the weights.
     choice: experts, gates and load of each token.
-    weights: the experts.
+    weights: the experts; with `axis_name`, those of this device.
     mask_T: bool; False leaves a token out of all experts, y is 0 there.
+    axis_name: mesh axis over which experts are split, inside `jax.shard_map`.
+      Then a device makes room for all tokens of all devices of the axis.
   """
+  (tokens, k), experts = choice.experts.shape, choice.load.shape[0]
   token_N, rank_N, expert_N, _ = _sort_pairs(choice, mask_T)
-  rows = token_N.size + TILE  # grouped_matmul wants spare rows
-  valid_N = expert_N < choice.load.shape[0]
-  row_N = jnp.where(valid_N, jnp.arange(token_N.size, dtype=jnp.int32), rows)
+  rows = tokens * k + TILE  # grouped_matmul wants spare rows
+  row_N = jnp.where(
+    expert_N < experts, jnp.arange(tokens * k, dtype=jnp.int32), rows
+  )
 
-  def apply(x_NxD):
-    gate_NxF = grouped_matmul(x_NxD, weights.gate_ExDxF, choice.load)
-    up_NxF = grouped_matmul(x_NxD, weights.up_ExDxF, choice.load)
+  def apply(x_NxD, load_E):
+    gate_NxF = grouped_matmul(x_NxD, weights.gate_ExDxF, load_E)
+    up_NxF = grouped_matmul(x_NxD, weights.up_ExDxF, load_E)
 
     @jax.checkpoint  # Keeps gate and up only; the product is cheap to redo.
     def down(gate_NxF, up_NxF):
       hidden_NxF = jax.nn.silu(gate_NxF) * up_NxF
-      return grouped_matmul(hidden_NxF, weights.down_ExFxD, choice.load)
+      return grouped_matmul(hidden_NxF, weights.down_ExFxD, load_E)
 
     return down(gate_NxF, up_NxF)
 
+  def apply_anywhere(x_NxD):
+    devices = _split_over(axis_name)
+    if devices == 1:
+      return apply(x_NxD, choice.load)
+    most = devices * tokens * min(k, experts // devices) + TILE
+    return exchange.ragged(
+      x_NxD, choice.load, apply, most=most, axis_name=axis_name
+    )
+
   y_TxD = _mix(
-    x_TxD, choice, rows, apply, row_N=row_N, token_N=token_N, rank_N=rank_N
+    x_TxD,
+    choice,
+    rows,
+    apply_anywhere,
+    row_N=row_N,
+    token_N=token_N,
+    rank_N=rank_N,
   )
   return Mixed(y_TxD, jnp.int32(0))
 
@@ -159,6 +189,8 @@ def capacity(
   *,
   mask_T: jax.Array | None = None,
   capacity: int,
+  groups: int = 1,
+  axis_name: str | None = None,
 ) -> Mixed:
   """Applies the experts to static buffers of `capacity` tokens each.
 
@@ -168,25 +200,41 @@ def capacity(
   Args:
     x_TxD: tokens, of the dtype of the weights.
     choice: experts, gates and load of each token.
-    weights: the experts.
+    weights: the experts; with `axis_name`, those of this device.
     mask_T: bool; False leaves a token out: no buffer space, and y is 0 there.
-    capacity: tokens per expert, C >= 1.
+    capacity: tokens per expert of each group, C >= 1.
+    groups: equal, consecutive parts of the tokens with buffers of their own.
+    axis_name: mesh axis over which experts are split, inside `jax.shard_map`.
   """
   experts = choice.load.shape[0]
-  token_N, rank_N, expert_N, place_N = _sort_pairs(choice, mask_T)
-  rows = experts * capacity
-  fits_N = (expert_N < experts) & (place_N < capacity)
-  row_N = jnp.where(fits_N, expert_N * capacity + place_N, rows)
+  token_N, rank_N, queue_N, place_N = _sort_pairs(choice, mask_T, groups)
+  rows = experts * groups * capacity
+  queued_N = queue_N < experts * groups
+  row_N = jnp.where(
+    queued_N & (place_N < capacity), queue_N * capacity + place_N, rows
+  )
 
-  def apply(x_NxD):
-    x_ExCxD = x_NxD.reshape(experts, capacity, -1)
+  def apply(x_ExCxD):
     gate_ExCxF = jnp.einsum('ecd,edf->ecf', x_ExCxD, weights.gate_ExDxF)
     up_ExCxF = jnp.einsum('ecd,edf->ecf', x_ExCxD, weights.up_ExDxF)
     hidden_ExCxF = jax.nn.silu(gate_ExCxF) * up_ExCxF
-    y_ExCxD = jnp.einsum('ecf,efd->ecd', hidden_ExCxF, weights.down_ExFxD)
+    return jnp.einsum('ecf,efd->ecd', hidden_ExCxF, weights.down_ExFxD)
+
+  def apply_anywhere(x_NxD):
+    x_ExCxD = x_NxD.reshape(experts, groups * capacity, -1)
+    if _split_over(axis_name) == 1:
+      return apply(x_ExCxD).reshape(rows, -1)
+    y_ExCxD = exchange.static(x_ExCxD, apply, axis_name=axis_name)
     return y_ExCxD.reshape(rows, -1)
 
   y_TxD = _mix(
-    x_TxD, choice, rows, apply, row_N=row_N, token_N=token_N, rank_N=rank_N
+    x_TxD,
+    choice,
+    rows,
+    apply_anywhere,
+    row_N=row_N,
+    token_N=token_N,
+    rank_N=rank_N,
   )
-  return Mixed(y_TxD, jnp.sum(jnp.maximum(choice.load - capacity, 0)))
+  dropped = queued_N & (place_N >= capacity)
+  return Mixed(y_TxD, jnp.sum(dropped, dtype=jnp.int32))

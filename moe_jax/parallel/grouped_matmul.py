@@ -122,7 +122,7 @@ def _matmul_cpu(rows_NxD, weights_ExDxF, load_E, *, contract):
     return _fold_tiles(load_E[expert], tile, out_NxF)
 
   shape = (rows_NxD.shape[0], weights_ExDxF.shape[2 - contract])
-  out_NxF = jnp.zeros(shape, rows_NxD.dtype)
+  out_NxF = jnp.zeros_like(rows_NxD, shape=shape)
   return lax.fori_loop(0, load_E.shape[0], group, out_NxF)
 
 
@@ -143,8 +143,9 @@ def _outer_cpu(rows_NxD, dy_NxF, load_E):
       x, dy = (jnp.where(inside, a, 0) for a in (x, dy))
       return sum_DxF + _by_size(rows, product, x, dy)
 
-    sum_DxF = _fold_tiles(load_E[expert], tile, jnp.zeros(shape, jnp.float32))
+    zero_DxF = jnp.zeros_like(rows_NxD, jnp.float32, shape)
+    sum_DxF = _fold_tiles(load_E[expert], tile, zero_DxF)
     return out_ExDxF.at[expert].set(sum_DxF.astype(rows_NxD.dtype))
 
-  out_ExDxF = jnp.zeros((load_E.shape[0], *shape), rows_NxD.dtype)
+  out_ExDxF = jnp.zeros_like(rows_NxD, shape=(load_E.shape[0], *shape))
   return lax.fori_loop(0, load_E.shape[0], group, out_ExDxF)

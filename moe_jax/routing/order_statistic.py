@@ -96,6 +96,8 @@ def _kth_largest_16_bits(keys, k, axis, axis_name, bits) -> jax.Array:
 
 def _select(keys, k, axis, axis_name, bits) -> jax.Array:
   """Selects from uint32; 0 where there are fewer than k."""
+  if bits is None:
+    bits = 4 if axis_name is not None and lax.axis_size(axis_name) > 1 else 1
   if bits not in (1, 2, 4):
     raise ValueError(f'bits_per_pass={bits}: must be 1, 2 or 4')
   if isinstance(k, int) and k < 1:
@@ -117,7 +119,7 @@ def kth_largest(
   axis: int,
   where: jax.Array | None = None,
   axis_name: str | tuple[str, ...] | None = None,
-  bits_per_pass: int = 1,
+  bits_per_pass: int | None = None,
 ) -> jax.Array:
   """Selects the exact k-th largest value, counting duplicates.
 
@@ -134,7 +136,7 @@ def kth_largest(
     axis: the axis to select along.
     where: False leaves an element out; broadcasts against `x`.
     axis_name: mesh axes over which `axis` is split, inside `jax.shard_map`.
-    bits_per_pass: 1, 2 or 4.
+    bits_per_pass: 1, 2 or 4; by default 4 where all-reduces are needed, else 1.
 
   Returns:
     float32, the shape of `x` without `axis`. -inf where fewer than k elements
@@ -152,7 +154,7 @@ def kth_and_next_largest(
   axis: int,
   where: jax.Array | None = None,
   axis_name: str | tuple[str, ...] | None = None,
-  bits_per_pass: int = 1,
+  bits_per_pass: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Selects the k-th and (k+1)-th largest, for one pass more than the k-th.
 

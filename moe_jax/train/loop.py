@@ -257,7 +257,8 @@ def _with_shards(config: Config, mesh: Mesh) -> Config:
   So that such a run is not continued, or compared, on another mesh unnoticed.
   """
   by_shard = config.balancer.get('scope') == 'shard'
-  if not (by_shard or config.model.round_to_capacity):
+  rounded = config.model.round_to_capacity
+  if not (by_shard or rounded or config.capacity_factor):
     return config
   model = dataclasses.replace(config.model, shards=shards_of(config, mesh))
   return dataclasses.replace(config, model=model)

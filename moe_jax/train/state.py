@@ -56,18 +56,15 @@ class Training(NamedTuple):
   abstract: TrainState
 
 
-def make_model(config: Config) -> nn.Decoder:
+def make_model(config: Config, mesh: Mesh | None = None) -> nn.Decoder:
   """Builds the model with initial weights that depend on the seed alone."""
-  balancer = make_balancer(config.balancer)
-  return nn.Decoder(config.model, balancer, rngs=nnx.Rngs(config.seed))
-
-
-def _spec(variable: nnx.Variable) -> P:
-  """Experts are split over their axis, third from the end; the rest is not."""
-  if isinstance(variable, nn.ExpertParam):
-    leading = (None,) * (variable.ndim - 3)
-    return P(*leading, 'expert', None, None)
-  return P()
+  return nn.Decoder(
+    config.model,
+    make_balancer(config.balancer),
+    mesh=mesh,
+    fsdp=config.mesh.fsdp,
+    rngs=nnx.Rngs(config.seed),
+  )
 
 
 def make_training(
@@ -78,10 +75,49 @@ def make_training(
   Raises:
     ValueError: experts or batch do not divide over the mesh or its shards.
   """
-  if config.model.experts % mesh.shape['expert']:
+  _check_mesh(config, mesh)
+
+  def split(config):
+    model = make_model(config, mesh)
+    return nnx.split(model, nnx.Param, nn.RouterState)
+
+  # Splitting abstractly gives the graph once; `init` then makes the arrays.
+  graphdef, params, _ = nnx.eval_shape(lambda: split(config))
+  model = dataclasses.replace(
+    config.model, capacity_factor=0.0, round_to_capacity=False
+  )
+  dropless = dataclasses.replace(config, model=model)
+  dropless_graphdef, _, _ = nnx.eval_shape(lambda: split(dropless))
+
+  def init() -> TrainState:
+    _, params, router = split(config)
+    params, router = nnx.to_pure_dict(params), nnx.to_pure_dict(router)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), router)
+
+  abstract = jax.eval_shape(init)
+  shardings = _shardings(abstract, params, optimizer, mesh, config.mesh.fsdp)
+  return Training(
+    graphdef,
+    dropless_graphdef,
+    optimizer,
+    init=jax.jit(init, out_shardings=shardings),
+    init_router=jax.jit(lambda: init().router, out_shardings=shardings.router),
+    abstract=jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      abstract,
+      shardings,
+    ),
+  )
+
+
+def _check_mesh(config: Config, mesh: Mesh) -> None:
+  """Raises ValueError where something does not divide evenly."""
+  model, expert = config.model, mesh.shape['expert']
+  if model.experts % expert:
     raise ValueError(
-      f'mesh.expert={mesh.shape["expert"]}: must divide '
-      f'model.experts={config.model.experts}'
+      f'mesh.expert={expert}: must divide model.experts={model.experts}'
     )
   microbatch = config.batch_size // config.accumulation
   shards = shards_of(config, mesh)
@@ -90,6 +126,12 @@ def make_training(
       f'model.shards={shards}: must be 0 or a multiple of the {mesh.size} '
       'devices, so that no shard is spread over several'
     )
+  by_shard = config.balancer.get('scope') == 'shard'
+  if by_shard and mesh.size > 1 and shards != mesh.size:
+    raise ValueError(
+      f'model.shards={shards}: must be 0 or {mesh.size}, the number of '
+      "devices, where balancer.scope='shard'; on one device it is free"
+    )
   for name, parts in (('mesh', mesh.size), ('model.shards', shards)):
     if microbatch % parts:
       raise ValueError(
@@ -97,37 +139,26 @@ def make_training(
         f'{microbatch} must be a multiple of {parts}, the parts that {name} '
         'splits it into'
       )
-  model = dataclasses.replace(config.model, shards=shards)
-  config = dataclasses.replace(config, model=model)
-  # Splitting abstractly gives the graph once; `init` then makes the arrays.
-  graphdef, params, router = nnx.split(
-    nnx.eval_shape(lambda: make_model(config)), nnx.Param, nn.RouterState
+  pairs = (
+    microbatch // shards * config.sequence_length * model.experts_per_token
   )
-
-  model = dataclasses.replace(
-    model, capacity_factor=0.0, round_to_capacity=False
-  )
-  dropless = dataclasses.replace(config, model=model)
-  dropless_graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(dropless)))
-
-  def init() -> TrainState:
-    _, params, router = nnx.split(make_model(config), nnx.Param, nn.RouterState)
-    params, router = nnx.to_pure_dict(params), nnx.to_pure_dict(router)
-    return TrainState(jnp.int32(0), params, optimizer.init(params), router)
-
-  def sharding(spec):
-    return NamedSharding(mesh, spec)
-
-  replicated = sharding(P())
-  param_shardings = nnx.to_pure_dict(
-    jax.tree.map(
-      lambda variable: variable.replace(sharding(_spec(variable))),
-      params,
-      is_leaf=lambda node: isinstance(node, nnx.Variable),
+  if model.round_to_capacity and expert > 1 and pairs % model.experts:
+    raise ValueError(
+      f'model.round_to_capacity=True: a shard has {pairs} pairs of token and '
+      f'expert, which model.experts={model.experts} must divide where '
+      f'mesh.expert={expert}, so that all devices exchange equal amounts'
     )
+
+
+def _shardings(abstract, params, optimizer, mesh, fsdp) -> TrainState:
+  """Returns the sharding of every leaf: one rule for parameters and moments."""
+
+  replicated = NamedSharding(mesh, P())
+  param_shardings = jax.tree.map(
+    lambda spec: NamedSharding(mesh, spec),
+    nnx.to_pure_dict(nn.parameter_specs(params, mesh, fsdp=fsdp)),
   )
-  abstract = jax.eval_shape(init)
-  shardings = TrainState(
+  return TrainState(
     step=replicated,
     params=param_shardings,
     # In Auto mode moments would be replicated if this were left out.
@@ -139,21 +170,6 @@ def make_training(
       transform_non_params=lambda _: replicated,
     ),
     router=jax.tree.map(lambda _: replicated, abstract.router),
-  )
-  abstract = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=sharding
-    ),
-    abstract,
-    shardings,
-  )
-  return Training(
-    graphdef,
-    dropless_graphdef,
-    optimizer,
-    init=jax.jit(init, out_shardings=shardings),
-    init_router=jax.jit(lambda: init().router, out_shardings=shardings.router),
-    abstract=abstract,
   )
 
 

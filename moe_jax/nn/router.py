@@ -1,0 +1,161 @@
+"""From tokens to a choice of experts: scores, prices, rounding.
+
+Shape letters: T tokens, B batch, S sequence, D model, E experts, K chosen.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from moe_jax import routing
+
+_SCORES = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}
+
+
+class Routed(NamedTuple):
+  """What a router makes of the tokens of one device.
+
+  Attributes:
+    choice: the choice by prices, whose loads the balancer sees.
+    rounded: the choice to take; the same without rounding.
+    scores: float32 [T, E].
+    loss: float32 scalar over all devices.
+    finite: bool scalar, whether all logits on all devices are.
+    moved: the balancer's new state and its observation; None where q is frozen.
+  """
+
+  choice: routing.Choice
+  rounded: routing.Choice
+  scores: jax.Array
+  loss: jax.Array
+  finite: jax.Array
+  moved: tuple[Any, Any] | None
+
+
+def route(
+  x_BxSxD: jax.Array,
+  weight_DxE: jax.Array,
+  state: Any,
+  balancer: routing.Balancer,
+  *,
+  k: int,
+  scoring: str,
+  z_loss: float,
+  rounding: bool,
+  train: bool,
+  mask_BxS: jax.Array | None = None,
+  groups: int = 1,
+  axis_name: tuple[str, ...] | None = None,
+) -> Routed:
+  """Chooses experts; with `train`, lets the balancer solve for q first.
+
+  Args:
+    x_BxSxD: tokens, any float dtype; scored in float32.
+    weight_DxE: the router's weight, float32.
+    state: the balancer's.
+    balancer: the rule for q.
+    k: experts per token.
+    scoring: how logits become scores, 'softmax' or 'sigmoid'.
+    z_loss: weight of the router z-loss.
+    rounding: whether a training choice is rounded to capacity.
+    train: whether q may move.
+    mask_BxS: bool; False for padding.
+    groups: equal, consecutive parts of the tokens that round by themselves.
+      Without `axis_name` they solve as so many devices would, too: each by
+      itself where the balancer's scope is 'shard'.
+    axis_name: mesh axes over which the batch is split, inside `jax.shard_map`.
+  """
+  logits_BxSxE = jnp.dot(
+    x_BxSxD.astype(jnp.float32), weight_DxE, precision=lax.Precision.HIGHEST
+  )
+  scores_BxSxE = _SCORES[scoring](logits_BxSxE)
+  scores_TxE = scores_BxSxE.reshape(-1, weight_DxE.shape[1])
+  mask_T = None if mask_BxS is None else mask_BxS.reshape(-1)
+  total = functools.partial(_total, axis_name=axis_name)
+  if train:
+    solve = functools.partial(_solve, balancer, state, k=k, rounding=rounding)
+    if axis_name is None and groups > 1:
+      solved = _as_devices(solve, scores_TxE, mask_T, groups)
+    else:
+      solved = solve(scores_TxE, mask_T, groups=groups, axis_name=axis_name)
+    new_state, seen, choice, rounded = solved
+    loss = balancer.loss(
+      scores_BxSxE, choice, k=k, mask_BxS=mask_BxS, axis_name=axis_name
+    )
+    if z_loss:
+      loss += z_loss * _z_loss(logits_BxSxE, mask_BxS, total)
+    moved = (new_state, seen)
+  else:
+    choice = routing.choose(scores_TxE, state.q, k=k, mask_T=mask_T)
+    rounded, loss, moved = choice, jnp.float32(0.0), None
+  infinite = jnp.any(~jnp.isfinite(logits_BxSxE)).astype(jnp.int32)
+  finite = total(infinite) == 0
+  return Routed(choice, rounded, scores_TxE, loss, finite, moved)
+
+
+def _total(x, *, axis_name):
+  return x if axis_name is None else lax.psum(x, axis_name)
+
+
+def _solve(
+  balancer, state, scores_TxE, mask_T, *, k, rounding, groups, axis_name
+):
+  """Returns state, observation, the choice by prices and the one to take."""
+  q_E, new_state = balancer.solve(
+    state, scores_TxE, k=k, mask_T=mask_T, axis_name=axis_name
+  )
+  # A backward pass that recomputes the rest neither solves nor, see `choose`,
+  # chooses again.
+  q_E = checkpoint_name(lax.stop_gradient(q_E), 'q')
+  choice = routing.choose(scores_TxE, q_E, k=k, mask_T=mask_T)
+  seen = balancer.observe(
+    new_state, q_E, scores_TxE, choice, k=k, mask_T=mask_T, axis_name=axis_name
+  )
+  if not rounding:
+    return new_state, seen, choice, choice
+
+  def round_group(scores_TxE, mask_T):
+    return routing.round_to_capacity(scores_TxE, q_E, k=k, mask_T=mask_T)
+
+  rounded = jax.vmap(round_group)(*_split(groups, scores_TxE, mask_T))
+  return new_state, seen, choice, _joined(rounded)
+
+
+def _as_devices(solve: Callable, scores_TxE, mask_T, groups: int):
+  """Solves on one device as on `groups` of them."""
+  # `out_axes=None` refuses a state or observation that differs by group.
+  state, seen, *choices = jax.vmap(
+    functools.partial(solve, groups=1, axis_name='group'),
+    axis_name='group',
+    out_axes=(None, None, 0, 0),
+  )(*_split(groups, scores_TxE, mask_T))
+  return state, seen, *map(_joined, choices)
+
+
+def _split(groups: int, *tokens: jax.Array | None):
+  return jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), tokens)
+
+
+def _joined(choice_G: routing.Choice) -> routing.Choice:
+  experts, gates = (
+    x.reshape(-1, x.shape[-1]) for x in (choice_G.experts, choice_G.gates)
+  )
+  return routing.Choice(experts, gates, jnp.sum(choice_G.load, axis=0))
+
+
+def _z_loss(
+  logits_BxSxE: jax.Array, mask_BxS: jax.Array | None, total: Callable
+) -> jax.Array:
+  """Averages logsumexp(logits)^2 over tokens (arXiv 2202.08906, eq. 5)."""
+  square_BxS = jnp.square(jax.nn.logsumexp(logits_BxSxE, axis=-1))
+  if mask_BxS is None:
+    mask_BxS = jnp.ones(square_BxS.shape, bool)
+  count = total(jnp.sum(mask_BxS))
+  square = total(jnp.sum(jnp.where(mask_BxS, square_BxS, 0.0)))
+  return square / jnp.maximum(count, 1)
