@@ -12,6 +12,7 @@ from moe_jax import config as config_lib
 from moe_jax.train import checkpoint as checkpoint_lib
 from moe_jax.train import evaluate as evaluation
 from moe_jax.train import loop
+from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
 from moe_jax.train import telemetry
 from tests.train import tiny
@@ -196,13 +197,21 @@ def test_shards_are_written_down_where_results_depend_on_them(text, tmp_path):
     ({}, 0),
     ({'model.round_to_capacity': True}, devices),
     ({'balancer.scope': 'shard'}, devices),
-    ({'balancer.scope': 'shard', 'model.shards': 2 * devices}, 2 * devices),
+    ({'capacity_factor': 1.0, 'model.shards': 2 * devices}, 2 * devices),
   ):
     config = tiny.tiny_config(text, batch_size=2 * devices, **overrides)
     run = loop.Run(config, tmp_path / 'run')
     assert run.config.model.shards == shards
-  with pytest.raises(ValueError, match=r'model\.shards=3: .* multiple of'):
-    loop.Run(tiny.tiny_config(text, **{'model.shards': 3}), tmp_path / 'run')
+  for overrides, expected in (
+    ({'model.shards': 3}, r'model\.shards=3: .* multiple of'),
+    # A device cannot solve for two.
+    (
+      {'model.shards': 2 * devices, 'balancer.scope': 'shard'},
+      f'model.shards={2 * devices}: must be 0 or {devices}',
+    ),
+  ):
+    with pytest.raises(ValueError, match=expected):
+      loop.Run(tiny.tiny_config(text, **overrides), tmp_path / 'run')
 
 
 def test_other_text_is_refused(finished):
@@ -318,7 +327,11 @@ def test_evaluation_against_a_loop_over_sequences(finished):
 
   from flax import nnx
 
-  model = nnx.merge(finished.training.graphdef, state.params, state.router)
+  # Without the mesh, a batch may be a single sequence.
+  graphdef = nnx.graphdef(
+    nnx.eval_shape(lambda: state_lib.make_model(finished.config))
+  )
+  model = nnx.merge(graphdef, *jax.device_get((state.params, state.router)))
   losses, size = [], 0
   for batch in finished.evaluation_batches('validation'):
     for inputs, targets, mask in zip(*jax.device_get(batch), strict=True):
