@@ -1,0 +1,336 @@
+"""Reads the text of a compiled XLA program: what runs, and how often.
+
+  from launch import hlo
+  for call in hlo.collectives(compiled.as_text()):
+    print(call.kind, call.count, call.bytes, call.op_name)
+
+The body of a loop counts as often as the loop turns; of a conditional's
+branches, the one that communicates most counts, since only one runs. The text
+is one device's program: all bytes are one device's.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+KINDS = (
+  'all-gather',
+  'all-reduce',
+  'all-to-all',
+  'collective-broadcast',
+  'collective-permute',
+  'ragged-all-to-all',
+  'reduce-scatter',
+)
+
+
+class Instruction(NamedTuple):
+  """One line of a computation, cut into its parts.
+
+  Attributes:
+    name: unique in its computation.
+    shape: of the result, as text; see `shape_bytes`.
+    opcode: such as 'fusion'.
+    arguments: what is between the parentheses.
+    attributes: what follows them.
+  """
+
+  name: str
+  shape: str
+  opcode: str
+  arguments: str
+  attributes: str
+
+  @property
+  def operands(self) -> list[str]:
+    """Names of the instructions whose results it takes."""
+    return re.findall(r'%([\w.-]+)', self.arguments)
+
+  @property
+  def op_name(self) -> str:
+    """Where in the JAX program it comes from; '' where that is not known."""
+    match = re.search(r'op_name="([^"]*)"', self.attributes)
+    return match[1] if match else ''
+
+
+class Program(NamedTuple):
+  """Instructions by computation and name, and the computation that runs."""
+
+  computations: Mapping[str, Mapping[str, Instruction]]
+  entry: str
+
+
+class Visit(NamedTuple):
+  """An instruction that runs.
+
+  Attributes:
+    instruction: the instruction.
+    computation: the name of the computation that it is in.
+    count: times that it runs.
+    fused: whether it is a part of a fusion, which has the costs of the whole.
+  """
+
+  instruction: Instruction
+  computation: str
+  count: int
+  fused: bool
+
+
+class Collective(NamedTuple):
+  """A collective operation.
+
+  Attributes:
+    kind: one of `KINDS`, also for an asynchronous start and done, which are
+      one operation.
+    count: times that it runs.
+    bytes: of its operands or its results, whichever are more, each time. Of a
+      ragged-all-to-all it is the room, as what it sends is not known.
+    op_name: where in the JAX program it comes from; '' where not known.
+    group: positions in the mesh of the devices of the first group that
+      communicates; () for all devices.
+  """
+
+  kind: str
+  count: int
+  bytes: int
+  op_name: str
+  group: tuple[int, ...]
+
+
+def parse(text: str) -> Program:
+  """Reads the text of a compiled program.
+
+  Raises:
+    ValueError: the text has no entry computation.
+  """
+  computations, entry, current = {}, None, {}
+  for line in text.splitlines():
+    header = re.match(r'(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$', line)
+    if header:
+      current = computations.setdefault(header[2], {})
+      entry = header[2] if header[1] else entry
+    elif instruction := _instruction(line):
+      current[instruction.name] = instruction
+  if entry is None:
+    raise ValueError('text: must be that of a compiled XLA program')
+  return Program(computations, entry)
+
+
+def _instruction(line: str) -> Instruction | None:
+  start = re.match(r'\s+(?:ROOT )?%?([\w.-]+) = ', line)
+  if not start:
+    return None
+  line = re.sub(r'/\*.*?\*/', '', line[start.end() :])
+  end = _closing(line, 0) if line.startswith('(') else line.index(' ')
+  shape, line = line[:end], line[end:].lstrip()
+  opcode = line.partition('(')[0]
+  end = _closing(line, len(opcode))
+  return Instruction(
+    start[1], shape, opcode, line[len(opcode) + 1 : end - 1], line[end:]
+  )
+
+
+def _closing(text: str, start: int) -> int:
+  """Returns the end of the parentheses that open at `start`."""
+  depth = 0
+  for match in re.compile('[()]').finditer(text, start):
+    depth += 1 if match[0] == '(' else -1
+    if not depth:
+      return match.end()
+  return len(text)
+
+
+def shape_bytes(shape: str) -> int:
+  """Counts the bytes of an array or a tuple, without padding of its layout.
+
+  Args:
+    shape: such as 'bf16[8,128]{1,0}' or '(f32[], s32[4]{0})'.
+  """
+  total = 0
+  for kind, bits, sizes in re.findall(
+    r'\b([a-z]+)(\d*)\w*\[([\d,<=]*)\]', shape
+  ):
+    count = math.prod(
+      int(size.strip('<=')) for size in sizes.split(',') if size
+    )
+    total += math.ceil(count * (8 if kind == 'pred' else int(bits or 0)) / 8)
+  return total
+
+
+def visits(program: Program) -> list[Visit]:
+  """Lists every instruction that runs, inside loops and fusions, too."""
+
+  @functools.cache
+  def visit(name: str) -> list[Visit]:
+    result = []
+    for instruction in program.computations[name].values():
+      result.append(Visit(instruction, name, 1, False))
+      called, count = _called(instruction), 1
+      if instruction.opcode == 'while':
+        count = trip_count(program, instruction) or 1
+      elif instruction.opcode == 'conditional':
+        called = [max(called, key=lambda branch: _traffic(visit(branch)))]
+      fused = instruction.opcode == 'fusion'
+      for inner in called:
+        result += [
+          v._replace(count=count * v.count, fused=fused or v.fused)
+          for v in visit(inner)
+        ]
+    return result
+
+  return visit(program.entry)
+
+
+def _called(instruction: Instruction) -> list[str]:
+  """Names the computations that it runs, reductions of pairs left out."""
+  names = {
+    'while': 'body',
+    'call': 'to_apply',
+    'fusion': 'calls',
+    'async-start': 'calls',
+    'conditional': 'branch_computations|true_computation|false_computation',
+  }
+  if instruction.opcode not in names:
+    return []
+  found = re.findall(
+    rf'\b(?:{names[instruction.opcode]})=(?:\{{(.*?)\}}|%?([\w.-]+))',
+    instruction.attributes,
+  )
+  return re.findall(r'[\w.-]+', ' '.join(map(' '.join, found)))
+
+
+def _traffic(branch: list[Visit]) -> int:
+  return sum(
+    visit.count * shape_bytes(visit.instruction.shape)
+    for visit in branch
+    if visit.instruction.opcode.removesuffix('-start') in KINDS
+  )
+
+
+def trip_count(program: Program, loop: Instruction) -> int | None:
+  """Returns how often a while loop turns; None where the text leaves it open.
+
+  Where the compiler does not say, a loop that compares with one constant is
+  taken to count up to it from 0, as those of `lax.scan` do.
+  """
+  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+  if known:
+    return int(known[1])
+  condition = re.search(r'condition=%?([\w.-]+)', loop.attributes)[1]
+  parts = list(program.computations[condition].values())
+  for part in list(parts):
+    for inner in _called(part):
+      parts += program.computations[inner].values()
+  limits = [
+    int(part.arguments)
+    for part in parts
+    if part.opcode == 'constant' and re.fullmatch(r'\d+', part.arguments)
+  ]
+  counts_up = [part for part in parts if 'direction=LT' in part.attributes]
+  return limits[0] if len(limits) == len(counts_up) == 1 else None
+
+
+def unknown_loops(program: Program) -> int:
+  """Counts loops whose turns the text does not tell; they count as one."""
+  return sum(
+    trip_count(program, instruction) is None
+    for computation in program.computations.values()
+    for instruction in computation.values()
+    if instruction.opcode == 'while'
+  )
+
+
+def collectives(text: str | Program) -> list[Collective]:
+  """Lists the collective operations that one run of the program does.
+
+  Args:
+    text: of a compiled program, or what `parse` made of it.
+  """
+  program = parse(text) if isinstance(text, str) else text
+  return [
+    Collective(
+      visit.instruction.opcode.removesuffix('-start'),
+      visit.count,
+      _payload(program.computations[visit.computation], visit.instruction),
+      visit.instruction.op_name,
+      _first_group(visit.instruction.attributes),
+    )
+    for visit in visits(program)
+    if visit.instruction.opcode.removesuffix('-start') in KINDS
+    and not _continues(program, visit)
+  ]
+
+
+def _continues(program: Program, visit: Visit) -> bool:
+  """Whether it is a later part of what another fusion has started.
+
+  On TPU a collective may be spread over a chain of fusions that compute
+  something else meanwhile; each of them shows it again.
+  """
+  computation = program.computations[visit.computation].values()
+  return 'chain_id=' in visit.instruction.attributes and not any(
+    '"AsyncCollectiveStart"' in other.attributes for other in computation
+  )
+
+
+def _payload(
+  computation: Mapping[str, Instruction], instruction: Instruction
+) -> int:
+  result = instruction.shape
+  if instruction.opcode.endswith('-start'):
+    # A start's shape holds operands and contexts, too; its done's does not.
+    result = next(
+      (
+        other.shape
+        for other in computation.values()
+        if other.opcode.endswith('-done') and instruction.name in other.operands
+      ),
+      result,
+    )
+  operands = [computation[name].shape for name in instruction.operands]
+  if instruction.opcode == 'ragged-all-to-all':
+    operands = operands[:1]  # Then come the output's room and four sizes.
+  return max(shape_bytes(result), sum(map(shape_bytes, operands)))
+
+
+def _first_group(attributes: str) -> tuple[int, ...]:
+  """Reads the four ways in which XLA writes groups of devices."""
+  for pattern, read in _GROUPS.items():
+    match = re.search(pattern, attributes)
+    if match:
+      return tuple(int(device) for device in read(*match.groups()))
+  return ()
+
+
+def _strided(groups: str, sizes: str, order: str | None) -> np.ndarray:
+  """'[2,4]<=[4,2]T(1,0)': 0..7 as [4, 2], transposed, as 2 groups of 4."""
+  sizes = [int(size) for size in sizes.split(',')]
+  devices = np.arange(math.prod(sizes)).reshape(sizes)
+  if order:
+    devices = devices.transpose([int(axis) for axis in order.split(',')])
+  return devices.reshape([int(size) for size in groups.split(',')])[0]
+
+
+def _along_axes(axes: str, chosen: str) -> np.ndarray:
+  """ "mesh['a'=4,'b'=2] {'b'}": devices that differ in 'b' alone."""
+  sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes))
+  devices = np.arange(math.prod(map(int, sizes.values())))
+  devices = devices.reshape([int(size) for size in sizes.values()])
+  chosen = re.findall(r"'([^']+)'", chosen)
+  return devices[
+    tuple(slice(None) if axis in chosen else 0 for axis in sizes)
+  ].ravel()
+
+
+_GROUPS: Mapping[str, Callable] = {
+  r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?': _strided,
+  r'replica_groups=mesh\[(.*?)\] ?\{(.*?)\}': _along_axes,
+  r'replica_groups=\{\{([\d,]+)\}': lambda group: group.split(','),
+  # A permutation has pairs; as a group, the first one.
+  r'source_target_pairs=\{\{([\d,]+)\}': lambda pair: pair.split(','),
+}
