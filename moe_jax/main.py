@@ -153,6 +153,9 @@ def main(argv: Sequence[str]) -> int:
     return 2
   try:
     run.train()
+  except processes.Disagreement as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
   except FloatingPointError as error:
     print(f'error: {error}', file=sys.stderr)
     return 1

@@ -45,6 +45,10 @@ _SECONDS_TO_AGREE = 3600
 _agreements = itertools.count()
 
 
+class Disagreement(ValueError):
+  """Another process failed, or processes are not about to do the same."""
+
+
 def start() -> None:
   """Joins this process to the others of its run; does nothing if it is alone.
 
@@ -154,7 +158,7 @@ def agreement() -> Iterator[dict[str, Any]]:
     in all processes.
 
   Raises:
-    ValueError: another process failed, or the facts differ; the message says
+    Disagreement: another process failed, or the facts differ; the message says
       which, and in which processes.
   """
   facts: dict[str, Any] = {}
@@ -165,7 +169,7 @@ def agreement() -> Iterator[dict[str, Any]]:
     raise
   verdict = _verdict({'facts': facts})
   if verdict:
-    raise ValueError(verdict)
+    raise Disagreement(verdict)
 
 
 def _verdict(answer: dict[str, Any]) -> str:
