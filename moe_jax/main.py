@@ -21,7 +21,8 @@ Examples:
       --workdir=runs/mine --config.data.dataset=text_files \\
       --config.data.files='books/*.txt'
 
-The same command again continues the run. DIR/config.json lists all options
+The same command again continues the run, also with another number of
+processes (see moe_jax/parallel/processes.py). DIR/config.json lists all options
 with their values. Exit codes: 0 done, 2 refused (bad config or input), 1
 anything else.
 """
@@ -37,6 +38,8 @@ import types
 from absl import flags
 from ml_collections import ConfigDict
 from ml_collections import config_flags
+
+from moe_jax.parallel import processes
 
 
 def parse(
@@ -134,19 +137,25 @@ def main(argv: Sequence[str]) -> int:
     print(__doc__)
     return 0
   try:
-    options, values = parse(argv)
-    if not values.workdir:
-      raise ValueError('--workdir=DIR: missing')
-    # Late: a wrong flag is answered at once, before anything big is loaded.
-    from moe_jax import config
-    from moe_jax.train import loop
+    processes.start()
+    with processes.agreement():
+      options, values = parse(argv)
+      if not values.workdir:
+        raise ValueError('--workdir=DIR: missing')
+      # Late: a wrong flag is answered at once, before anything big is loaded.
+      from moe_jax import config
+      from moe_jax.train import loop
 
-    run = loop.Run(config.freeze(options), values.workdir)
+      frozen = config.freeze(options)
+    run = loop.Run(frozen, values.workdir)
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   try:
     run.train()
+  except processes.Disagreement as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
   except FloatingPointError as error:
     print(f'error: {error}', file=sys.stderr)
     return 1

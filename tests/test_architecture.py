@@ -13,7 +13,7 @@ ALLOWED = {
   'config': {'routing', 'data', 'nn'},
   'train': {'routing', 'parallel', 'nn', 'data', 'config'},
   'analysis': {'routing', 'parallel', 'nn', 'data', 'config', 'train'},
-  'main': {'config', 'train'},
+  'main': {'parallel', 'config', 'train'},
 }
 
 

@@ -46,10 +46,6 @@ class Checkpoints:
     self._manager.wait_until_finished()
     self._manager.close()
 
-  def latest_step(self) -> int | None:
-    """Returns the step of the newest checkpoint, None where there is none."""
-    return self._manager.latest_step()
-
   def saved_config(self, step: int) -> dict[str, Any]:
     """Returns the config that a checkpoint was saved with."""
     meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -104,6 +100,17 @@ class Checkpoints:
       **{name: read[name] for name in _ARRAYS},
     )
     return state, read['data']['next_sequence']
+
+
+def latest_step(directory: epath.PathLike) -> int:
+  """Returns the step of the newest whole checkpoint, 0 where there is none."""
+  directory = epath.Path(directory)
+  if not directory.exists():
+    return 0
+  newest = ocp.path.step.latest_step_metadata(
+    directory, ocp.path.step.standard_name_format()
+  )
+  return newest.step if newest else 0
 
 
 def _array_handler() -> ocp.PyTreeCheckpointHandler:

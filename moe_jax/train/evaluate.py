@@ -44,7 +44,8 @@ def make_evaluation_step(
       'bytes': jnp.sum(bytes_BxS * batch.mask),
     }
 
-  return jax.jit(evaluation_step)
+  # Whole on every device, so that every process can read them.
+  return jax.jit(evaluation_step, out_shardings=training.abstract.step.sharding)
 
 
 def evaluate(

@@ -137,7 +137,10 @@ def make_train_step(
     return state, metrics
 
   shardings = jax.tree.map(lambda x: x.sharding, training.abstract)
-  return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+  # Metrics whole on every device, so that every process can read them.
+  return jax.jit(
+    train_step, donate_argnums=0, out_shardings=(shardings, shardings.step)
+  )
 
 
 def _router_metrics(sums: _Sums, rounded: bool) -> dict[str, Any]:

@@ -40,7 +40,9 @@ class Telemetry:
   """Writes one record a step; a context manager.
 
   Args:
-    workdir: where `metrics.jsonl` and TensorBoard's events go.
+    directory: where `metrics.jsonl` and TensorBoard's events go; None where
+      another process writes them, and this one only looks for what is not
+      finite.
     label: the run's name on screen.
     step: steps completed before; records of later steps, left by a run that
       got further than its last checkpoint, are removed.
@@ -51,7 +53,7 @@ class Telemetry:
 
   def __init__(
     self,
-    workdir: pathlib.Path,
+    directory: pathlib.Path | None,
     *,
     label: str,
     step: int,
@@ -60,18 +62,14 @@ class Telemetry:
     quiet: bool = False,
   ):
     self._tokens_per_step = tokens_per_step
-    path = workdir / 'metrics.jsonl'
-    kept = [record for record in read_steps(path) if record['step'] <= step]
-    if [record['step'] for record in kept] != list(range(1, step + 1)):
-      raise ValueError(
-        f'{path}: must have every step up to the checkpoint of step {step}'
-      )
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(''.join(_line(record) for record in kept))
-    os.replace(temporary, path)
-    self._file = path.open('a')
-    self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1)
-    self._progress = _progress(label, step, steps, quiet)
+    self._outputs = []
+    if directory is not None:
+      self._outputs += [
+        _JsonLines(directory / 'metrics.jsonl', step),
+        _Events(directory, step),
+      ]
+      if not quiet:
+        self._outputs.append(_progress(label, step, steps))
     self._pending: tuple[int, dict[str, Any], dict[str, float]] | None = None
     self.restart_clock()
 
@@ -80,9 +78,8 @@ class Telemetry:
 
   def __exit__(self, *exception):
     self.flush()
-    self._file.close()
-    self._events.close()
-    self._progress.close()
+    for output in self._outputs:
+      output.close()
 
   def restart_clock(self) -> None:
     """Leaves the time since the last record out of the next step's."""
@@ -131,14 +128,8 @@ class Telemetry:
       else:
         record[name] = value.item()
     record.update(extra)
-    self._file.write(_line(record))
-    self._file.flush()
-    for name, value in record.items():
-      if isinstance(value, list) or not math.isfinite(value):
-        continue
-      if name != 'step':
-        self._events.add_scalar(name, value, step)
-    self._progress.show(record)
+    for output in self._outputs:
+      output.show(record)
     _check_finite(record, infinite_L)
 
 
@@ -181,21 +172,52 @@ def _summary(record: dict[str, Any]) -> str:
   return '  '.join([text, *perplexities])
 
 
-def _progress(label, step, steps, quiet):
+class _JsonLines:
+  """One object a step; flushed, so that a reader sees whole lines."""
+
+  def __init__(self, path: pathlib.Path, step: int):
+    kept = [record for record in read_steps(path) if record['step'] <= step]
+    if [record['step'] for record in kept] != list(range(1, step + 1)):
+      raise ValueError(
+        f'{path}: must have every step up to the checkpoint of step {step}'
+      )
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(''.join(_line(record) for record in kept))
+    os.replace(temporary, path)
+    self._file = path.open('a')
+
+  def show(self, record):
+    self._file.write(_line(record))
+    self._file.flush()
+
+  def close(self):
+    self._file.close()
+
+
+class _Events:
+  """TensorBoard's; it has no use for lists and what is not finite."""
+
+  def __init__(self, directory: pathlib.Path, step: int):
+    self._writer = tensorboardX.SummaryWriter(
+      str(directory), purge_step=step + 1
+    )
+
+  def show(self, record):
+    for name, value in record.items():
+      if isinstance(value, list) or not math.isfinite(value):
+        continue
+      if name != 'step':
+        self._writer.add_scalar(name, value, record['step'])
+
+  def close(self):
+    self._writer.close()
+
+
+def _progress(label, step, steps):
   console = Console(stderr=True)
-  if quiet:
-    return _Silence()
   if console.is_terminal:
     return _Bar(console, label, step, steps)
   return _Lines(label, step, steps)
-
-
-class _Silence:
-  def show(self, record):
-    pass
-
-  def close(self):
-    pass
 
 
 class _Bar:

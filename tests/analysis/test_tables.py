@@ -165,12 +165,12 @@ def test_other_weights_for_one_seed_are_reported(write_run):
   runs = {
     'bip': [Run(write_run('bip'))],
     'loss_free': [
-      Run(write_run('loss_free', facts={'initial_parameters_sha256': 'x'}))
+      Run(write_run('loss_free', facts={'initial_parameters_digest': 'x'}))
     ],
   }
   compared = comparison(runs)
-  assert compared['differing_facts'] == ['initial_parameters_sha256']
-  assert '`initial_parameters_sha256` differs' in comparison_markdown(compared)
+  assert compared['differing_facts'] == ['initial_parameters_digest']
+  assert '`initial_parameters_digest` differs' in comparison_markdown(compared)
 
 
 @pytest.mark.parametrize(

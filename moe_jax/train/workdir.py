@@ -1,0 +1,183 @@
+"""The work directory of a run: whether it may be used, and what is in it.
+
+It may be remote (gs://bucket/...). What is written at once goes there directly;
+what grows is written locally and uploaded with each checkpoint.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
+import json
+import os
+import pathlib
+import tempfile
+import time
+from typing import Any
+
+from etils import epath
+import jax
+
+from moe_jax.config import MAY_CHANGE
+from moe_jax.config import Config
+from moe_jax.config import to_dict
+from moe_jax.data.cache import open_cache
+from moe_jax.parallel import processes
+
+_REMOTE = 'gs://'
+_SECONDS_UNTIL_SEEN = 90.0  # File systems over a network cache what they saw.
+
+
+def open_workdir(path: str | os.PathLike[str]) -> epath.Path:
+  """Returns the path of a local or remote directory that can be written to.
+
+  It need not exist, and is not made.
+
+  Raises:
+    ValueError: the scheme is unknown, or its package is not installed.
+    OSError: no files can be made there.
+  """
+  if '://' in os.fspath(path):
+    if not os.fspath(path).startswith(_REMOTE):
+      raise ValueError(
+        f'--workdir={path}: must be a local directory or {_REMOTE}BUCKET/...'
+      )
+    try:
+      import fsspec
+
+      fsspec.get_filesystem_class('gs')
+    except ImportError as error:
+      raise ValueError(
+        f'--workdir={path}: needs a package that is not installed; '
+        'pip install gcsfs'
+      ) from error
+    return epath.Path(path)
+  place = workdir = epath.Path(path)
+  while not place.exists():
+    place = place.parent
+  with tempfile.TemporaryFile(dir=place):
+    pass
+  return workdir
+
+
+def check_same_config(workdir: epath.Path, config: Config) -> None:
+  """Raises ValueError if `workdir` holds a run of another config."""
+  path = workdir / 'config.json'
+  if not path.exists():
+    if (workdir / 'checkpoints').exists():
+      raise ValueError(f'--workdir={workdir}: checkpoints, but no config.json')
+    return
+  before, now = flatten(read_json(path)), flatten(to_dict(config))
+  differences = [
+    f'{name}={now.get(name)!r} (was {before.get(name)!r})'
+    for name in sorted(before.keys() | now.keys())
+    if before.get(name) != now.get(name)
+    and name.split('.')[0] not in MAY_CHANGE
+    and name not in ('data.cache_dir', 'data.tfds_dir')
+    and not (config.change_balancer and _is_of_balancer(name))
+  ]
+  if differences:
+    raise ValueError(
+      f'--workdir={workdir}: holds a run of another config: '
+      f'{", ".join(differences)}; choose another work directory'
+      + _change_hint(differences)
+    )
+
+
+def _is_of_balancer(name: str) -> bool:
+  return name.split('.')[0] in ('method', 'balancer', 'change_balancer')
+
+
+def _change_hint(differences: list[str]) -> str:
+  if not all(_is_of_balancer(name.split('=')[0]) for name in differences):
+    return ''
+  return ', or go on under the other balancer by --config.change_balancer=true'
+
+
+def check_same_text(workdir: epath.Path, fingerprint: str) -> None:
+  """Raises ValueError if `workdir` holds a run on other text."""
+  path = workdir / 'run.json'
+  if path.exists() and read_json(path)['text_fingerprint'] != fingerprint:
+    raise ValueError(
+      f'--workdir={workdir}: this run began with other training text, or '
+      'another version of the tokenizers package; choose another work directory'
+    )
+
+
+def check_shared(workdir: epath.Path, options: dict[str, Any]) -> None:
+  """Raises Disagreement unless this process sees what the first one wrote.
+
+  Args:
+    workdir: the work directory.
+    options: what the first process just wrote into config.json.
+  """
+  path = workdir / 'config.json'
+  deadline = time.monotonic() + _SECONDS_UNTIL_SEEN
+  while not path.exists() or read_json(path) != options:
+    if time.monotonic() > deadline:
+      raise processes.Disagreement(
+        f'--workdir={workdir}: process {jax.process_index()} does not see the '
+        'config.json that process 0 wrote there; choose a directory that all '
+        'machines share'
+      )
+    time.sleep(1)
+
+
+@contextlib.contextmanager
+def local_log(
+  workdir: epath.Path,
+) -> Iterator[tuple[pathlib.Path | None, Callable[[], None]]]:
+  """Yields a local directory for files that grow, and how to upload them.
+
+  A local `workdir` is that directory itself. For a remote one it is a passing
+  one in the user's cache, with the metrics so far; a process that is killed
+  loses what was not uploaded, which a continued run computes again. All but the
+  first process have nothing to write: None.
+  """
+  if jax.process_index() > 0:
+    yield None, lambda: None
+    return
+  if not os.fspath(workdir).startswith(_REMOTE):
+    yield pathlib.Path(workdir), lambda: None
+    return
+  with tempfile.TemporaryDirectory(
+    dir=open_cache(''), prefix='workdir-'
+  ) as scratch:
+    scratch = epath.Path(scratch)
+
+    def upload() -> None:
+      for file in scratch.iterdir():
+        file.copy(workdir / file.name, overwrite=True)
+
+    metrics = workdir / 'metrics.jsonl'
+    if metrics.exists():
+      metrics.copy(scratch / metrics.name)
+    try:
+      yield pathlib.Path(scratch), upload
+    finally:
+      upload()
+
+
+def read_json(path: epath.Path) -> Any:
+  """Reads a JSON file; raises ValueError where it is damaged."""
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f'{path}: damaged, not JSON ({error})') from error
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+  """Writes a JSON file whole or not at all."""
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(json.dumps(value, indent=2) + '\n')
+  temporary.replace(path)
+
+
+def flatten(options: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Returns nested options by their full names, such as `model.experts`."""
+  flat = {}
+  for name, value in options.items():
+    if isinstance(value, dict):
+      flat |= flatten(value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = value
+  return flat
