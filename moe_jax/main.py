@@ -3,8 +3,8 @@
   python -m moe_jax.main --config=experiments/FILE.py:METHOD --workdir=DIR \\
       [--config.OPTION=VALUE ...]
 
-METHOD is how the load of the experts is balanced: bip, bip_t2, bip_t8,
-bip_t14, loss_controlled, loss_free or unbalanced.
+METHOD is how the load of the experts is balanced: bip, loss_controlled,
+loss_free, midpoint, quantile, sinkhorn, unbalanced, ...; a wrong one lists all.
 
 Examples:
 
@@ -20,6 +20,9 @@ Examples:
   python -m moe_jax.main --config=experiments/mini_16e.py:loss_free \\
       --workdir=runs/mine --config.data.dataset=text_files \\
       --config.data.files='books/*.txt'
+
+  # Where each parameter would be, and its bytes on each device; trains nothing.
+  python -m moe_jax.main --config=experiments/paper_64e.py:bip --print_sharding
 
 The same command again continues the run, also with another number of
 processes (see moe_jax/parallel/processes.py). DIR/config.json lists all options
@@ -46,7 +49,7 @@ def parse(
   argv: Sequence[str],
   *,
   method: str = '',
-  others: Mapping[str, str] = types.MappingProxyType({}),
+  others: Mapping[str, str | bool] = types.MappingProxyType({}),
 ) -> tuple[ConfigDict, flags.FlagValues]:
   """Reads `--config=FILE.py:METHOD`, overrides of its options, `--workdir`.
 
@@ -63,7 +66,9 @@ def parse(
   """
   values = flags.FlagValues()
   for name, default in {'config': '', 'workdir': '', **others}.items():
-    flags.DEFINE_string(name, default, '', values)
+    is_switch = isinstance(default, bool)
+    define = flags.DEFINE_boolean if is_switch else flags.DEFINE_string
+    define(name, default, '', values)
   overrides = flags.FlagValues()
   try:
     rest = values(list(argv), known_only=True)
@@ -139,14 +144,17 @@ def main(argv: Sequence[str]) -> int:
   try:
     processes.start()
     with processes.agreement():
-      options, values = parse(argv)
-      if not values.workdir:
+      options, values = parse(argv, others={'print_sharding': False})
+      if not values.workdir and not values.print_sharding:
         raise ValueError('--workdir=DIR: missing')
       # Late: a wrong flag is answered at once, before anything big is loaded.
       from moe_jax import config
       from moe_jax.train import loop
 
       frozen = config.freeze(options)
+      if values.print_sharding:
+        _print_sharding(frozen)
+        return 0
     run = loop.Run(frozen, values.workdir)
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
@@ -160,6 +168,16 @@ def main(argv: Sequence[str]) -> int:
     print(f'error: {error}', file=sys.stderr)
     return 1
   return 0
+
+
+def _print_sharding(config) -> None:
+  from moe_jax.parallel import mesh as meshes
+  from moe_jax.train import optimizer
+  from moe_jax.train import state
+
+  mesh = meshes.make_mesh(config.mesh.data, config.mesh.expert)
+  training = state.make_training(config, optimizer.make_optimizer(config), mesh)
+  print(state.sharding_table(training.abstract))
 
 
 if __name__ == '__main__':

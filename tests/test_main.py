@@ -83,3 +83,21 @@ def test_experiment_file_without_get_config(content, message, tmp_path):
   path.write_text(content)
   with pytest.raises(ValueError, match=message):
     command_line.load_experiment(f'{path}:bip')
+
+
+def test_print_sharding_lists_every_array_and_trains_nothing(capsys):
+  flags = ['--config.mesh.data=2', '--config.mesh.expert=4']
+  fsdp = ['--config.mesh.fsdp=true', '--config.model.remat=true']
+  totals = []
+  for more in ([], fsdp):
+    arguments = ['main', DEMO, '--print_sharding', *flags, *more]
+    assert command_line.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    gate = [line for line in lines if 'feed_forward.gate' in line]
+    assert len(gate) == 3  # The parameter and two moments.
+    spec = (
+      '(None, expert, data, None)' if more else '(None, expert, None, None)'
+    )
+    assert all(spec in line for line in gate)
+    totals.append(int(lines[-1].split()[-1].replace(',', '')))
+  assert totals[1] < 0.7 * totals[0]

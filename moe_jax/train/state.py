@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import optax
+import pandas
 
 from moe_jax import nn
 from moe_jax.config import Config
@@ -176,6 +178,21 @@ def _shardings(abstract, params, optimizer, mesh, fsdp) -> TrainState:
 def shards_of(config: Config, mesh: Mesh) -> int:
   """Returns into how many parts a batch is split that route by themselves."""
   return config.model.shards or mesh.size
+
+
+def sharding_table(abstract: TrainState) -> str:
+  """Lists name, shape, dtype, spec and bytes per device of every array."""
+  rows, total = [], 0
+  for path, leaf in jax.tree.leaves_with_path(abstract):
+    shard = leaf.sharding.shard_shape(leaf.shape)
+    size = math.prod(shard) * leaf.dtype.itemsize
+    total += size
+    name = jax.tree_util.keystr(path, simple=True, separator='.')
+    spec = ', '.join(str(axis) for axis in leaf.sharding.spec)
+    rows.append((name, leaf.shape, leaf.dtype, f'({spec})', f'{size:,}'))
+  rows.append(('total', '', '', '', f'{total:,}'))
+  columns = ('array', 'shape', 'dtype', 'spec', 'bytes per device')
+  return pandas.DataFrame(rows, columns=columns).to_string(index=False)
 
 
 def carry_prices(before: Any, router: Any) -> Any:
