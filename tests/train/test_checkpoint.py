@@ -39,3 +39,45 @@ def test_pending_prices_and_histograms_come_back(method, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, restored.router, state.router)
   assert sequence == 3 * config.batch_size
   assert saved['balancer'] == config.balancer
+
+
+def test_checkpoints_move_between_meshes(tmp_path):
+  """Saved on one mesh, restored on the next, every bit and every sharding."""
+  first = None
+  directory = tmp_path / 'saved'
+  for step, (data, expert, fsdp) in enumerate(
+    [
+      (1, 1, False),
+      (2, 1, False),
+      (1, 2, False),
+      (4, 2, True),
+      (2, 4, False),
+      (1, 8, False),
+      (8, 1, True),
+      (1, 1, False),
+    ]
+  ):
+    config = tiny.tiny_config(
+      tmp_path, **{'mesh.fsdp': fsdp, 'model.remat': fsdp}
+    )
+    mesh = meshes.make_mesh(
+      data, expert, devices=jax.devices()[: data * expert]
+    )
+    training = state_lib.make_training(
+      config, optimizer.make_optimizer(config), mesh
+    )
+    with checkpoint_lib.Checkpoints(directory, config) as checkpoints:
+      if first is None:
+        state = training.init()
+        first = jax.device_get(state)
+      else:
+        state, _ = checkpoints.restore(step - 1, training.abstract)
+      planned = jax.tree.leaves(training.abstract)
+      for leaf, plan in zip(jax.tree.leaves(state), planned, strict=True):
+        assert leaf.sharding == plan.sharding
+      jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(state)._replace(step=0),
+        first._replace(step=0),
+      )
+      checkpoints.save(step, state)

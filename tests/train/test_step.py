@@ -2,11 +2,13 @@
 
 import dataclasses
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax import nn
 from moe_jax.config import METHODS
 from moe_jax.config import MeshConfig
 from moe_jax.parallel import mesh as meshes
@@ -162,6 +164,52 @@ def test_many_devices_equal_one(shape, config, one_device):
   for leaf in jax.tree.leaves(state.optimizer) + jax.tree.leaves(state.params):
     if leaf.shape == gate.shape:
       assert leaf.sharding.shard_shape(leaf.shape)[1] == 8 // shape[1]
+
+
+@pytest.mark.parametrize(
+  'shape',
+  [
+    (2, 4),
+    *(
+      pytest.param(shape, marks=pytest.mark.long)
+      for shape in ((2, 1), (1, 2), (4, 2), (1, 8))
+    ),
+  ],
+)
+def test_choices_on_a_mesh_differ_between_near_equals_only(shape, config):
+  """Through all layers, up to the rounding of sums."""
+  tokens = np.random.default_rng(3).integers(300, size=(8, 16), dtype=np.int32)
+
+  def forward(data, expert):
+    devices = jax.devices()[: data * expert]
+    mesh = meshes.make_mesh(data, expert, devices=devices)
+    training = state_lib.make_training(
+      config, optimizer.make_optimizer(config), mesh
+    )
+
+    @jax.jit
+    def apply(params, router, tokens):
+      model = nnx.merge(training.graphdef, params, router, copy=True)
+      logits, outputs = model(tokens, train=True)
+      return logits, outputs, nnx.state(model, nn.RouterState)
+
+    state = training.init()
+    return jax.device_get(apply(state.params, state.router, tokens))
+
+  logits, outputs, router = forward(*shape)
+  expected_logits, expected, expected_router = forward(1, 1)
+  np.testing.assert_allclose(outputs.scores, expected.scores, atol=1e-5)
+  np.testing.assert_allclose(logits, expected_logits, atol=1e-4)
+  assert_close(router, expected_router)
+  q_LxE = expected_router['moe_blocks']['feed_forward']['state'].get_value().q
+  adjusted = np.sort(expected.scores - q_LxE[:, None], axis=-1)
+  near = adjusted[..., -2] - adjusted[..., -3] < 1e-5  # Second, third of k=2.
+  experts, expected_experts = (
+    np.sort(each.choice.experts, axis=-1) for each in (outputs, expected)
+  )
+  differ = np.any(experts != expected_experts, axis=-1)
+  assert not np.any(differ & ~near)
+  assert np.mean(near) < 0.1
 
 
 def test_masked_tokens_change_nothing(config):
