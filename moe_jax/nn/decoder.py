@@ -4,7 +4,6 @@ Shape letters: B batch, S sequence, D model, V vocabulary, L layers.
 """
 
 from collections.abc import Callable
-import dataclasses
 import functools
 
 from flax import nnx
@@ -16,70 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import routing
 from moe_jax.nn.attention import Attention
+from moe_jax.nn.config import DecoderConfig
 from moe_jax.nn.feed_forward import SwiGLU
 from moe_jax.nn.feed_forward import rms_norm
 from moe_jax.nn.moe import ExpertParam
 from moe_jax.nn.moe import MoE
-from moe_jax.nn.moe import MoEConfig
 from moe_jax.nn.moe import MoEOutput
 from moe_jax.nn.moe import RouterState
 from moe_jax.parallel import mesh as meshes
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig(MoEConfig):
-  """Sizes and options of the language model, besides those of its MoE layers.
-
-  The defaults are the MiniMind of arXiv 2502.15451 with 16 experts.
-
-  Attributes:
-    vocabulary: V, tokens known.
-    layers: L, of which the first `dense_layers` have no experts.
-    dense_layers: leading layers with one dense SwiGLU.
-    dense_hidden: its width.
-    heads: query heads; must divide `width` into even head widths.
-    kv_heads: key/value heads; must divide `heads`.
-    rope_theta: base of the rotary frequencies.
-    norm_epsilon: added to the mean square.
-    remat: whether the backward pass recomputes each layer from its input.
-  """
-
-  vocabulary: int = 6400
-  layers: int = 8
-  dense_layers: int = 0
-  dense_hidden: int = 1408
-  heads: int = 8
-  kv_heads: int = 2
-  rope_theta: float = 1e6
-  norm_epsilon: float = 1e-5
-  remat: bool = False
-
-  def __post_init__(self):
-    super().__post_init__()
-    for name in ('vocabulary', 'layers', 'dense_hidden', 'heads', 'kv_heads'):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f'model.{name}={getattr(self, name)}: must be 1 or more'
-        )
-    if not 0 <= self.dense_layers < self.layers:
-      raise ValueError(
-        f'model.dense_layers={self.dense_layers}: must be 0 or more and less '
-        f'than model.layers={self.layers}, which leaves an MoE layer'
-      )
-    if self.width % (2 * self.heads):
-      raise ValueError(
-        f'model.heads={self.heads}: must divide model.width={self.width} into '
-        'heads of even width'
-      )
-    if self.heads % self.kv_heads:
-      raise ValueError(
-        f'model.kv_heads={self.kv_heads}: must divide model.heads={self.heads}'
-      )
-    for name in ('rope_theta', 'norm_epsilon'):
-      if not getattr(self, name) > 0:
-        raise ValueError(
-          f'model.{name}={getattr(self, name)}: must be greater than 0'
-        )
 
 
 class Block(nnx.Module):

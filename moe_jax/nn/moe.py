@@ -1,6 +1,5 @@
 """The Mixture-of-Experts layer: owns weights and router state."""
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import routing
 from moe_jax.nn import router
+from moe_jax.nn.config import MoEConfig
 from moe_jax.nn.feed_forward import SwiGLU
 from moe_jax.nn.feed_forward import linear_init
 from moe_jax.parallel import dispatch
@@ -27,82 +27,6 @@ class RouterState(nnx.Variable):
 
 class ExpertParam(nnx.Param):
   """A weight [..., E, in, out] with one matrix per expert."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MoEConfig:
-  """Sizes and options of an MoE layer.
-
-  Attributes:
-    width: D, size of a token's vector.
-    hidden: F, width of each expert.
-    experts: E, routed experts.
-    experts_per_token: K, of which each token takes that many.
-    shared_experts: experts of width F that every token takes.
-    scoring: how logits become scores, 'softmax' or 'sigmoid'.
-    renormalize_gates: whether a token's gates are divided by their sum.
-    router_z_loss: weight of mean(logsumexp(logits)^2), 0 for none.
-    capacity_factor: room of each expert in training, in units of its even
-      share; what does not fit is dropped. 0 is dropless; evaluation always is.
-    round_to_capacity: whether training routes are rounded so that no expert of
-      a shard of n tokens, padding included, gets more than ceil(n K / E), and
-      no token is dropped.
-    shards: equal parts of a batch that fill buffers of their own, round by
-      themselves and, where the balancer's scope is 'shard', solve by
-      themselves; 0 is one for each device of the mesh. Must be a multiple of
-      the devices, and their very number if several shards of a device would
-      have to solve by themselves.
-    dtype: compute dtype of experts, 'float32' or 'bfloat16'. Parameters and
-      the router are float32.
-  """
-
-  width: int = 512
-  hidden: int = 1408
-  experts: int = 16
-  experts_per_token: int = 4
-  shared_experts: int = 1
-  scoring: str = 'softmax'
-  renormalize_gates: bool = True
-  router_z_loss: float = 0.0
-  capacity_factor: float = 0.0
-  round_to_capacity: bool = False
-  shards: int = 0
-  dtype: str = 'float32'
-
-  def __post_init__(self):
-    for name in ('width', 'hidden', 'experts', 'experts_per_token'):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f'model.{name}={getattr(self, name)}: must be 1 or more'
-        )
-    if self.experts_per_token > self.experts:
-      raise ValueError(
-        f'model.experts_per_token={self.experts_per_token}: must be at most '
-        f'model.experts={self.experts}'
-      )
-    for name in (
-      'shared_experts',
-      'router_z_loss',
-      'capacity_factor',
-      'shards',
-    ):
-      if getattr(self, name) < 0:
-        raise ValueError(
-          f'model.{name}={getattr(self, name)}: must be 0 or more'
-        )
-    if self.round_to_capacity and 0 < self.capacity_factor < 1:
-      raise ValueError(
-        f'capacity_factor={self.capacity_factor}: must be 0 or at least 1 with '
-        'model.round_to_capacity, which drops nothing'
-      )
-    for name, known in (
-      ('scoring', ('softmax', 'sigmoid')),
-      ('dtype', ('float32', 'bfloat16')),
-    ):
-      if getattr(self, name) not in known:
-        raise ValueError(
-          f'model.{name}={getattr(self, name)!r}: must be one of {known}'
-        )
 
 
 class MoEOutput(NamedTuple):
