@@ -39,9 +39,10 @@ class Optimality(NamedTuple):
     lp_optimum: the greatest sum of scores.
     lp_q: float64 [E], prices that prove it.
     dual_value: the bound that the prices given prove.
-    lp_rows_equal_optimum: the same four of the second program.
-    lp_rows_equal_q: see above.
-    rows_equal_dual_value: see above.
+    lp_rows_equal_optimum: the greatest sum of scores where every token takes
+      exactly k experts.
+    lp_rows_equal_q: float64 [E], prices that prove that.
+    rows_equal_dual_value: the bound on it that the prices given prove.
   """
 
   objective: float
