@@ -10,6 +10,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from moe_jax.parallel import grouped_matmul_gpu
+
 # CPU tiles: a group is cut into tiles of TILE rows, and its last, short tile
 # is rounded up to a multiple of _STEP rows, so that little work is wasted
 # whatever the loads are. Smaller tiles do not keep the cores busy.
@@ -17,14 +19,31 @@ TILE = 256
 _STEP = 32
 
 
-@jax.custom_vjp
+def compiler_options(platform: str) -> dict[str, bool]:
+  """Returns what `jax.jit(compiler_options=...)` needs for `grouped_matmul`.
+
+  Args:
+    platform: 'cpu', 'gpu' or 'tpu', of the devices compiled for.
+  """
+  if platform == 'tpu':
+    return {'xla_tpu_enable_ragged_dot_kernel': True}
+  return {}
+
+
 def grouped_matmul(
   rows_NxD: jax.Array, weights_ExDxF: jax.Array, load_E: jax.Array
 ) -> jax.Array:
   """Multiplies the e-th group of rows by the e-th weight matrix.
 
-  On CPU a loop over experts and tiles does the useful work only, where
-  `lax.ragged_dot` does E times as much; elsewhere this is `lax.ragged_dot`.
+  What `lax.ragged_dot` does, on each backend without E times its work: on CPU
+  by a loop over experts and tiles; on NVIDIA GPUs by a Triton kernel; on TPU by
+  the kernel that `lax.ragged_dot` becomes if the program is compiled with
+  `compiler_options`, and by E times the work if not.
+
+  In a `jax.shard_map`, rows may vary over more mesh axes than weights do; the
+  gradient of the weights is then summed over these axes, in their dtype. To sum
+  in another, or once for several products, cast weights to vary before:
+  `lax.pcast(weights, axes, to='varying')`.
 
   Args:
     rows_NxD: groups one after the other, spare rows of zeros last.
@@ -35,36 +54,64 @@ def grouped_matmul(
     [N, F] of the dtype of the rows, zero in the spare rows. Differentiable in
     both operands if the cotangents of spare rows are zero, too.
   """
-  return lax.platform_dependent(
-    rows_NxD,
-    weights_ExDxF,
-    load_E,
-    cpu=functools.partial(_matmul_cpu, contract=0),
-    default=lax.ragged_dot,
+  operands = (rows_NxD, weights_ExDxF, load_E)
+  varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
+  axes = frozenset.union(*varying)
+  # The rule for gradients wants all to vary alike.
+  return _grouped_matmul(
+    *(
+      lax.pcast(x, tuple(sorted(axes - own)), to='varying')
+      for x, own in zip(operands, varying, strict=True)
+    )
   )
 
 
+@jax.custom_vjp
+def _grouped_matmul(rows_NxD, weights_ExDxF, load_E):
+  return _matmul(rows_NxD, weights_ExDxF, load_E, contract=0)
+
+
 def _forward(rows_NxD, weights_ExDxF, load_E):
-  y_NxF = grouped_matmul(rows_NxD, weights_ExDxF, load_E)
+  y_NxF = _grouped_matmul(rows_NxD, weights_ExDxF, load_E)
   return y_NxF, (rows_NxD, weights_ExDxF, load_E)
 
 
 def _backward(residuals, dy_NxF):
   rows_NxD, weights_ExDxF, load_E = residuals
-  drows_NxD = lax.platform_dependent(
-    dy_NxF,
-    weights_ExDxF,
-    load_E,
-    cpu=functools.partial(_matmul_cpu, contract=1),
-    default=lambda dy, w, load: lax.ragged_dot(dy, w.swapaxes(1, 2), load),
-  )
+  drows_NxD = _matmul(dy_NxF, weights_ExDxF, load_E, contract=1)
   dweights_ExDxF = lax.platform_dependent(
-    rows_NxD, dy_NxF, load_E, cpu=_outer_cpu, default=_outer_ragged
+    rows_NxD,
+    dy_NxF,
+    load_E,
+    cpu=_outer_cpu,
+    cuda=grouped_matmul_gpu.outer,
+    default=_outer_ragged,
   )
   return drows_NxD, dweights_ExDxF, None
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_grouped_matmul.defvjp(_forward, _backward)
+
+
+def _matmul(rows_NxD, weights_ExDxF, load_E, *, contract):
+  """Contracts rows with axis `contract` of their group's weight."""
+  return lax.platform_dependent(
+    rows_NxD,
+    weights_ExDxF,
+    load_E,
+    cpu=functools.partial(_matmul_cpu, contract=contract),
+    cuda=functools.partial(grouped_matmul_gpu.matmul, contract=contract),
+    default=functools.partial(_matmul_ragged, contract=contract),
+  )
+
+
+def _matmul_ragged(rows_NxD, weights_ExDxF, load_E, *, contract):
+  if contract == 1:
+    weights_ExDxF = weights_ExDxF.swapaxes(1, 2)
+  y_NxF = lax.ragged_dot(rows_NxD, weights_ExDxF, load_E)
+  # The kernel of TPUs leaves spare rows as it finds them in memory.
+  spare_N = jnp.arange(y_NxF.shape[0]) >= jnp.sum(load_E)
+  return jnp.where(spare_N[:, None], 0, y_NxF)
 
 
 def _outer_ragged(rows_NxD, dy_NxF, load_E):
@@ -101,8 +148,23 @@ def _by_size(rows: jax.Array, product: Callable, *operands):
   return lax.switch((jnp.minimum(rows, TILE) - 1) // _STEP, branches, *operands)
 
 
+def _in_float32(function: Callable) -> Callable:
+  """Computes in float32 what has the dtype of the first operand.
+
+  On CPU, a loop that writes into an array of bfloat16 would convert all of it
+  to float32 and back at every turn.
+  """
+
+  def wrapped(a, b, load_E, **options):
+    dtype = jnp.promote_types(a.dtype, jnp.float32)
+    y = function(a.astype(dtype), b.astype(dtype), load_E, **options)
+    return y.astype(a.dtype)
+
+  return wrapped
+
+
+@_in_float32
 def _matmul_cpu(rows_NxD, weights_ExDxF, load_E, *, contract):
-  """Contracts rows with axis `contract` of their group's weight."""
   start_E = jnp.cumsum(load_E) - load_E
 
   def product(size, x, weight):
@@ -122,16 +184,18 @@ def _matmul_cpu(rows_NxD, weights_ExDxF, load_E, *, contract):
     return _fold_tiles(load_E[expert], tile, out_NxF)
 
   shape = (rows_NxD.shape[0], weights_ExDxF.shape[2 - contract])
-  out_NxF = jnp.zeros_like(rows_NxD, shape=shape)
+  out_NxF = jnp.zeros_like(rows_NxD, shape=shape)  # Varies as the rows do.
   return lax.fori_loop(0, load_E.shape[0], group, out_NxF)
 
 
+@_in_float32
 def _outer_cpu(rows_NxD, dy_NxF, load_E):
   start_E = jnp.cumsum(load_E) - load_E
   shape = (rows_NxD.shape[1], dy_NxF.shape[1])
+  zero_DxF = jnp.zeros_like(rows_NxD, shape=shape)  # Varies as the rows do.
 
   def product(size, x, dy):
-    return jnp.dot(x[:size].T, dy[:size], preferred_element_type=jnp.float32)
+    return jnp.dot(x[:size].T, dy[:size])
 
   def group(expert, out_ExDxF):
     def tile(sum_DxF, row, rows):
@@ -143,9 +207,8 @@ def _outer_cpu(rows_NxD, dy_NxF, load_E):
       x, dy = (jnp.where(inside, a, 0) for a in (x, dy))
       return sum_DxF + _by_size(rows, product, x, dy)
 
-    zero_DxF = jnp.zeros_like(rows_NxD, jnp.float32, shape)
     sum_DxF = _fold_tiles(load_E[expert], tile, zero_DxF)
-    return out_ExDxF.at[expert].set(sum_DxF.astype(rows_NxD.dtype))
+    return out_ExDxF.at[expert].set(sum_DxF)
 
   out_ExDxF = jnp.zeros_like(rows_NxD, shape=(load_E.shape[0], *shape))
   return lax.fori_loop(0, load_E.shape[0], group, out_ExDxF)

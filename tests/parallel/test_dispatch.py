@@ -1,11 +1,7 @@
-"""Both backends against a loop over tokens; grouped products against einsum."""
+"""Both backends against a loop over tokens."""
 
 import functools
 
-from hypothesis import example
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +10,6 @@ import pytest
 from moe_jax import routing
 from moe_jax.parallel import dispatch
 from moe_jax.parallel.grouped_matmul import TILE
-from moe_jax.parallel.grouped_matmul import grouped_matmul
 
 T, D, F, E, K = 400, 6, 10, 5, 2
 # Preferences by expert; 320 tokens are not padding. The tile is 256 rows.
@@ -203,68 +198,6 @@ def test_nothing_but_padding(capacity):
   (y, gradients), dropped = _backend(capacity)(x, choice, mask & False, weights)
   jax.tree.map(lambda a: np.testing.assert_array_equal(a, 0), (y, gradients))
   assert dropped == 0
-
-
-# Grouped products
-
-ROWS = 600
-
-
-@functools.cache
-def _operands():
-  generator = np.random.default_rng(1)
-  rows, weights, cotangent = (
-    generator.normal(size=shape).astype(np.float32)
-    for shape in [(ROWS + TILE, 3), (5, 3, 4), (ROWS + TILE, 4)]
-  )
-  return rows, weights, cotangent
-
-
-@functools.cache
-def _product(which):
-  """Value and gradients, for any loads, of ours or of one einsum."""
-
-  def einsum(rows, weights, load):
-    group = jnp.searchsorted(jnp.cumsum(load), jnp.arange(len(rows)), 'right')
-    return jnp.einsum('nd,ndf->nf', rows, weights[jnp.minimum(group, 4)])
-
-  product = {'ours': grouped_matmul, 'einsum': einsum}[which]
-
-  @jax.jit
-  def run(load):
-    used = (jnp.arange(ROWS + TILE) < load.sum())[:, None]
-    rows, weights, cotangent = _operands()
-    rows, cotangent = (jnp.where(used, x, 0) for x in (rows, cotangent))
-    y, pullback = jax.vjp(lambda r, w: product(r, w, load), rows, weights)
-    return y, pullback(cotangent)
-
-  return run
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(0, ROWS), min_size=5, max_size=5))
-@example([0, 0, 0, 0, 0])
-@example([0, 0, 600, 0, 0])
-@example([300, 0, 0, 300, 0])
-@example([257, 1, 0, 31, 33])
-@example([32, 64, 256, 0, 248])
-@example([1, 1, 1, 1, 1])
-def test_grouped_matmul_equals_einsum(load):
-  total = sum(load)
-  if total > ROWS:  # Scales the loads down to what there is.
-    load = [part * ROWS // total for part in load]
-  load = jnp.array(load, jnp.int32)
-  _assert_close(_product('ours')(load), _product('einsum')(load), 1e-5)
-  y, (drows, _) = _product('ours')(load)
-  np.testing.assert_array_equal(y[load.sum() :], 0)
-  np.testing.assert_array_equal(drows[load.sum() :], 0)
-
-
-def test_grouped_matmul_by_hand():
-  rows = jnp.zeros((TILE + 3, 1)).at[:3, 0].set(jnp.array([1.0, 2, 3]))
-  weights = jnp.array([10.0, 100, 1000])[:, None, None]
-  y = grouped_matmul(rows, weights, jnp.array([2, 0, 1]))
-  np.testing.assert_array_equal(y[:4, 0], [10, 20, 3000, 0])
 
 
 # take_rows

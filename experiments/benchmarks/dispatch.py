@@ -1,0 +1,288 @@
+"""Times a layer's experts, in several ways and in PyTorch, on given choices.
+
+  python -m experiments.benchmarks.dispatch [--repeats=15] [--threads=2] \\
+      [--sizes=2048x16x4,2048x64x8] [--width=512] [--hidden=1408] \\
+      [--dtype=float32] [--skip=ragged_dot,torch loop]
+
+Sizes are tokens x experts x experts per token. Each line takes tokens through
+SwiGLU experts and back: `grouped` and `capacity` of moe_jax.parallel.dispatch,
+the latter with room for the largest load, so that nothing is dropped;
+`ragged_dot` is `grouped` with `lax.ragged_dot` in place of `grouped_matmul`;
+`torch loop` selects each expert's tokens in turn, and `torch grouped_mm` sorts
+them and calls torch.nn.functional.grouped_mm. `batched` is the products alone,
+of equal groups that are in order already: the same FLOPs and nothing else.
+
+All take turns; printed are medians of milliseconds, of the forward pass and of
+forward and backward together (gradients of tokens, gates and weights), and the
+median and range of the latter's ratios to `batched` in the same turn. Results
+are checked to be equal first. Where torch is not installed, its lines are left
+out. For figures of one device, give JAX just one.
+"""
+
+import argparse
+from collections.abc import Callable
+import functools
+import statistics
+from typing import Any
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks.routing import milliseconds
+from experiments.benchmarks.routing import random_scores
+from moe_jax import routing
+from moe_jax.parallel import dispatch
+from moe_jax.parallel.grouped_matmul import compiler_options
+
+try:
+  import torch
+except ImportError:
+  torch = None
+
+COLUMNS = ('forward ms', 'both ms', 'both / batched')
+
+
+class Problem(NamedTuple):
+  """What all lines compute on; expert weights are [E, in, out]."""
+
+  experts_TxK: jax.Array
+  load_E: jax.Array
+  x_TxD: jax.Array
+  gates_TxK: jax.Array
+  weights: dispatch.ExpertWeights
+
+
+def make_problem(
+  tokens: int, experts: int, k: int, *, width: int, hidden: int, dtype: str
+) -> Problem:
+  """Draws tokens and weights, and balances random scores by `bip`."""
+  scores = random_scores(tokens, experts)
+  balancer = routing.bip()
+  q_E, _ = balancer.solve(balancer.init(experts), scores, k=k)
+  choice = routing.choose(scores, q_E, k=k)
+  shapes = [
+    (tokens, width),
+    (experts, width, hidden),
+    (experts, width, hidden),
+    (experts, hidden, width),
+  ]
+  keys = jax.random.split(jax.random.key(0), len(shapes))
+  x, *weights = (
+    (jax.random.normal(key, shape) * shape[-2] ** -0.5).astype(dtype)
+    for key, shape in zip(keys, shapes, strict=True)
+  )
+  return Problem(
+    choice.experts,
+    choice.load,
+    x,
+    choice.gates,
+    dispatch.ExpertWeights(*weights),
+  )
+
+
+def grouped(experts_TxK, load_E, x_TxD, gates_TxK, weights):
+  """Packs the rows of all experts."""
+  choice = routing.Choice(experts_TxK, gates_TxK, load_E)
+  return dispatch.grouped(x_TxD, choice, weights).y
+
+
+def ragged_dot(*problem):
+  """Packs the rows, and leaves the products to `lax.ragged_dot`."""
+  with mock.patch.object(dispatch, 'grouped_matmul', lax.ragged_dot):
+    return grouped(*problem)
+
+
+def capacity(experts_TxK, load_E, x_TxD, gates_TxK, weights, *, room):
+  """Gives each expert a buffer for `room` tokens."""
+  choice = routing.Choice(experts_TxK, gates_TxK, load_E)
+  return dispatch.capacity(x_TxD, choice, weights, capacity=room).y
+
+
+def batched(experts_TxK, load_E, x_TxD, gates_TxK, weights):
+  """Does as many FLOPs, with nothing to sort, gather or mix."""
+  del gates_TxK
+  experts, k = load_E.shape[0], experts_TxK.shape[1]
+  x_ExCxD = jnp.tile(x_TxD, (k, 1)).reshape(experts, -1, x_TxD.shape[1])
+  gate_ExCxF = jnp.einsum('ecd,edf->ecf', x_ExCxD, weights.gate_ExDxF)
+  up_ExCxF = jnp.einsum('ecd,edf->ecf', x_ExCxD, weights.up_ExDxF)
+  hidden_ExCxF = jax.nn.silu(gate_ExCxF) * up_ExCxF
+  return jnp.einsum('ecf,efd->ecd', hidden_ExCxF, weights.down_ExFxD)
+
+
+def torch_loop(experts_TxK, load_E, x_TxD, gates_TxK, weights):
+  """Applies one expert after the other to the tokens that chose it."""
+  y_TxD = torch.zeros_like(x_TxD)
+  for expert, (gate, up, down) in enumerate(zip(*weights, strict=True)):
+    token, rank = torch.where(experts_TxK == expert)
+    x = x_TxD[token]
+    y = (torch.nn.functional.silu(x @ gate) * (x @ up)) @ down
+    y = y * gates_TxK[token, rank, None].to(y.dtype)
+    y_TxD = y_TxD.index_add(0, token, y)
+  return y_TxD
+
+
+def torch_grouped(experts_TxK, load_E, x_TxD, gates_TxK, weights):
+  """Sorts the rows by expert, multiplies them in one call, adds them up."""
+  order = torch.argsort(experts_TxK.flatten(), stable=True)
+  token = order // experts_TxK.shape[1]
+  product = functools.partial(
+    torch.nn.functional.grouped_mm, offs=load_E.cumsum(0, dtype=torch.int32)
+  )
+  gate, up, down = weights
+  x = x_TxD[token]
+  hidden = torch.nn.functional.silu(product(x, gate)) * product(x, up)
+  y = product(hidden, down) * gates_TxK.flatten()[order, None].to(x.dtype)
+  return torch.zeros_like(x_TxD).index_add(0, token, y)
+
+
+class Line(NamedTuple):
+  """Calls that compute a line of the table once."""
+
+  forward: Callable[[], Any]
+  both: Callable[[], Any]
+
+
+def jax_line(function: Callable[..., jax.Array], problem: Problem) -> Line:
+  """Compiles a function of a problem."""
+
+  def both(problem, dy):
+    choice, operands = problem[:2], problem[2:]
+    y, pullback = jax.vjp(functools.partial(function, *choice), *operands)
+    return y, pullback(dy)
+
+  jit = functools.partial(
+    jax.jit, compiler_options=compiler_options(jax.default_backend())
+  )
+  dy = jnp.ones_like(jax.eval_shape(function, *problem))
+  forward = jit(function).lower(*problem).compile()
+  both = jit(both).lower(problem, dy).compile()
+  return Line(
+    lambda: jax.block_until_ready(forward(*problem)),
+    lambda: jax.block_until_ready(both(problem, dy)),
+  )
+
+
+def torch_line(function: Callable[..., Any], problem: Problem) -> Line:
+  """Copies a problem to torch."""
+
+  def copy(x):
+    # NumPy has no bfloat16 that torch knows.
+    wide = x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+    tensor = torch.from_numpy(np.array(wide))
+    return tensor.to(torch.bfloat16) if wide is not x else tensor
+
+  problem = jax.tree.map(copy, problem)
+  operands = jax.tree.leaves(problem[2:])
+  for operand in operands:
+    operand.requires_grad_()
+  dy = torch.ones_like(problem.x_TxD)
+
+  def both():
+    y = function(*problem)
+    return y, torch.autograd.grad(y, operands, dy)
+
+  return Line(torch.no_grad()(lambda: function(*problem)), both)
+
+
+def lines(problem: Problem, skip: list[str]) -> dict[str, Line]:
+  """Returns all lines but those to skip, `batched` first."""
+  room = int(problem.load_E.max())
+  ours = {
+    'batched': batched,
+    'grouped': grouped,
+    'capacity': functools.partial(capacity, room=room),
+    'ragged_dot': ragged_dot,
+  }
+  theirs = {'torch loop': torch_loop, 'torch grouped_mm': torch_grouped}
+  if not torch:
+    theirs = {}
+  return {
+    name: make(function, problem)
+    for functions, make in ((ours, jax_line), (theirs, torch_line))
+    for name, function in functions.items()
+    if name == 'batched' or name not in skip
+  }
+
+
+def check(table: dict[str, Line], tolerance: float) -> None:
+  """Raises an AssertionError if lines differ in value or gradients."""
+  results = {
+    name: [
+      np.asarray(x.float().detach() if torch and torch.is_tensor(x) else x)
+      for x in jax.tree.leaves(line.both())
+    ]
+    for name, line in table.items()
+    if name != 'batched'
+  }
+  expected = next(iter(results.values()))
+  for name, result in results.items():
+    for a, b in zip(result, expected, strict=True):
+      a, b = (x.astype(np.float32) for x in (a, b))
+      np.testing.assert_allclose(
+        a, b, atol=tolerance * np.abs(b).max(), rtol=0, err_msg=name
+      )
+
+
+def compare(table: dict[str, Line], repeats: int) -> None:
+  """Prints the lines of one size."""
+  times = []
+  for turn in range(repeats + 1):
+    columns = [[milliseconds(run) for run in line] for line in table.values()]
+    if turn:  # The first one is slower.
+      times.append(columns)
+  medians = np.median(times, axis=0)
+  print(' ' * 16 + ''.join(f'{column:>26s}' for column in COLUMNS))
+  for i, name in enumerate(table):
+    ratios = sorted(turn[i][1] / turn[0][1] for turn in times)
+    ratio = (
+      f'{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})'
+    )
+    cells = [*(f'{median:.1f}' for median in medians[i]), ratio]
+    print(f'{name:16s}' + ''.join(f'{cell:>26s}' for cell in cells))
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--repeats', type=int, default=15)
+  parser.add_argument('--threads', type=int, default=2, help='of torch')
+  parser.add_argument('--sizes', default='2048x16x4,2048x64x8')
+  parser.add_argument('--width', type=int, default=512)
+  parser.add_argument('--hidden', type=int, default=1408)
+  parser.add_argument(
+    '--dtype', default='float32', choices=['float32', 'bfloat16']
+  )
+  parser.add_argument('--skip', default='', help='lines, separated by commas')
+  options = parser.parse_args()
+  if torch:
+    torch.set_num_threads(options.threads)
+  else:
+    print('torch cannot be imported: no comparison')
+  for size in options.sizes.split(','):
+    tokens, experts, k = map(int, size.split('x'))
+    problem = make_problem(
+      tokens,
+      experts,
+      k,
+      width=options.width,
+      hidden=options.hidden,
+      dtype=options.dtype,
+    )
+    violation = routing.max_violation(problem.load_E)
+    print(
+      f'\n{tokens} tokens, {experts} experts, {k} per token, '
+      f'{options.width} x {options.hidden}, {options.dtype}; '
+      f'MaxVio {violation:.2f}'
+    )
+    table = lines(problem, options.skip.split(','))
+    check(table, 1e-5 if options.dtype == 'float32' else 2e-2)
+    compare(table, options.repeats)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,222 @@
+"""Grouped products against einsum, on one device and on meshes."""
+
+import functools
+
+from hypothesis import example
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from moe_jax.parallel import grouped_matmul_gpu
+from moe_jax.parallel.grouped_matmul import TILE
+from moe_jax.parallel.grouped_matmul import compiler_options
+from moe_jax.parallel.grouped_matmul import grouped_matmul
+
+ROWS, D, F, E = 600, 3, 4, 5
+LOADS = [
+  [0, 0, 0, 0, 0],
+  [0, 0, 600, 0, 0],
+  [300, 0, 0, 300, 0],
+  [257, 1, 0, 31, 33],
+]
+
+
+def _einsum(rows, weights, load):
+  group = jnp.searchsorted(jnp.cumsum(load), jnp.arange(len(rows)), 'right')
+  group = jnp.minimum(group, len(weights) - 1)
+  return jnp.einsum('nd,ndf->nf', rows, weights[group])
+
+
+@functools.cache
+def _operands(d=D, f=F, dtype='float32'):
+  generator = np.random.default_rng(1)
+  return tuple(
+    jnp.asarray(generator.normal(size=shape), dtype)
+    for shape in [(ROWS + TILE, d), (E, d, f), (ROWS + TILE, f)]
+  )
+
+
+def _zero_spare(load, *arrays):
+  used = jnp.arange(ROWS + TILE) < load.sum()
+  return [jnp.where(used[:, None], x, 0) for x in arrays]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value_and_gradients(product, load, rows, weights, cotangent):
+  rows, cotangent = _zero_spare(load, rows, cotangent)
+  y, pullback = jax.vjp(lambda r, w: product(r, w, load), rows, weights)
+  return y, *pullback(cotangent)
+
+
+def _assert_close(actual, expected, tolerance):
+  for a, b in zip(actual, expected, strict=True):
+    a, b = (np.asarray(x, np.float32) for x in (a, b))
+    np.testing.assert_allclose(a, b, atol=tolerance * np.max(np.abs(b)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, ROWS), min_size=E, max_size=E))
+@example(LOADS[0])
+@example(LOADS[1])
+@example(LOADS[2])
+@example(LOADS[3])
+@example([32, 64, 256, 0, 248])
+@example([1, 1, 1, 1, 1])
+def test_equals_einsum(load):
+  total = sum(load)
+  if total > ROWS:  # Scales the loads down to what there is.
+    load = [part * ROWS // total for part in load]
+  load = jnp.array(load, jnp.int32)
+  actual = _value_and_gradients(grouped_matmul, load, *_operands())
+  expected = _value_and_gradients(_einsum, load, *_operands())
+  _assert_close(actual, expected, 1e-5)
+  y, drows, _ = actual
+  np.testing.assert_array_equal(y[load.sum() :], 0)
+  np.testing.assert_array_equal(drows[load.sum() :], 0)
+
+
+def test_by_hand():
+  rows = jnp.zeros((TILE + 3, 1)).at[:3, 0].set(jnp.array([1.0, 2, 3]))
+  weights = jnp.array([10.0, 100, 1000])[:, None, None]
+  y = grouped_matmul(rows, weights, jnp.array([2, 0, 1]))
+  np.testing.assert_array_equal(y[:4, 0], [10, 20, 3000, 0])
+
+
+@pytest.mark.parametrize('load', LOADS)
+def test_bfloat16_is_the_rounded_float32(load):
+  """Sums are of float32: only the result is rounded, to 8 bits."""
+  load, half = jnp.array(load, jnp.int32), _operands(dtype='bfloat16')
+  full = [x.astype(jnp.float32) for x in half]
+  actual = _value_and_gradients(grouped_matmul, load, *half)
+  expected = _value_and_gradients(grouped_matmul, load, *full)
+  for a, b in zip(actual, expected, strict=True):
+    assert a.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
+
+
+def test_bfloat16_is_not_converted_in_the_loop():
+  """On CPU, that took most of the time: of all rows, for each tile."""
+  operands = *_operands(dtype='bfloat16')[:2], jnp.array(LOADS[3])
+  program = jax.jit(grouped_matmul).lower(*operands).compile().as_text()
+  loops = [line for line in program.splitlines() if ' while(' in line]
+  assert loops and not any('bf16' in line for line in loops)
+
+
+# GPU: the kernels, emulated, on widths that are no multiples of their blocks.
+
+
+@pytest.fixture(scope='module')
+def kernels():
+  interpret = functools.partial(functools.partial, interpret=True)
+  return (
+    jax.jit(interpret(grouped_matmul_gpu.matmul), static_argnames='contract'),
+    jax.jit(interpret(grouped_matmul_gpu.outer)),
+  )
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('load', LOADS)
+def test_gpu_kernels_equal_einsum(kernels, load, dtype):
+  matmul, outer = kernels
+  load = jnp.array(load, jnp.int32)
+  rows, weights, cotangent = _operands(70, 140, dtype)
+  rows, cotangent = _zero_spare(load, rows, cotangent)
+  actual = (
+    matmul(rows, weights, load, contract=0),
+    matmul(cotangent, weights, load, contract=1),
+    outer(rows, cotangent, load),
+  )
+  assert all(x.dtype == dtype for x in actual)
+  full = [x.astype(jnp.float32) for x in (rows, weights, cotangent)]
+  expected = _value_and_gradients(_einsum, load, *full)
+  _assert_close(actual, expected, 1e-5 if dtype == 'float32' else 2**-8)
+
+
+def test_gpu_kernel_ignores_what_is_in_spare_rows(kernels):
+  rows, weights, _ = _operands(70, 140)
+  load = jnp.array(LOADS[3], jnp.int32)
+  rows = rows.at[load.sum() :].set(jnp.nan)
+  y = kernels[0](rows, weights, load, contract=0)
+  np.testing.assert_array_equal(y[load.sum() :], 0)
+  assert np.all(np.isfinite(y))
+
+
+# Meshes
+
+
+@functools.cache
+def _sharded(cast_first):
+  """The summed sine of products on 8 devices, and its gradients."""
+  auto = (AxisType.Auto,) * 2
+  mesh = jax.make_mesh((4, 2), ('data', 'expert'), axis_types=auto)
+  both = P(('data', 'expert'))
+
+  def local(rows, weights, load):
+    if cast_first:
+      weights = lax.pcast(weights, ('data',), to='varying')
+    return jnp.sin(grouped_matmul(rows, weights, load))
+
+  product = jax.shard_map(
+    local, mesh=mesh, in_specs=(both, P('expert'), both), out_specs=both
+  )
+  return jax.value_and_grad(lambda *x: product(*x).sum(), argnums=(0, 1))
+
+
+def _sharded_operands():
+  """Two experts a device; rows of device i are of experts 2 (i % 2) and +1."""
+  generator = np.random.default_rng(2)
+  load = generator.multinomial(40, [0.25, 0.25], size=8).astype(np.int32)
+  load[3] = 0
+  rows = generator.normal(size=(8, 40 + TILE, D)).astype(np.float32)
+  rows *= (np.arange(40 + TILE) < load.sum(axis=1)[:, None])[..., None]
+  weights = generator.normal(size=(4, D, F)).astype(np.float32)
+  return rows, weights, load
+
+
+@pytest.mark.parametrize('cast_first', [False, True])
+def test_in_shard_map_gradients_are_summed_over_replicas(cast_first):
+  rows, weights, load = _sharded_operands()
+  flat = rows.reshape(-1, D), weights, load.reshape(-1)
+
+  def expected(rows, weights):
+    total = 0.0
+    for i in range(8):
+      local = weights[2 * (i % 2) :][:2]
+      y = _einsum(rows[i], local, load[i])
+      total += jnp.sin(y[: load[i].sum()]).sum()
+    return total
+
+  value, (drows, dweights) = jax.jit(_sharded(cast_first))(*flat)
+  expected = jax.value_and_grad(expected, argnums=(0, 1))(rows, weights)
+  drows = drows.reshape(rows.shape)
+  spare = np.arange(40 + TILE) >= load.sum(axis=1)[:, None]
+  drows = jnp.where(spare[..., None], 0, drows)  # sine: not 0 there
+  _assert_close((value, drows, dweights), (expected[0], *expected[1]), 1e-5)
+
+
+# Other backends: what the program for them consists of.
+
+
+@pytest.mark.parametrize(
+  ('platform', 'ragged_dots', 'kernels'),
+  [('cpu', 0, 0), ('cuda', 0, 3), ('rocm', 3, 0), ('tpu', 3, 0)],
+)
+def test_what_computes_on_each_platform(platform, ragged_dots, kernels):
+  flat = [x.reshape(-1, *x.shape[2:]) for x in _sharded_operands()]
+  flat[1] = _sharded_operands()[1]
+  traced = jax.jit(_sharded(False)).trace(*flat)
+  program = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert program.count('"chlo.ragged_dot"(') == ragged_dots
+  assert program.count('@__gpu$xla.gpu.triton') == kernels
+
+
+def test_only_tpu_needs_compiler_options():
+  assert not compiler_options('cpu') and not compiler_options('gpu')
+  assert compiler_options('tpu') == {'xla_tpu_enable_ragged_dot_kernel': True}
