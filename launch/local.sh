@@ -36,8 +36,9 @@ print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port
 export JAX_NUM_PROCESSES=$processes
 pids=()
-# Who stops this script stops the processes, which may save first.
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
+# Who stops this script asks the processes to end, who stops it twice ends them.
+signal=TERM
+trap 'kill -"$signal" "${pids[@]}" 2>/dev/null || true; signal=KILL' INT TERM
 for ((i = 0; i < processes; i++)); do
   JAX_PROCESS_ID=$i "${command[@]}" &
   pids+=($!)
