@@ -46,7 +46,7 @@ done
 
 # Ends those that wait for one that is gone; first they may say why they stop.
 end_others() {
-  for ((i = 0; i < 20; i++)); do
+  for ((i = 0; i < 10; i++)); do
     kill -0 "${pids[@]}" 2>/dev/null || return 0
     sleep 0.5
   done

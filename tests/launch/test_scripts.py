@@ -53,7 +53,8 @@ import os, sys, time
 if sys.argv[1] == '-c':
   os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
 names = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'XLA_FLAGS'
-print(sys.argv[1:], *map(os.environ.get, names), flush=True)
+line = ' '.join(map(str, [sys.argv[1:], *map(os.environ.get, names)]))
+os.write(1, line.encode() + b'\\n')  # at once, as others write, too
 i = int(os.environ.get('JAX_PROCESS_ID', 0))
 {ending}""",
   )
