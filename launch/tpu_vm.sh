@@ -72,9 +72,9 @@ setup() {
   call rm "$archive"
   # The Python of a slice may be too old; uv brings one.
   on_hosts all "rm -rf moe_jax && tar -xzf $archive && cd moe_jax \
-&& python3 -m pip install --user --quiet uv==0.13.9 \
-&& python3 -m uv venv --quiet --python='>=3.11,<3.14' .venv \
-&& python3 -m uv pip install --quiet -r requirements.txt -r requirements-tpu.txt"
+&& python3 -m pip install --quiet --target=.uv uv==0.13.9 \
+&& .uv/bin/uv venv --quiet --python='>=3.11,<3.14' .venv \
+&& .uv/bin/uv pip install --quiet -r requirements.txt -r requirements-tpu.txt"
 }
 
 run() {
