@@ -167,6 +167,9 @@ def main(argv: Sequence[str]) -> int:
   except FloatingPointError as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
+  except Exception:
+    processes.fail()
+    raise
   return 0
 
 

@@ -1,7 +1,13 @@
-"""A run small enough for tests: a few words of text, a few weights."""
+"""A run small enough for tests: a few words of text, a few weights.
+
+Also an experiment file, for runs from the command line:
+  --config=tests/train/tiny.py:bip --config.data.files=... \
+      --config.data.cache_dir=...
+"""
 
 import pathlib
 
+from ml_collections import ConfigDict
 import numpy as np
 
 from moe_jax import config as config_lib
@@ -17,10 +23,8 @@ def write_text(directory: pathlib.Path) -> pathlib.Path:
   return directory
 
 
-def tiny_config(
-  directory: pathlib.Path, method: str = 'bip', **overrides
-) -> config_lib.Config:
-  """Returns a config that trains on the text in `directory` in a second."""
+def get_config(method: str) -> ConfigDict:
+  """Returns options that train in a second, but for those of the text."""
   options = config_lib.default_config(method)
   options.update(
     steps=6,
@@ -40,11 +44,23 @@ def tiny_config(
     experts_per_token=2,
   )
   options.data.update(
-    dataset='text_files',
-    files=str(directory / '*.txt'),
-    vocabulary=300,
-    evaluation_sets='validation',
-    cache_dir=str(directory / 'cache'),
+    dataset='text_files', vocabulary=300, evaluation_sets='validation'
   )
-  options.update_from_flattened_dict(overrides)
+  return options
+
+
+def of_text(directory: pathlib.Path) -> dict[str, str]:
+  """Returns the options that name the text in `directory`."""
+  return {
+    'data.files': str(directory / '*.txt'),
+    'data.cache_dir': str(directory / 'cache'),
+  }
+
+
+def tiny_config(
+  directory: pathlib.Path, method: str = 'bip', **overrides
+) -> config_lib.Config:
+  """Returns `get_config` on the text in `directory`, validated."""
+  options = get_config(method)
+  options.update_from_flattened_dict(of_text(directory) | overrides)
   return config_lib.freeze(options)

@@ -1,0 +1,165 @@
+"""Two processes of four devices train as one process of eight does."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax.train import loop
+from moe_jax.train import telemetry
+from tests.train import tiny
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+# Quickly compiled: without a solve, one layer, no evaluation.
+QUICK = {
+  'method': 'loss_free',
+  'model.layers': 1,
+  'data.evaluation_sets': '',
+  'steps': 3,
+}
+
+
+def launch(text, workdir, *own, method='bip', **overrides):
+  """Runs the command in one process per item of `own`, its further flags.
+
+  Returns:
+    The exit code and what it said on stderr, of each process.
+  """
+  options = tiny.of_text(text) | {'steps': 4, 'checkpoint_every': 2} | overrides
+  flags = [f'--config.{name}={value}' for name, value in options.items()]
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  environment['XLA_FLAGS'] = (
+    f'--xla_force_host_platform_device_count={8 // len(own)}'
+  )
+  if len(own) > 1:
+    with socket.socket() as free:
+      free.bind(('127.0.0.1', 0))
+      port = free.getsockname()[1]
+    environment['JAX_COORDINATOR_ADDRESS'] = f'127.0.0.1:{port}'
+    environment['JAX_NUM_PROCESSES'] = str(len(own))
+  running = [
+    subprocess.Popen(
+      [
+        *(sys.executable, '-m', 'moe_jax.main', f'--workdir={workdir}'),
+        *(f'--config={ROOT}/tests/train/tiny.py:{method}', *flags, *more),
+      ],
+      env=environment | ({'JAX_PROCESS_ID': str(i)} if len(own) > 1 else {}),
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i, more in enumerate(own)
+  ]
+  try:
+    outputs = [process.communicate(timeout=400)[1] for process in running]
+  finally:
+    for process in running:
+      process.kill()
+  return [
+    (p.returncode, output) for p, output in zip(running, outputs, strict=True)
+  ]
+
+
+def train(text, workdir, count, **overrides):
+  for code, output in launch(text, workdir, *[[]] * count, **overrides):
+    assert code == 0, output
+
+
+def run_alone(text, workdir, method='bip', **overrides):
+  """Trains in this process, on its eight devices, without interruption."""
+  options = {'steps': 4, 'checkpoint_every': 2} | overrides
+  loop.Run(tiny.tiny_config(text, method, **options), workdir).train()
+
+
+def assert_same_training(workdir, expected):
+  """Compares records. Devices' sums are made in another order: not the bits."""
+  actual, expected = (
+    telemetry.read_steps(path / 'metrics.jsonl') for path in (workdir, expected)
+  )
+  assert [record['step'] for record in actual] == [
+    record['step'] for record in expected
+  ]
+  for name, value in expected[0].items():
+    if name.startswith('router/load/'):  # Routed from equal parameters.
+      assert actual[0][name] == value
+  for record, same in zip(actual, expected, strict=True):
+    assert record.keys() == same.keys()
+    for name, value in same.items():
+      if name.startswith(('train/', 'eval/')):
+        assert record[name] == pytest.approx(value, rel=1e-4), name
+      if name.startswith('router/load/'):
+        assert sum(record[name]) == sum(value)
+
+
+def test_two_processes_train_as_one(text, tmp_path):
+  train(text, tmp_path / 'two', 2, **QUICK)
+  run_alone(text, tmp_path / 'one', **QUICK)
+  assert_same_training(tmp_path / 'two', tmp_path / 'one')
+  assert len(list((tmp_path / 'two').glob('events.out.tfevents.*'))) == 1
+  facts, expected = (
+    json.loads((tmp_path / name / 'run.json').read_text())
+    for name in ('two', 'one')
+  )
+  assert (facts.pop('processes'), expected.pop('processes')) == (2, 1)
+  assert facts == expected
+
+
+@pytest.fixture(scope='module')
+def alone(text, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('alone') / 'run'
+  run_alone(text, workdir)
+  return workdir
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('before', [1, 2])
+def test_a_run_goes_on_with_another_number_of_processes(
+  text, tmp_path, alone, before
+):
+  """Stopped after step 3, so that the record of that step is made again."""
+  workdir = tmp_path / 'run'
+  train(text, workdir, before, **{'mesh.expert': 8})
+  for path in (workdir / 'checkpoints').glob('4*'):
+    path.rename(tmp_path / 'away')
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines(keepends=True)
+  (workdir / 'metrics.jsonl').write_text(''.join(lines[:3]))
+  train(text, workdir, 3 - before)
+  assert_same_training(workdir, alone)
+
+
+def test_processes_with_different_configs_stop(text, tmp_path):
+  results = launch(
+    text, tmp_path / 'run', [], ['--config.learning_rate=0.5'], steps=1
+  )
+  for code, output in results:
+    assert code == 2
+    assert (
+      'processes disagree on config.learning_rate: 0.01 in process 0, '
+      '0.5 in process 1'
+    ) in output
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.long
+def test_one_that_cannot_read_its_text_stops_all(text, tmp_path):
+  (_, said), (code, own) = results = launch(
+    text, tmp_path / 'run', [], ['--config.data.files=nowhere/*.txt']
+  )
+  assert [code for code, _ in results] == [2, 2]
+  reason = own.splitlines()[-1].removeprefix('error: ')
+  assert reason.startswith('data.files=nowhere/*.txt')
+  assert 'process 1: ' in said and reason in said
+
+
+@pytest.mark.long
+def test_directories_of_their_own_are_refused(text, tmp_path):
+  """A second --workdir stands for a disk that is not shared."""
+  results = launch(text, tmp_path / 'a', [], [f'--workdir={tmp_path / "b"}'])
+  for code, output in results:
+    assert code == 2
+    assert 'process 1 does not see the config.json' in output
