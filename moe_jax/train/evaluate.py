@@ -45,7 +45,11 @@ def make_evaluation_step(
     }
 
   # Whole on every device, so that every process can read them.
-  return jax.jit(evaluation_step, out_shardings=training.abstract.step.sharding)
+  return jax.jit(
+    evaluation_step,
+    out_shardings=training.abstract.step.sharding,
+    compiler_options=training.compiler_options,
+  )
 
 
 def evaluate(

@@ -1,6 +1,7 @@
 """The state of a training run and where each part of it lives."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import dataclasses
 import functools
 import math
@@ -19,6 +20,7 @@ import pandas
 from moe_jax import nn
 from moe_jax.config import Config
 from moe_jax.config import make_balancer
+from moe_jax.parallel.grouped_matmul import compiler_options
 
 
 class TrainState(NamedTuple):
@@ -48,6 +50,7 @@ class Training(NamedTuple):
     init: `() -> TrainState`, sharded; call it once, compiled.
     init_router: `() -> TrainState.router` alone.
     abstract: the shapes, dtypes and shardings of that state.
+    compiler_options: what `jax.jit` needs to compile the model well.
   """
 
   graphdef: nnx.GraphDef
@@ -56,6 +59,7 @@ class Training(NamedTuple):
   init: Callable[[], TrainState]
   init_router: Callable[[], Any]
   abstract: TrainState
+  compiler_options: Mapping[str, bool]
 
 
 def make_model(config: Config, mesh: Mesh | None = None) -> nn.Decoder:
@@ -111,6 +115,7 @@ def make_training(
       abstract,
       shardings,
     ),
+    compiler_options=compiler_options(mesh.devices.flat[0].platform),
   )
 
 

@@ -139,7 +139,10 @@ def make_train_step(
   shardings = jax.tree.map(lambda x: x.sharding, training.abstract)
   # Metrics whole on every device, so that every process can read them.
   return jax.jit(
-    train_step, donate_argnums=0, out_shardings=(shardings, shardings.step)
+    train_step,
+    donate_argnums=0,
+    out_shardings=(shardings, shardings.step),
+    compiler_options=training.compiler_options,
   )
 
 
