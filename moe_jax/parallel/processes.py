@@ -234,7 +234,7 @@ def _judge(answers: Sequence[dict[str, Any]]) -> str:
     values = _by_value([answer['facts'].get(name) for answer in answers])
     if len(values) > 1:
       sides = [f'{value} in {_names(who)}' for value, who in values.items()]
-      differences.append(f'{name}: {", ".join(sides)}')
+      differences.append(f'{name}: {" and ".join(sides)}')
   if not differences:
     return ''
   return f'processes disagree on {"; ".join(differences)}'

@@ -139,7 +139,7 @@ def test_processes_with_different_configs_stop(text, tmp_path):
   for code, output in results:
     assert code == 2
     assert (
-      'processes disagree on config.learning_rate: 0.01 in process 0, '
+      'processes disagree on config.learning_rate: 0.01 in process 0 and '
       '0.5 in process 1'
     ) in output
   assert not (tmp_path / 'run').exists()
