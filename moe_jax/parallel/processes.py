@@ -49,6 +49,10 @@ class Disagreement(ValueError):
   """Another process failed, or processes are not about to do the same."""
 
 
+class Preempted(Exception):
+  """The run was saved and is to be continued by the same command."""
+
+
 def start() -> None:
   """Joins this process to the others of its run; does nothing if it is alone.
 
@@ -234,7 +238,7 @@ def _judge(answers: Sequence[dict[str, Any]]) -> str:
     values = _by_value([answer['facts'].get(name) for answer in answers])
     if len(values) > 1:
       sides = [f'{value} in {_names(who)}' for value, who in values.items()]
-      differences.append(f'{name}: {", ".join(sides)}')
+      differences.append(f'{name}: {" and ".join(sides)}')
   if not differences:
     return ''
   return f'processes disagree on {"; ".join(differences)}'

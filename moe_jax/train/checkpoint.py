@@ -22,12 +22,16 @@ class Checkpoints:
   Items: `params`, `optimizer` and `router` are arrays, `data` holds
   `next_sequence`, the index of the next training sequence, and `meta` the step
   and the whole config.
+
+  Args:
+    directory: absolute or remote; it need not exist.
+    config: of the run.
   """
 
   def __init__(self, directory: epath.PathLike, config: Config):
     self._config = config
     self._manager = ocp.CheckpointManager(
-      epath.Path(directory).resolve(),
+      epath.Path(directory),
       options=ocp.CheckpointManagerOptions(
         max_to_keep=config.checkpoints_kept,
         enable_async_checkpointing=True,

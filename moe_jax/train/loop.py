@@ -7,6 +7,7 @@ import os
 import sys
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 import numpy as np
@@ -74,7 +75,12 @@ class Run:
       }
 
   def train(self) -> None:
-    """Trains from the newest checkpoint, or from scratch, to the last step."""
+    """Trains from the newest checkpoint, or from scratch, to the last step.
+
+    Raises:
+      FloatingPointError: a loss, gradient or logit is not finite.
+      Preempted: SIGTERM came to one of several processes.
+    """
     config = self.config
     _use_compilation_cache()
     step = self._open()
@@ -117,12 +123,18 @@ class Run:
           telemetry.add(self._evaluate(evaluation_step, state))
           telemetry.flush()
           telemetry.restart_clock()
-        if last or step % config.checkpoint_every == 0:
+        # After a SIGTERM to any process, jax names a step that none has passed.
+        preempted = multihost_utils.reached_preemption_sync_point(step)
+        if last or preempted or step % config.checkpoint_every == 0:
           telemetry.flush()
           # First: a checkpoint without its metrics could not be continued.
           upload()
           checkpoints.save(step, state)
           telemetry.restart_clock()
+        if preempted and not last:
+          raise processes.Preempted(
+            f'saved after step {step} of {config.steps}'
+          )
 
   def _open(self) -> int:
     """Begins to use the work directory; returns the steps done in it."""

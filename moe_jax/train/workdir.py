@@ -30,7 +30,7 @@ _SECONDS_UNTIL_SEEN = 90.0  # File systems over a network cache what they saw.
 def open_workdir(path: str | os.PathLike[str]) -> epath.Path:
   """Returns the path of a local or remote directory that can be written to.
 
-  It need not exist, and is not made.
+  It need not exist, and is not made. A local path becomes absolute.
 
   Raises:
     ValueError: the scheme is unknown, or its package is not installed.
@@ -51,7 +51,8 @@ def open_workdir(path: str | os.PathLike[str]) -> epath.Path:
         'pip install gcsfs'
       ) from error
     return epath.Path(path)
-  place = workdir = epath.Path(path)
+  # Not epath's absolute(), which makes gs://... a local path.
+  place = workdir = epath.Path(os.path.abspath(path))
   while not place.exists():
     place = place.parent
   with tempfile.TemporaryFile(dir=place):

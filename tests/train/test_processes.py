@@ -6,9 +6,11 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
+from moe_jax.train import checkpoint
 from moe_jax.train import loop
 from moe_jax.train import telemetry
 from tests.train import tiny
@@ -25,7 +27,7 @@ QUICK = {
 }
 
 
-def launch(text, workdir, *own, method='bip', **overrides):
+def launch(text, workdir, *own, method='bip', during=None, **overrides):
   """Runs the command in one process per item of `own`, its further flags.
 
   Returns:
@@ -56,6 +58,8 @@ def launch(text, workdir, *own, method='bip', **overrides):
     for i, more in enumerate(own)
   ]
   try:
+    if during:
+      during(running)
     outputs = [process.communicate(timeout=400)[1] for process in running]
   finally:
     for process in running:
@@ -90,8 +94,10 @@ def assert_same_training(workdir, expected):
   for record, same in zip(actual, expected, strict=True):
     assert record.keys() == same.keys()
     for name, value in same.items():
-      if name.startswith(('train/', 'eval/')):
+      if name.startswith('train/'):
         assert record[name] == pytest.approx(value, rel=1e-4), name
+      if name.startswith('eval/'):  # Of few tokens: one may go elsewhere.
+        assert record[name] == pytest.approx(value, rel=1e-3), name
       if name.startswith('router/load/'):
         assert sum(record[name]) == sum(value)
 
@@ -139,7 +145,7 @@ def test_processes_with_different_configs_stop(text, tmp_path):
   for code, output in results:
     assert code == 2
     assert (
-      'processes disagree on config.learning_rate: 0.01 in process 0, '
+      'processes disagree on config.learning_rate: 0.01 in process 0 and '
       '0.5 in process 1'
     ) in output
   assert not (tmp_path / 'run').exists()
@@ -154,6 +160,25 @@ def test_one_that_cannot_read_its_text_stops_all(text, tmp_path):
   reason = own.splitlines()[-1].removeprefix('error: ')
   assert reason.startswith('data.files=nowhere/*.txt')
   assert 'process 1: ' in said and reason in said
+
+
+@pytest.mark.long
+def test_a_preempted_run_is_saved_by_all_and_goes_on(text, tmp_path):
+  """SIGTERM to the second process, when the first has recorded a step."""
+  workdir = tmp_path / 'run'
+
+  def preempt(running):
+    while not telemetry.read_steps(workdir / 'metrics.jsonl'):
+      assert all(process.poll() is None for process in running)
+      time.sleep(0.1)
+    running[1].terminate()
+
+  options = QUICK | {'steps': 100_000, 'checkpoint_every': 100_000}
+  for code, output in launch(text, workdir, [], [], during=preempt, **options):
+    assert code == 75, output
+  saved = checkpoint.latest_step(workdir / 'checkpoints')
+  steps = telemetry.read_steps(workdir / 'metrics.jsonl')
+  assert 0 < saved == len(steps) == steps[-1]['step']
 
 
 @pytest.mark.long

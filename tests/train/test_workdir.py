@@ -1,0 +1,123 @@
+"""Remote work directories, in a bucket that is kept in memory."""
+
+import itertools
+import json
+
+from etils import epath
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+import numpy as np
+import pytest
+
+from moe_jax.train import loop
+from moe_jax.train import telemetry as telemetry_lib
+from moe_jax.train import workdir as workdirs
+from tests.train import tiny
+
+
+class Bucket(MemoryFileSystem):
+  """Stands in for gcsfs."""
+
+  protocol = ('gcs', 'gs')
+  store, pseudo_dirs = {}, ['']
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return super()._strip_protocol(path.removeprefix('gs://'))
+
+
+@pytest.fixture
+def workdir():
+  for name in Bucket.protocol:
+    fsspec.register_implementation(name, Bucket, clobber=True)
+  Bucket.store.clear()
+  return workdirs.open_workdir('gs://bucket/run')
+
+
+def push(directory, step):
+  with telemetry_lib.Telemetry(
+    directory, label='', step=step - 1, steps=9, tokens_per_step=1, quiet=True
+  ) as telemetry:
+    telemetry.push(step, {'train/loss': np.float32(step)})
+
+
+def steps(path):
+  lines = path.read_text().splitlines()
+  return [json.loads(line)['step'] for line in lines]
+
+
+def test_metrics_go_on_from_what_was_uploaded(workdir):
+  with workdirs.local_log(workdir) as (first, upload):
+    push(first, 1)
+    assert not (workdir / 'metrics.jsonl').exists()
+    upload()
+    assert steps(workdir / 'metrics.jsonl') == [1]
+  assert not first.exists()
+  with workdirs.local_log(workdir) as (second, _):
+    push(second, 2)
+    assert steps(workdir / 'metrics.jsonl') == [1]
+  assert steps(workdir / 'metrics.jsonl') == [1, 2]
+  assert any('tfevents' in path.name for path in workdir.iterdir())
+
+
+def test_a_fault_loses_no_metrics(workdir):
+  with pytest.raises(KeyError), workdirs.local_log(workdir) as (directory, _):
+    push(directory, 1)
+    raise KeyError
+  assert steps(workdir / 'metrics.jsonl') == [1]
+
+
+def test_json_in_a_bucket(workdir):
+  for value in ({'steps': 1}, {'steps': 2}):
+    workdirs.write_json(workdir / 'config.json', value)
+    assert workdirs.read_json(workdir / 'config.json') == value
+  assert [path.name for path in workdir.iterdir()] == ['config.json']
+
+
+def test_a_local_directory_holds_the_log_itself(tmp_path):
+  workdir = workdirs.open_workdir(tmp_path)
+  with workdirs.local_log(workdir) as (directory, upload):
+    upload()
+    assert directory == tmp_path
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('path', 'message'),
+  [
+    ('gs://bucket/run', 'pip install gcsfs'),
+    ('ftp://host/run', 'must be a local directory or gs://'),
+  ],
+)
+def test_a_place_that_cannot_be_reached_is_refused(path, message, monkeypatch):
+  def missing(name):
+    raise ImportError(name)
+
+  monkeypatch.setattr(fsspec, 'get_filesystem_class', missing)
+  with pytest.raises(ValueError, match=message):
+    workdirs.open_workdir(path)
+
+
+@pytest.mark.long
+def test_a_run_in_a_bucket_goes_on(text, tmp_path, workdir, monkeypatch):
+  """Killed in step 4; checkpoints apart: they have a client of their own."""
+
+  def local(name):
+    of_gs = getattr(loop, name)
+    return lambda path, *args: of_gs(tmp_path / path.name, *args)
+
+  for name in ('Checkpoints', 'latest_step'):
+    monkeypatch.setattr(loop, name, local(name))
+  config = tiny.tiny_config(text, steps=4, checkpoint_every=2)
+  run = loop.Run(config, workdir)
+  batches = itertools.islice(run.training_batches(0), 3)
+  monkeypatch.setattr(run, 'training_batches', lambda _: batches)
+  with pytest.raises(StopIteration):
+    run.train()
+  assert steps(workdir / 'metrics.jsonl') == [1, 2, 3]
+  loop.Run(config, 'gs://bucket/run').train()
+  assert steps(workdir / 'metrics.jsonl') == [1, 2, 3, 4]
+  assert {path.name for path in epath.Path(workdir).iterdir()} > {
+    'config.json',
+    'run.json',
+  }
