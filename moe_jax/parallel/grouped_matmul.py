@@ -11,6 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from moe_jax.parallel import grouped_matmul_gpu
+from moe_jax.parallel import grouped_matmul_tpu
 
 # CPU tiles: a group is cut into tiles of TILE rows, and its last, short tile
 # is rounded up to a multiple of _STEP rows, so that little work is wasted
@@ -85,7 +86,7 @@ def _backward(residuals, dy_NxF):
     load_E,
     cpu=_outer_cpu,
     cuda=grouped_matmul_gpu.outer,
-    default=_outer_ragged,
+    default=grouped_matmul_tpu.outer,
   )
   return drows_NxD, dweights_ExDxF, None
 
@@ -101,30 +102,7 @@ def _matmul(rows_NxD, weights_ExDxF, load_E, *, contract):
     load_E,
     cpu=functools.partial(_matmul_cpu, contract=contract),
     cuda=functools.partial(grouped_matmul_gpu.matmul, contract=contract),
-    default=functools.partial(_matmul_ragged, contract=contract),
-  )
-
-
-def _matmul_ragged(rows_NxD, weights_ExDxF, load_E, *, contract):
-  if contract == 1:
-    weights_ExDxF = weights_ExDxF.swapaxes(1, 2)
-  y_NxF = lax.ragged_dot(rows_NxD, weights_ExDxF, load_E)
-  # The kernel of TPUs leaves spare rows as it finds them in memory.
-  spare_N = jnp.arange(y_NxF.shape[0]) >= jnp.sum(load_E)
-  return jnp.where(spare_N[:, None], 0, y_NxF)
-
-
-def _outer_ragged(rows_NxD, dy_NxF, load_E):
-  """Sums x y^T over the rows of each group: [E, D, F]."""
-  return lax.ragged_dot_general(
-    rows_NxD,
-    dy_NxF,
-    load_E,
-    lax.RaggedDotDimensionNumbers(
-      dot_dimension_numbers=(((0,), (0,)), ((), ())),
-      lhs_ragged_dimensions=[0],
-      rhs_group_dimensions=[],
-    ),
+    default=functools.partial(grouped_matmul_tpu.matmul, contract=contract),
   )
 
 

@@ -1,6 +1,7 @@
 """Grouped products against einsum, on one device and on meshes."""
 
 import functools
+import re
 
 from hypothesis import example
 from hypothesis import given
@@ -215,6 +216,41 @@ def test_what_computes_on_each_platform(platform, ragged_dots, kernels):
   program = traced.lower(lowering_platforms=(platform,)).as_text()
   assert program.count('"chlo.ragged_dot"(') == ragged_dots
   assert program.count('@__gpu$xla.gpu.triton') == kernels
+
+
+@pytest.mark.parametrize(
+  ('rows', 'width', 'hidden', 'forward', 'gradients'),
+  [
+    (1000, 512, 1408, '128,512,1408', {'128,1408,512', '128,512,1408'}),
+    (1024, 4096, 1536, '128,4096,512', {'128,1536,1024', '128,1024,768'}),
+    # Rows are too long for a tile: the forward pass is as the compiler likes.
+    (1024, 2**15, 128, None, {'128,128,8192', '128,8192,128'}),
+  ],
+)
+def test_tiles_on_tpu(rows, width, hidden, forward, gradients):
+  """By hand: even parts of at most 2**21 weights, 2**20 sums, 8192 a side."""
+
+  def tilings(function):
+    operands = [
+      jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+      for shape in [(rows, width), (2, width, hidden), (rows, hidden)]
+    ]
+    load = jax.ShapeDtypeStruct((2,), jnp.int32)
+    traced = jax.jit(function).trace(*operands, load)
+    program = traced.lower(lowering_platforms=('tpu',)).as_text()
+    dots = re.findall(r'"chlo.ragged_dot".* : \(tensor<(\d+)x', program)
+    assert dots and all(int(count) % 128 == 0 for count in dots)
+    return set(re.findall(r'ragged_dot_tiling = "([\d,]+)"', program))
+
+  def backward(rows, weights, dy, load):
+    _, pullback = jax.vjp(
+      lambda r, w: grouped_matmul(r, w, load), rows, weights
+    )
+    return pullback(dy)
+
+  forward = {forward} - {None}
+  assert tilings(lambda r, w, dy, load: grouped_matmul(r, w, load)) == forward
+  assert tilings(backward) == gradients
 
 
 def test_only_tpu_needs_compiler_options():
