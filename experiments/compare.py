@@ -17,6 +17,7 @@ import sys
 
 from moe_jax import analysis
 from moe_jax import main as command_line
+from moe_jax.parallel import preemption
 
 _FLAGS = {'methods': 'loss_controlled,loss_free,bip', 'seeds': '0'}
 
@@ -87,6 +88,9 @@ def main(argv: Sequence[str]) -> int:
   for (method, name), run in plans.items():
     try:
       run.train()
+    except preemption.Preempted as error:
+      print(f'preempted: {error}; the same command continues', file=sys.stderr)
+      return 75
     except FloatingPointError as error:
       # A method that fails is a result: the others are compared with it.
       print(f'error: {name}: {error}', file=sys.stderr)

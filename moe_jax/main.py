@@ -27,7 +27,7 @@ Examples:
 The same command again continues the run, also with another number of
 processes (see moe_jax/parallel/processes.py). DIR/config.json lists all options
 with their values. Exit codes: 0 done, 2 refused (bad config or input), 75
-preempted and saved (SIGTERM to one of several processes), 1 anything else.
+preempted (SIGTERM) and saved, 1 anything else.
 """
 
 from collections.abc import Mapping
@@ -42,6 +42,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections import config_flags
 
+from moe_jax.parallel import preemption
 from moe_jax.parallel import processes
 
 
@@ -164,7 +165,7 @@ def main(argv: Sequence[str]) -> int:
   except processes.Disagreement as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
-  except processes.Preempted as error:
+  except preemption.Preempted as error:
     print(f'preempted: {error}; the same command continues', file=sys.stderr)
     return 75
   except FloatingPointError as error:

@@ -49,10 +49,6 @@ class Disagreement(ValueError):
   """Another process failed, or processes are not about to do the same."""
 
 
-class Preempted(Exception):
-  """The run was saved and is to be continued by the same command."""
-
-
 def start() -> None:
   """Joins this process to the others of its run; does nothing if it is alone.
 

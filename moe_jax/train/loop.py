@@ -7,7 +7,6 @@ import os
 import sys
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 import numpy as np
@@ -17,6 +16,7 @@ from moe_jax.config import Config
 from moe_jax.config import to_dict
 from moe_jax.data.cache import open_cache
 from moe_jax.parallel import mesh as meshes
+from moe_jax.parallel import preemption
 from moe_jax.parallel import processes
 from moe_jax.train import evaluate as evaluation
 from moe_jax.train import facts as facts_lib
@@ -79,7 +79,7 @@ class Run:
 
     Raises:
       FloatingPointError: a loss, gradient or logit is not finite.
-      Preempted: SIGTERM came to one of several processes.
+      Preempted: SIGTERM came to one of the processes.
     """
     config = self.config
     _use_compilation_cache()
@@ -112,6 +112,7 @@ class Run:
             tokens_per_step=config.batch_size * config.sequence_length,
           )
         )
+      preempted_after = stack.enter_context(preemption.notice())
       batches = self.training_batches(sequence)
       while step < config.steps:
         state, metrics = train_step(state, next(batches))
@@ -123,8 +124,7 @@ class Run:
           telemetry.add(self._evaluate(evaluation_step, state))
           telemetry.flush()
           telemetry.restart_clock()
-        # After a SIGTERM to any process, jax names a step that none has passed.
-        preempted = multihost_utils.reached_preemption_sync_point(step)
+        preempted = preempted_after(step)
         if last or preempted or step % config.checkpoint_every == 0:
           telemetry.flush()
           # First: a checkpoint without its metrics could not be continued.
@@ -132,7 +132,7 @@ class Run:
           checkpoints.save(step, state)
           telemetry.restart_clock()
         if preempted and not last:
-          raise processes.Preempted(
+          raise preemption.Preempted(
             f'saved after step {step} of {config.steps}'
           )
 

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import shutil
+import signal
 
 import jax
 import numpy as np
 import pytest
 
 from moe_jax import config as config_lib
+from moe_jax.parallel import preemption
 from moe_jax.train import checkpoint as checkpoint_lib
 from moe_jax.train import evaluate as evaluation
 from moe_jax.train import facts as facts_lib
@@ -105,6 +107,28 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
   )
   assert sequence == expected_sequence == 6 * 8
   jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_happened(
+  finished, tmp_path, monkeypatch
+):
+  stopped = loop.Run(finished.config, tmp_path / 'run')
+  batches = stopped.training_batches(0)
+
+  def with_signal(sequence):
+    for i in range(6):
+      if i == 3:
+        signal.raise_signal(signal.SIGTERM)
+      yield next(batches)
+
+  monkeypatch.setattr(stopped, 'training_batches', with_signal)
+  handler = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(preemption.Preempted, match='saved after step 4 of 6'):
+    stopped.train()
+  assert signal.getsignal(signal.SIGTERM) == handler
+  assert checkpoint_lib.latest_step(stopped.workdir / 'checkpoints') == 4
+  loop.Run(finished.config, stopped.workdir).train()
+  assert records(stopped.workdir) == records(finished.workdir)
 
 
 def test_another_config_is_refused_and_named(finished):
