@@ -61,12 +61,16 @@ def _keys(x: jax.Array, where: jax.Array | None) -> jax.Array:
   return keys if where is None else jnp.where(where, keys, jnp.uint32(0))
 
 
-def _count_at_least(threshold, keys, axis, axis_name) -> jax.Array:
-  """Counts on this shard, for each slice along `axis`."""
-  threshold = jnp.expand_dims(threshold, axis)
-  parts = _slices(keys, axis, _is_local(axis_name))
-  few = sum((part >= threshold).astype(jnp.uint16) for part in parts)
-  return jnp.sum(few, axis, dtype=jnp.int32)
+def _count_at_least(thresholds, keys, axis, axis_name) -> jax.Array:
+  """Counts on this shard, for a stack of thresholds of each slice."""
+  if len(thresholds) == 1:
+    parts = _slices(keys, axis, _is_local(axis_name))
+    at_least = [part >= jnp.expand_dims(thresholds[0], axis) for part in parts]
+    few = sum(part.astype(jnp.uint16) for part in at_least)
+    return jnp.sum(few, axis, dtype=jnp.int32)[None]
+  # One operation for all of them: on accelerators, starting it is what costs.
+  at_least = keys >= jnp.expand_dims(thresholds, axis + 1)
+  return jnp.sum(at_least, axis + 1, dtype=jnp.int32)
 
 
 def _total(count: jax.Array, axis_name) -> jax.Array:
@@ -76,14 +80,14 @@ def _total(count: jax.Array, axis_name) -> jax.Array:
 def _kth_largest_16_bits(keys, k, axis, axis_name, bits) -> jax.Array:
   """Selects from uint16, `bits` bits a pass; 0 where there are fewer than k."""
   digits = jnp.arange(1, 1 << bits, dtype=jnp.uint16)
+  digits = digits.reshape(-1, *(1,) * (keys.ndim - 1))
 
   def narrow(step, low):
     shift = (16 - bits * (step + 1)).astype(jnp.uint16)
-    counts = [
-      _count_at_least(low + (digit << shift), keys, axis, axis_name)
-      for digit in digits
-    ]
-    count = _total(jnp.stack(counts), axis_name)
+    thresholds = low + (digits << shift)
+    count = _total(
+      _count_at_least(thresholds, keys, axis, axis_name), axis_name
+    )
     # Counts fall as the digit rises, so this is the greatest that has k.
     return low + (jnp.sum(count >= k, 0, dtype=jnp.uint16) << shift)
 
@@ -164,7 +168,8 @@ def kth_and_next_largest(
   axis %= x.ndim
   keys = _keys(x, where)
   key = _select(keys, k, axis, axis_name, bits_per_pass)
-  count = _total(_count_at_least(key, keys, axis, axis_name), axis_name)
+  (count,) = _count_at_least(key[None], keys, axis, axis_name)
+  count = _total(count, axis_name)
   parts = _slices(keys, axis, _is_local(axis_name))
   at = jnp.expand_dims(key, axis)
   below = _combined(
