@@ -25,9 +25,10 @@ Examples:
   python -m moe_jax.main --config=experiments/paper_64e.py:bip --print_sharding
 
 The same command again continues the run, also with another number of
-processes (see moe_jax/parallel/processes.py). DIR/config.json lists all options
-with their values. Exit codes: 0 done, 2 refused (bad config or input), 75
-preempted (SIGTERM) and saved, 1 anything else.
+processes (see moe_jax/parallel/processes.py). All of them must see DIR, which
+may be gs://BUCKET/... where gcsfs is installed. DIR/config.json lists all
+options with their values. Exit codes: 0 done, 2 refused (bad config or input),
+75 preempted (SIGTERM) and saved, 1 anything else.
 """
 
 from collections.abc import Mapping
