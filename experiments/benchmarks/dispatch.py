@@ -2,7 +2,7 @@
 
   python -m experiments.benchmarks.dispatch [--repeats=15] [--threads=2] \\
       [--sizes=2048x16x4,2048x64x8] [--width=512] [--hidden=1408] \\
-      [--dtype=float32] [--skip=ragged_dot,torch loop]
+      [--dtype=float32] ['--skip=ragged_dot,torch loop']
 
 Sizes are tokens x experts x experts per token. Each line takes tokens through
 SwiGLU experts and back: `grouped` and `capacity` of moe_jax.parallel.dispatch,
@@ -22,6 +22,7 @@ out. For figures of one device, give JAX just one.
 import argparse
 from collections.abc import Callable
 import functools
+import math
 import statistics
 from typing import Any
 from typing import NamedTuple
@@ -265,6 +266,11 @@ def main() -> None:
     print('torch cannot be imported: no comparison')
   for size in options.sizes.split(','):
     tokens, experts, k = map(int, size.split('x'))
+    if tokens * k % experts:
+      parser.error(
+        f'--sizes={size}: {tokens} x {k} rows are not {experts} equal groups; '
+        f'tokens must be a multiple of {experts // math.gcd(k, experts)}'
+      )
     problem = make_problem(
       tokens,
       experts,
