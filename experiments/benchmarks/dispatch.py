@@ -1,8 +1,9 @@
 """Times a layer's experts, in several ways and in PyTorch, on given choices.
 
   python -m experiments.benchmarks.dispatch [--repeats=15] [--threads=2] \\
-      [--sizes=2048x16x4,2048x64x8] [--width=512] [--hidden=1408] \\
-      [--dtype=float32] [--skip=ragged_dot,torch loop]
+      [--sizes=2048x16x4,256x64x8,2048x64x8] [--width=512] \\
+      [--hidden=1408] [--dtype=float32] [--memory=8] \\
+      ['--skip=ragged_dot,torch loop']
 
 Sizes are tokens x experts x experts per token. Each line takes tokens through
 SwiGLU experts and back: `grouped` and `capacity` of moe_jax.parallel.dispatch,
@@ -15,13 +16,15 @@ of equal groups that are in order already: the same FLOPs and nothing else.
 All take turns; printed are medians of milliseconds, of the forward pass and of
 forward and backward together (gradients of tokens, gates and weights), and the
 median and range of the latter's ratios to `batched` in the same turn. Results
-are checked to be equal first. Where torch is not installed, its lines are left
-out. For figures of one device, give JAX just one.
+are checked to be equal first. A line that would take more than --memory GB is
+left out, as `ragged_dot` is on CPU with many rows and experts. Where torch is
+not installed, so are its lines. For figures of one device, give JAX just one.
 """
 
 import argparse
 from collections.abc import Callable
 import functools
+import math
 import statistics
 from typing import Any
 from typing import NamedTuple
@@ -140,10 +143,11 @@ def torch_grouped(experts_TxK, load_E, x_TxD, gates_TxK, weights):
 
 
 class Line(NamedTuple):
-  """Calls that compute a line of the table once."""
+  """Calls that compute a line of the table once, and GB they need if known."""
 
   forward: Callable[[], Any]
   both: Callable[[], Any]
+  memory: float = 0.0
 
 
 def jax_line(function: Callable[..., jax.Array], problem: Problem) -> Line:
@@ -163,6 +167,7 @@ def jax_line(function: Callable[..., jax.Array], problem: Problem) -> Line:
   return Line(
     lambda: jax.block_until_ready(forward(*problem)),
     lambda: jax.block_until_ready(both(problem, dy)),
+    both.memory_analysis().temp_size_in_bytes / 1e9,
   )
 
 
@@ -231,7 +236,9 @@ def compare(table: dict[str, Line], repeats: int) -> None:
   """Prints the lines of one size."""
   times = []
   for turn in range(repeats + 1):
-    columns = [[milliseconds(run) for run in line] for line in table.values()]
+    columns = [
+      [milliseconds(run) for run in line[:2]] for line in table.values()
+    ]
     if turn:  # The first one is slower.
       times.append(columns)
   medians = np.median(times, axis=0)
@@ -251,12 +258,13 @@ def main() -> None:
   )
   parser.add_argument('--repeats', type=int, default=15)
   parser.add_argument('--threads', type=int, default=2, help='of torch')
-  parser.add_argument('--sizes', default='2048x16x4,2048x64x8')
+  parser.add_argument('--sizes', default='2048x16x4,256x64x8,2048x64x8')
   parser.add_argument('--width', type=int, default=512)
   parser.add_argument('--hidden', type=int, default=1408)
   parser.add_argument(
     '--dtype', default='float32', choices=['float32', 'bfloat16']
   )
+  parser.add_argument('--memory', type=float, default=8.0, help='GB of a line')
   parser.add_argument('--skip', default='', help='lines, separated by commas')
   options = parser.parse_args()
   if torch:
@@ -265,6 +273,11 @@ def main() -> None:
     print('torch cannot be imported: no comparison')
   for size in options.sizes.split(','):
     tokens, experts, k = map(int, size.split('x'))
+    if tokens * k % experts:
+      parser.error(
+        f'--sizes={size}: {tokens} x {k} rows are not {experts} equal groups; '
+        f'tokens must be a multiple of {experts // math.gcd(k, experts)}'
+      )
     problem = make_problem(
       tokens,
       experts,
@@ -280,6 +293,10 @@ def main() -> None:
       f'MaxVio {violation:.2f}'
     )
     table = lines(problem, options.skip.split(','))
+    for name, line in list(table.items()):
+      if line.memory > options.memory:
+        print(f'{name} is left out: it would take {line.memory:.1f} GB')
+        del table[name]
     check(table, 1e-5 if options.dtype == 'float32' else 2e-2)
     compare(table, options.repeats)
 

@@ -115,11 +115,11 @@ def test_bfloat16_is_not_converted_in_the_loop():
 
 @pytest.fixture(scope='module')
 def kernels():
-  interpret = functools.partial(functools.partial, interpret=True)
-  return (
-    jax.jit(interpret(grouped_matmul_gpu.matmul), static_argnames='contract'),
-    jax.jit(interpret(grouped_matmul_gpu.outer)),
+  matmul, outer = (
+    functools.partial(kernel, interpret=True)
+    for kernel in (grouped_matmul_gpu.matmul, grouped_matmul_gpu.outer)
   )
+  return jax.jit(matmul, static_argnames='contract'), jax.jit(outer)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
