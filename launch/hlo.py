@@ -88,8 +88,9 @@ class Collective(NamedTuple):
     kind: one of `KINDS`, also for an asynchronous start and done, which are
       one operation.
     count: times that it runs.
-    bytes: of its operands or its results, whichever are more, each time. Of a
-      ragged-all-to-all it is the room, as what it sends is not known.
+    bytes: of its operands or its results, whichever are more, each time. What
+      a ragged-all-to-all sends is not known; here it is the lesser of the two,
+      which is what a device sends if all devices send the same.
     op_name: where in the JAX program it comes from; '' where not known.
     group: positions in the mesh of the devices of the first group that
       communicates; () for all devices.
@@ -170,13 +171,13 @@ def visits(program: Program) -> list[Visit]:
     result = []
     for instruction in program.computations[name].values():
       result.append(Visit(instruction, name, 1, False))
-      called, count = _called(instruction), 1
+      names, count = called(instruction), 1
       if instruction.opcode == 'while':
         count = trip_count(program, instruction) or 1
       elif instruction.opcode == 'conditional':
-        called = [max(called, key=lambda branch: _traffic(visit(branch)))]
+        names = [max(names, key=lambda branch: _traffic(visit(branch)))]
       fused = instruction.opcode == 'fusion'
-      for inner in called:
+      for inner in names:
         result += [
           v._replace(count=count * v.count, fused=fused or v.fused)
           for v in visit(inner)
@@ -186,7 +187,7 @@ def visits(program: Program) -> list[Visit]:
   return visit(program.entry)
 
 
-def _called(instruction: Instruction) -> list[str]:
+def called(instruction: Instruction) -> list[str]:
   """Names the computations that it runs, reductions of pairs left out."""
   names = {
     'while': 'body',
@@ -224,7 +225,7 @@ def trip_count(program: Program, loop: Instruction) -> int | None:
   condition = re.search(r'condition=%?([\w.-]+)', loop.attributes)[1]
   parts = list(program.computations[condition].values())
   for part in list(parts):
-    for inner in _called(part):
+    for inner in called(part):
       parts += program.computations[inner].values()
   limits = [
     int(part.arguments)
@@ -294,7 +295,8 @@ def _payload(
     )
   operands = [computation[name].shape for name in instruction.operands]
   if instruction.opcode == 'ragged-all-to-all':
-    operands = operands[:1]  # Then come the output's room and four sizes.
+    # Then come the output's room and four sizes.
+    return min(shape_bytes(result), shape_bytes(operands[0]))
   return max(shape_bytes(result), sum(map(shape_bytes, operands)))
 
 
