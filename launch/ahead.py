@@ -20,6 +20,8 @@ _ENVIRONMENT = {
   'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
   'TPU_WORKER_HOSTNAMES': 'localhost',
   'TPU_WORKER_ID': '0',
+  # No chip is touched, so others may compile, too.
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
 }
 # Choosing kernels by running them needs a GPU.
 _XLA_FLAGS = '--xla_gpu_autotune_level=0'
@@ -156,7 +158,11 @@ def places(mesh, topology: Topology) -> list[tuple[int, ...]]:
 
 
 def compile_step(lowered, topology: Topology) -> Compiled:
-  """Compiles a lowered step. That it does not fit is a result, too."""
+  """Compiles a lowered step. That it does not fit is a result, too.
+
+  Raises:
+    ValueError: the compiler refuses the step for another reason.
+  """
   chip = CHIPS[topology.chip]
   options = {}
   if not chip.node:
@@ -164,14 +170,13 @@ def compile_step(lowered, topology: Topology) -> Compiled:
   try:
     compiled = lowered.compile(compiler_options=options)
   except Exception as error:  # jax's, whose type is not public.
-    match = re.search(
-      r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm', f'{error}'
-    )
-    if not match:
-      raise
-    used, limit = (
-      float(match[i]) * 1024 ** ('KMGT'.index(match[i + 1]) + 1) for i in (1, 3)
-    )
+    sizes = _amounts(str(error)) if 'HbmOom' in str(error) else []
+    if len(sizes) < 2:
+      reason = str(error).partition('\n')[0]
+      raise ValueError(
+        f'--topology={topology.name}: its compiler refuses: {reason}'
+      ) from error
+    used, limit = sizes[:2]
     return Compiled('', 0, int(used), limit)
   memory = compiled.memory_analysis()
   # Results that are not written over arguments need room of their own.
@@ -182,3 +187,11 @@ def compile_step(lowered, topology: Topology) -> Compiled:
     memory.temp_size_in_bytes + results,
     chip.hbm,
   )
+
+
+def _amounts(message: str) -> list[float]:
+  """Reads amounts of memory such as 15.75G."""
+  return [
+    float(number) * 1024.0 ** ('KMGT'.index(unit) + 1)
+    for number, unit in re.findall(r'([\d.]+)([KMGT])\b', message)
+  ]

@@ -4,7 +4,8 @@ Nothing here was measured. Sources, read in November 2026:
 
   TPU     cloud.google.com/tpu/docs/v5e, /v5p and /v6e: peak, HBM, ICI ports and
           bidirectional ICI bandwidth of a chip. A port sends at half of that,
-          divided by the ports.
+          divided by the ports. Of the memory, what libtpu 0.0.52 lets a
+          program use, as its refusals say.
   H100    NVIDIA's data sheet of the H100 SXM (989.4 TFLOP/s dense bfloat16, 80
           GB, 3.35 TB/s, NVLink 900 GB/s both ways together); DGX H100's guide
           (one 400 Gb/s port for each GPU); XLA's description of the device.
@@ -25,7 +26,7 @@ class Chip(NamedTuple):
 
   Attributes:
     peak: bfloat16 FLOP/s.
-    hbm: bytes of memory.
+    hbm: bytes of memory that a program may use.
     bandwidth: of that memory, bytes/s.
     link: bytes/s that one port sends, to a neighbour in the torus; for a GPU,
       all that it sends within its node.
@@ -54,7 +55,7 @@ _MXU = 2 * 128 * 128  # FLOPs of one matrix unit of that size in a cycle
 CHIPS = {
   'v5e': Chip(
     peak=197e12,
-    hbm=16e9,
+    hbm=15.75 * _GIB,
     bandwidth=819e9,
     link=400e9 / 2 / 4,
     hop=1e-6,
@@ -63,7 +64,7 @@ CHIPS = {
   ),
   'v5p': Chip(
     peak=459e12,
-    hbm=95 * _GIB,
+    hbm=95.73 * _GIB,
     bandwidth=2765e9,
     link=1200e9 / 2 / 6,
     hop=1e-6,
@@ -72,7 +73,7 @@ CHIPS = {
   ),
   'v6e': Chip(
     peak=918e12,
-    hbm=32e9,
+    hbm=31.24 * _GIB,
     bandwidth=1640e9,
     link=800e9 / 2 / 4,
     hop=1e-6,
