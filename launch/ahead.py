@@ -4,6 +4,7 @@
 """
 
 from collections.abc import MutableMapping
+import importlib.metadata
 import importlib.util
 import math
 import pathlib
@@ -25,14 +26,10 @@ _ENVIRONMENT = {
 }
 # Choosing kernels by running them needs a GPU.
 _XLA_FLAGS = '--xla_gpu_autotune_level=0'
-_OPTIONS = {
-  # Otherwise a ragged product costs what all experts on all rows cost.
-  'tpu': {'xla_tpu_enable_ragged_dot_kernel': 'true'},
-  # Programs that use the SparseCore cannot be written as text.
-  'v5p': {
-    'xla_tpu_offload_gather_to_sparsecore': 'false',
-    'xla_tpu_enable_offloading_scatter_to_sparsecore': 'false',
-  },
+# Programs that use the SparseCore cannot be written as text.
+_V5P_OPTIONS = {
+  'xla_tpu_offload_gather_to_sparsecore': False,
+  'xla_tpu_enable_offloading_scatter_to_sparsecore': False,
 }
 
 
@@ -123,6 +120,18 @@ def check_installed(topology: Topology) -> None:
     )
 
 
+def versions() -> dict[str, str]:
+  """Returns the versions of jax and of the compilers that are installed."""
+  packages = ('jax', 'libtpu', 'jax-cuda12-plugin')
+  found = {}
+  for package in packages:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      pass
+  return found
+
+
 def devices(topology: Topology) -> list[Any]:
   """Returns the topology's devices, which cannot run anything.
 
@@ -163,10 +172,13 @@ def compile_step(lowered, topology: Topology) -> Compiled:
   Raises:
     ValueError: the compiler refuses the step for another reason.
   """
+  from moe_jax.parallel import grouped_matmul
+
   chip = CHIPS[topology.chip]
-  options = {}
-  if not chip.node:
-    options = {**_OPTIONS['tpu'], **_OPTIONS.get(topology.chip, {})}
+  platform = 'gpu' if chip.node else 'tpu'
+  options = grouped_matmul.compiler_options(platform)
+  if topology.chip == 'v5p':
+    options |= _V5P_OPTIONS
   try:
     compiled = lowered.compile(compiler_options=options)
   except Exception as error:  # jax's, whose type is not public.

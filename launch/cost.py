@@ -104,7 +104,7 @@ def _roofline(program, visit, chip, rows) -> float:
   instruction = visit.instruction
   shapes = [computation[name].shape for name in instruction.operands]
   shapes.append(instruction.shape)
-  if instruction.opcode == 'custom-call' and 'ragged' in instruction.op_name:
+  if instruction.opcode == 'custom-call' and 'expert' in instruction.op_name:
     flops, size = _grouped_product(shapes, rows)
   else:
     flops = sum(

@@ -2,7 +2,7 @@
 
   python -m launch.plan --config=experiments/FILE.py:METHOD \\
       --topology=TOPOLOGY [--mesh=DATA,EXPERT] [--balance=MAXVIO] \\
-      [--routing=false] [--sweep] [--out=FILE.json] [--config.OPTION=VALUE ...]
+      [--norouting] [--sweep] [--out=FILE.json] [--config.OPTION=VALUE ...]
 
 TOPOLOGY is v5e:16x16, v6e:16x16, v5p:4x4x8, h100:8x4 (GPUs of a node x nodes)
 or the like. The real train step is compiled by the chips' compiler, which needs
@@ -10,7 +10,7 @@ or the like. The real train step is compiled by the chips' compiler, which needs
 
   --balance   what it costs if the most loaded expert has (1 + MAXVIO) times the
               mean load and its device has no other.
-  --routing   false leaves out compiling once more without balancing.
+  --norouting leaves out compiling once more without balancing.
   --sweep     tries all meshes and capacity factors 0 (dropless), 1 and 1.25
               instead, and prints a table.
 
@@ -28,14 +28,13 @@ from typing import Any
 
 from launch import ahead
 from launch.hardware import human
-from moe_jax.main import parse
 
 _FLAGS = {
   'topology': '',
   'mesh': '',
   'balance': '',
-  'routing': 'true',
-  'sweep': 'false',
+  'routing': True,
+  'sweep': False,
   'out': '',
 }
 CAPACITY_FACTORS = (0.0, 1.0, 1.25)
@@ -46,28 +45,31 @@ def main(argv: Sequence[str]) -> int:
   if {'--help', '-h', '-help'} & set(argv):
     print(__doc__)
     return 0
-  argv = ['--sweep=true' if flag == '--sweep' else flag for flag in argv]
+  # Late: jax reads the environment when it is imported.
+  from moe_jax.main import parse
+
   try:
     options, values = parse(argv, others=_FLAGS)
     balance = _number('balance', values.balance)
-    routing = _switch('routing', values.routing)
-    sweeping = _switch('sweep', values.sweep)
     topology = ahead.parse_topology(values.topology)
     if values.mesh:
       options.mesh.data, options.mesh.expert = _mesh(values.mesh)
     ahead.check_installed(topology)
-    # Late: a wrong flag is answered at once.
+    # Later: a wrong flag is answered at once.
     from launch import estimate
     from moe_jax import config as config_lib
 
     config = config_lib.freeze(options)
     devices = ahead.devices(topology)
-    plan = {'command': shlex.join(['python', '-m', 'launch.plan', *argv[1:]])}
-    if sweeping:
+    plan = {
+      'command': shlex.join(['python', '-m', 'launch.plan', *argv[1:]]),
+      'versions': ahead.versions(),
+    }
+    if values.sweep:
       plan['sweep'] = _sweep(estimate, config, topology, devices)
     else:
       plan |= estimate.estimate(config, topology, devices)
-      if routing and plan['fits'] and config.method != 'unbalanced':
+      if values.routing and plan['fits'] and config.method != 'unbalanced':
         plain = estimate.without_balancing(config)
         plan['balancing'] = estimate.difference(
           plan, estimate.estimate(plain, topology, devices)
@@ -95,12 +97,6 @@ def _number(name: str, text: str) -> float | None:
   if value is not None and not 0 <= value < float('inf'):
     raise ValueError(f'--{name}={text}: must be a number, 0 or more')
   return value
-
-
-def _switch(name: str, text: str) -> bool:
-  if text not in ('true', 'false'):
-    raise ValueError(f'--{name}={text}: must be true or false')
-  return text == 'true'
 
 
 def _mesh(text: str) -> list[int]:
@@ -203,6 +199,5 @@ def _ms(seconds: float) -> str:
 
 
 if __name__ == '__main__':
-  # Before an experiment's file imports jax.
   ahead.prepare(os.environ)
   sys.exit(main(sys.argv))

@@ -112,7 +112,7 @@ ENTRY %main (x: f32[4,8], y: f32[8,16], z: bf16[99,8]) -> f32[4,16] {
   %z = bf16[99,8]{1,0} parameter(2)
   %w = bf16[2,8,5]{2,1,0} broadcast(%x), backend_config=\
 {"estimated_cycles":"300"}
-  %kernel = bf16[99,5]{1,0} custom-call(%z, %w), metadata={op_name="ragged-dot"}
+  %kernel = bf16[99,5]{1,0} custom-call(%z, %w), metadata={op_name="experts"}
   %sorted = f32[4,8]{1,0} sort(%x), dimensions={1}
   ROOT %product = f32[4,16]{1,0} fusion(%x, %y), calls=%fused
 }
@@ -125,7 +125,7 @@ def test_compute_is_the_compilers_estimate_or_the_longer_of_two_bounds():
   assert costs == [
     (3.0, True, ''),  # 300 cycles of 100 Hz
     # 9 rows: 2 x 9 x 8 x 5 FLOPs, 2 x (9 x 8 + 9 x 5 + 2 x 8 x 5) bytes.
-    (pytest.approx(0.720), False, 'ragged-dot'),
+    (pytest.approx(0.720), False, 'experts'),
     (pytest.approx(0.256), False, ''),  # 128 bytes read, 128 written
     (pytest.approx(1.024), False, 'attention'),  # 2 x 4 x 8 x 16 FLOPs
   ]
@@ -205,7 +205,6 @@ def test_sweeps_all_meshes_that_divide_the_experts(tmp_path):
     (['--topology=h100:4x2'], 'a node has 8 GPUs; write h100:8x1'),
     (['--topology=v5e:4x4', '--mesh=4'], '--mesh=4: must be like 16,16'),
     (['--balance=-1'], '--balance=-1: must be a number'),
-    (['--sweep=yes'], '--sweep=yes: must be true or false'),
     (['--topologie=v5e:4x4'], 'did you mean topology?'),
   ],
 )
