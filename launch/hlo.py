@@ -294,7 +294,7 @@ def _payload(
       result,
     )
   operands = [computation[name].shape for name in instruction.operands]
-  if instruction.opcode == 'ragged-all-to-all':
+  if instruction.opcode.startswith('ragged-all-to-all'):
     # Then come the output's room and four sizes.
     return min(shape_bytes(result), shape_bytes(operands[0]))
   return max(shape_bytes(result), sum(map(shape_bytes, operands)))
