@@ -197,6 +197,39 @@ def test_sweeps_all_meshes_that_divide_the_experts(tmp_path):
   ]
 
 
+def test_sweep_prints_and_stores_what_it_tried(monkeypatch, capsys, tmp_path):
+  def canned(config, topology, devices):
+    if config.mesh.expert == 8:
+      raise ValueError('no such mesh')
+    fits = config.mesh.expert > 1
+    memory = {'needed': 3e9}
+    if not fits:
+      return {'fits': False, 'memory': memory}
+    times = {'step_seconds': [0.010, 0.020], 'mfu': [0.2, 0.4]}
+    return {'fits': True, 'memory': memory, **times}
+
+  monkeypatch.setattr(ahead, 'check_installed', lambda topology: None)
+  monkeypatch.setattr(ahead, 'devices', lambda topology: [])
+  monkeypatch.setattr(estimate, 'estimate', canned)
+  out = tmp_path / 'sweep.json'
+  assert 0 == plan.main(
+    [
+      'plan',
+      '--config=experiments/paper_16e.py:bip',
+      '--topology=v5e:2x4',
+      '--sweep',
+      f'--out={out}',
+    ]
+  )
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[1].split() == '8,1 0 3 GB does not fit'.split()
+  assert '4,2     1.25     3 GB  10.0 .. 20.0 (MFU 40.0 .. 20.0 %)' in lines[6]
+  assert lines[10].endswith('no such mesh')
+  stored = json.loads(out.read_text())
+  assert [row['capacity_factor'] for row in stored['sweep']] == [0, 1, 1.25] * 3
+  assert stored['assumptions']
+
+
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
