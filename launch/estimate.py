@@ -132,19 +132,32 @@ def difference(plan: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
   return more | {'share': more['seconds'] / with_it['seconds']}
 
 
-def imbalance(plan: dict[str, Any], max_violation: float) -> dict[str, Any]:
-  """Estimates how much longer a step takes if one expert has more to do.
+def imbalance(
+  plan: dict[str, Any], max_violation: float, capacity_factor: float
+) -> dict[str, Any]:
+  """Estimates what it costs that one expert has more to do than others.
 
   Args:
     plan: as `estimate` returns it.
-    max_violation: load of the most loaded expert / mean load - 1. The worst
-      case is assumed: that expert's device has no other, in every layer.
+    max_violation: load of the most loaded expert / mean load - 1.
+    capacity_factor: that of the config.
+
+  Returns:
+    `seconds` more in a step, and their `share` of a step, in the worst case:
+    in every layer, the most loaded expert's device has no other. `dropped`: of
+    the pairs of that expert, which has limited room if there is a capacity;
+    then buffers, and times, stay as they are.
   """
-  more = max_violation * plan['compute_seconds'].get('experts', 0.0)
+  more, dropped = 0.0, 0.0
+  if capacity_factor:
+    dropped = max(0.0, 1 - capacity_factor / (1 + max_violation))
+  else:
+    more = max_violation * plan['compute_seconds'].get('experts', 0.0)
   return {
     'max_violation': max_violation,
     'seconds': more,
     'share': more / plan['step_seconds'][1],
+    'dropped': dropped,
   }
 
 

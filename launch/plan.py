@@ -9,7 +9,7 @@ or the like. The real train step is compiled by the chips' compiler, which needs
 `pip install -r requirements-tpu.txt` or `requirements-cuda.txt`, and minutes.
 
   --balance   what it costs if the most loaded expert has (1 + MAXVIO) times the
-              mean load and its device has no other.
+              mean load: time if its device has no other expert, or drops.
   --norouting leaves out compiling once more without balancing.
   --sweep     tries all meshes and capacity factors 0 (dropless), 1 and 1.25
               instead, and prints a table.
@@ -75,7 +75,9 @@ def main(argv: Sequence[str]) -> int:
           plan, estimate.estimate(plain, topology, devices)
         )
       if balance is not None and plan['fits']:
-        plan['imbalance'] = estimate.imbalance(plan, balance)
+        plan['imbalance'] = estimate.imbalance(
+          plan, balance, config.capacity_factor
+        )
       print(report(plan, topology))
     plan['assumptions'] = list(estimate.ASSUMPTIONS)
     plan['config'] = config_lib.to_dict(config)
@@ -187,7 +189,8 @@ def _time_lines(plan: dict[str, Any]) -> list[str]:
     row = plan['imbalance']
     lines.append(
       f'MaxVio {row["max_violation"]:g}: {_ms(row["seconds"])} more, '
-      f'{row["share"]:.1%} of a step'
+      f'{row["share"]:.1%} of a step; {row["dropped"]:.1%} of the most loaded '
+      "expert's pairs dropped"
     )
   if plan['unknown_loops']:
     lines.append(f'loops of unknown length: {plan["unknown_loops"]}')

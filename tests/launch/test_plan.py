@@ -176,11 +176,13 @@ def test_compares_plans_and_adds_imbalance():
     'collectives': 4,
     'bytes': 40,
   }
-  assert estimate.imbalance(planned(0.5, 7), 0.5) == {
-    'max_violation': 0.5,
-    'seconds': 0.1,
-    'share': 0.2,
-  }
+  for capacity, seconds, dropped in ((0.0, 0.2, 0.0), (1.5, 0.0, 0.25)):
+    assert estimate.imbalance(planned(0.5, 7), 1.0, capacity) == {
+      'max_violation': 1.0,
+      'seconds': seconds,
+      'share': seconds / 0.5,
+      'dropped': dropped,
+    }
 
 
 def test_sweeps_all_meshes_that_divide_the_experts(tmp_path):
