@@ -9,14 +9,13 @@ branches, the one that communicates most counts, since only one runs. The text
 is one device's program: all bytes are one device's.
 """
 
-from collections.abc import Callable
 from collections.abc import Mapping
 import functools
 import math
 import re
 from typing import NamedTuple
 
-import numpy as np
+from launch import groups
 
 KINDS = (
   'all-gather',
@@ -259,7 +258,7 @@ def collectives(text: str | Program) -> list[Collective]:
       visit.count,
       _payload(program.computations[visit.computation], visit.instruction),
       visit.instruction.op_name,
-      _first_group(visit.instruction.attributes),
+      groups.first(visit.instruction.attributes),
     )
     for visit in visits(program)
     if visit.instruction.opcode.removesuffix('-start') in KINDS
@@ -298,41 +297,3 @@ def _payload(
     # Then come the output's room and four sizes.
     return min(shape_bytes(result), shape_bytes(operands[0]))
   return max(shape_bytes(result), sum(map(shape_bytes, operands)))
-
-
-def _first_group(attributes: str) -> tuple[int, ...]:
-  """Reads the four ways in which XLA writes groups of devices."""
-  for pattern, read in _GROUPS.items():
-    match = re.search(pattern, attributes)
-    if match:
-      return tuple(int(device) for device in read(*match.groups()))
-  return ()
-
-
-def _strided(groups: str, sizes: str, order: str | None) -> np.ndarray:
-  """'[2,4]<=[4,2]T(1,0)': 0..7 as [4, 2], transposed, as 2 groups of 4."""
-  sizes = [int(size) for size in sizes.split(',')]
-  devices = np.arange(math.prod(sizes)).reshape(sizes)
-  if order:
-    devices = devices.transpose([int(axis) for axis in order.split(',')])
-  return devices.reshape([int(size) for size in groups.split(',')])[0]
-
-
-def _along_axes(axes: str, chosen: str) -> np.ndarray:
-  """ "mesh['a'=4,'b'=2] {'b'}": devices that differ in 'b' alone."""
-  sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes))
-  devices = np.arange(math.prod(map(int, sizes.values())))
-  devices = devices.reshape([int(size) for size in sizes.values()])
-  chosen = re.findall(r"'([^']+)'", chosen)
-  return devices[
-    tuple(slice(None) if axis in chosen else 0 for axis in sizes)
-  ].ravel()
-
-
-_GROUPS: Mapping[str, Callable] = {
-  r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?': _strided,
-  r'replica_groups=mesh\[(.*?)\] ?\{(.*?)\}': _along_axes,
-  r'replica_groups=\{\{([\d,]+)\}': lambda group: group.split(','),
-  # A permutation has pairs; as a group, the first one.
-  r'source_target_pairs=\{\{([\d,]+)\}': lambda pair: pair.split(','),
-}
