@@ -22,7 +22,7 @@ def first(attributes: str) -> tuple[int, ...]:
 
 
 def _strided(groups: str, sizes: str, order: str | None) -> np.ndarray:
-  """'[2,4]<=[4,2]T(1,0)': 0..7 as [4, 2], transposed, as 2 groups of 4."""
+  """0..7 as [4, 2], transposed, as two groups of 4: [2,4]<=[4,2]T(1,0)."""
   sizes = [int(size) for size in sizes.split(',')]
   devices = np.arange(math.prod(sizes)).reshape(sizes)
   if order:
@@ -31,7 +31,7 @@ def _strided(groups: str, sizes: str, order: str | None) -> np.ndarray:
 
 
 def _along_axes(axes: str, chosen: str) -> np.ndarray:
-  """ "mesh['a'=4,'b'=2] {'b'}": devices that differ in 'b' alone."""
+  """Devices that differ in 'b' alone: mesh['a'=4,'b'=2] {'b'}."""
   sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes))
   devices = np.arange(math.prod(map(int, sizes.values())))
   devices = devices.reshape([int(size) for size in sizes.values()])
