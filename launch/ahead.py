@@ -172,13 +172,8 @@ def compile_step(lowered, topology: Topology) -> Compiled:
   Raises:
     ValueError: the compiler refuses the step for another reason.
   """
-  from moe_jax.parallel import grouped_matmul
-
   chip = CHIPS[topology.chip]
-  platform = 'gpu' if chip.node else 'tpu'
-  options = grouped_matmul.compiler_options(platform)
-  if topology.chip == 'v5p':
-    options |= _V5P_OPTIONS
+  options = _V5P_OPTIONS if topology.chip == 'v5p' else {}
   try:
     compiled = lowered.compile(compiler_options=options)
   except Exception as error:  # jax's, whose type is not public.
