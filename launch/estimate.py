@@ -183,15 +183,16 @@ def _memory(config, training, jaxpr, mesh, compiled) -> dict[str, float]:
     )
 
   abstract = training.abstract
-  kept = _kept_bytes(jaxpr, config, mesh)
   temporary = compiled.temporary_bytes
   if not compiled.text:  # Then that is all that it needs.
     temporary -= size(abstract)
+  # The compiler may find a way to keep less than the program says.
+  kept = min(_kept_bytes(jaxpr, config, mesh), temporary)
   return {
     'parameters': size(abstract.params),
     'optimizer': size(abstract.optimizer),
     'activations': kept,
-    'temporaries': max(0, temporary - kept),
+    'temporaries': temporary - kept,
     'needed': compiled.argument_bytes + compiled.temporary_bytes,
     'limit': compiled.limit,
   }
