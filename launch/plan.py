@@ -54,30 +54,23 @@ def main(argv: Sequence[str]) -> int:
     topology = ahead.parse_topology(values.topology)
     if values.mesh:
       options.mesh.data, options.mesh.expert = _mesh(values.mesh)
+    out = pathlib.Path(values.out)
+    if not out.parent.is_dir():
+      raise ValueError(f'--out={out}: {out.parent} is no directory')
     ahead.check_installed(topology)
-    # Later: a wrong flag is answered at once.
+    # Later still, as a wrong flag is answered at once.
     from launch import estimate
     from moe_jax import config as config_lib
 
     config = config_lib.freeze(options)
-    devices = ahead.devices(topology)
     plan = {
       'command': shlex.join(['python', '-m', 'launch.plan', *argv[1:]]),
       'versions': ahead.versions(),
     }
     if values.sweep:
-      plan['sweep'] = _sweep(estimate, config, topology, devices)
+      plan['sweep'] = _sweep(estimate, config, topology)
     else:
-      plan |= estimate.estimate(config, topology, devices)
-      if values.routing and plan['fits'] and config.method != 'unbalanced':
-        plain = estimate.without_balancing(config)
-        plan['balancing'] = estimate.difference(
-          plan, estimate.estimate(plain, topology, devices)
-        )
-      if balance is not None and plan['fits']:
-        plan['imbalance'] = estimate.imbalance(
-          plan, balance, config.capacity_factor
-        )
+      plan |= _plan(estimate, config, topology, balance, values.routing)
       print(report(plan, topology))
     plan['assumptions'] = list(estimate.ASSUMPTIONS)
     plan['config'] = config_lib.to_dict(config)
@@ -87,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
   print('\nEstimates, not measurements. Assumptions:')
   print(*(f'- {line}' for line in plan['assumptions']), sep='\n')
   if values.out:
-    pathlib.Path(values.out).write_text(json.dumps(plan, indent=1) + '\n')
+    out.write_text(json.dumps(plan, indent=1) + '\n')
   return 0
 
 
@@ -109,8 +102,25 @@ def _mesh(text: str) -> list[int]:
   return [data, expert]
 
 
-def _sweep(estimate, config, topology, devices) -> list[dict[str, Any]]:
+def _plan(estimate, config, topology, balance, routing) -> dict[str, Any]:
+  """Estimates a step, and what balancing and imbalance cost in it."""
+  devices = ahead.devices(topology)
+  plan = estimate.estimate(config, topology, devices)
+  if routing and plan['fits'] and config.method != 'unbalanced':
+    plain = estimate.without_balancing(config)
+    plan['balancing'] = estimate.difference(
+      plan, estimate.estimate(plain, topology, devices)
+    )
+  if balance is not None and plan['fits']:
+    plan['imbalance'] = estimate.imbalance(
+      plan, balance, config.capacity_factor
+    )
+  return plan
+
+
+def _sweep(estimate, config, topology) -> list[dict[str, Any]]:
   """Estimates every mesh and capacity factor; prints each as it comes."""
+  devices = ahead.devices(topology)
   print(f'{"mesh":>9} {"capacity":>8} {"HBM":>8}  step, ms (MFU)')
   plans = []
   for candidate in estimate.candidates(config, topology, CAPACITY_FACTORS):

@@ -239,6 +239,7 @@ def test_sweep_prints_and_stores_what_it_tried(monkeypatch, capsys, tmp_path):
     (['--topology=v5p:4x4'], '--topology=v5p:4x4: must be like'),
     (['--topology=h100:4x2'], 'a node has 8 GPUs; write h100:8x1'),
     (['--topology=v5e:4x4', '--mesh=4'], '--mesh=4: must be like 16,16'),
+    (['--topology=v5e:4x4', '--out=no/where.json'], 'no is no directory'),
     (['--balance=-1'], '--balance=-1: must be a number'),
     (['--topologie=v5e:4x4'], 'did you mean topology?'),
   ],
