@@ -42,6 +42,8 @@ ASSUMPTIONS = (
   'MFU: (6 x parameters used by a token + 6 x layers x sequence x width) FLOPs '
   'a token, over the peak; recomputation is not useful work',
   'expected step: from all collectives hidden behind computation to none',
+  "imbalance: all of the experts' computation grows by it, also what passes "
+  'over rooms of fixed size: an upper bound',
   'loops whose length the program does not tell turn once',
   *cost.ASSUMPTIONS,
   *hardware.ASSUMPTIONS,
