@@ -26,8 +26,8 @@ _ENVIRONMENT = {
 }
 # Choosing kernels by running them needs a GPU.
 _XLA_FLAGS = '--xla_gpu_autotune_level=0'
-# Programs that use the SparseCore cannot be written as text.
-_V5P_OPTIONS = {
+# Programs that use the SparseCore of v5p and v6e cannot be written as text.
+_SPARSECORE_OPTIONS = {
   'xla_tpu_offload_gather_to_sparsecore': False,
   'xla_tpu_enable_offloading_scatter_to_sparsecore': False,
 }
@@ -173,7 +173,7 @@ def compile_step(lowered, topology: Topology) -> Compiled:
     ValueError: the compiler refuses the step for another reason.
   """
   chip = CHIPS[topology.chip]
-  options = _V5P_OPTIONS if topology.chip == 'v5p' else {}
+  options = _SPARSECORE_OPTIONS if topology.chip in ('v5p', 'v6e') else {}
   try:
     compiled = lowered.compile(compiler_options=options)
   except Exception as error:  # jax's, whose type is not public.
