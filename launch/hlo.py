@@ -9,14 +9,13 @@ branches, the one that communicates most counts, since only one runs. The text
 is one device's program: all bytes are one device's.
 """
 
-from collections.abc import Callable
 from collections.abc import Mapping
 import functools
 import math
 import re
 from typing import NamedTuple
 
-import numpy as np
+from launch import groups
 
 KINDS = (
   'all-gather',
@@ -88,8 +87,9 @@ class Collective(NamedTuple):
     kind: one of `KINDS`, also for an asynchronous start and done, which are
       one operation.
     count: times that it runs.
-    bytes: of its operands or its results, whichever are more, each time. Of a
-      ragged-all-to-all it is the room, as what it sends is not known.
+    bytes: of its operands or its results, whichever are more, each time. What
+      a ragged-all-to-all sends is not known; here it is the lesser of the two,
+      which is what a device sends if all devices send the same.
     op_name: where in the JAX program it comes from; '' where not known.
     group: positions in the mesh of the devices of the first group that
       communicates; () for all devices.
@@ -170,13 +170,13 @@ def visits(program: Program) -> list[Visit]:
     result = []
     for instruction in program.computations[name].values():
       result.append(Visit(instruction, name, 1, False))
-      called, count = _called(instruction), 1
+      names, count = called(instruction), 1
       if instruction.opcode == 'while':
         count = trip_count(program, instruction) or 1
       elif instruction.opcode == 'conditional':
-        called = [max(called, key=lambda branch: _traffic(visit(branch)))]
+        names = [max(names, key=lambda branch: _traffic(visit(branch)))]
       fused = instruction.opcode == 'fusion'
-      for inner in called:
+      for inner in names:
         result += [
           v._replace(count=count * v.count, fused=fused or v.fused)
           for v in visit(inner)
@@ -186,7 +186,7 @@ def visits(program: Program) -> list[Visit]:
   return visit(program.entry)
 
 
-def _called(instruction: Instruction) -> list[str]:
+def called(instruction: Instruction) -> list[str]:
   """Names the computations that it runs, reductions of pairs left out."""
   names = {
     'while': 'body',
@@ -224,7 +224,7 @@ def trip_count(program: Program, loop: Instruction) -> int | None:
   condition = re.search(r'condition=%?([\w.-]+)', loop.attributes)[1]
   parts = list(program.computations[condition].values())
   for part in list(parts):
-    for inner in _called(part):
+    for inner in called(part):
       parts += program.computations[inner].values()
   limits = [
     int(part.arguments)
@@ -258,7 +258,7 @@ def collectives(text: str | Program) -> list[Collective]:
       visit.count,
       _payload(program.computations[visit.computation], visit.instruction),
       visit.instruction.op_name,
-      _first_group(visit.instruction.attributes),
+      groups.first(visit.instruction.attributes),
     )
     for visit in visits(program)
     if visit.instruction.opcode.removesuffix('-start') in KINDS
@@ -293,44 +293,7 @@ def _payload(
       result,
     )
   operands = [computation[name].shape for name in instruction.operands]
-  if instruction.opcode == 'ragged-all-to-all':
-    operands = operands[:1]  # Then come the output's room and four sizes.
+  if instruction.opcode.startswith('ragged-all-to-all'):
+    # Then come the output's room and four sizes.
+    return min(shape_bytes(result), shape_bytes(operands[0]))
   return max(shape_bytes(result), sum(map(shape_bytes, operands)))
-
-
-def _first_group(attributes: str) -> tuple[int, ...]:
-  """Reads the four ways in which XLA writes groups of devices."""
-  for pattern, read in _GROUPS.items():
-    match = re.search(pattern, attributes)
-    if match:
-      return tuple(int(device) for device in read(*match.groups()))
-  return ()
-
-
-def _strided(groups: str, sizes: str, order: str | None) -> np.ndarray:
-  """'[2,4]<=[4,2]T(1,0)': 0..7 as [4, 2], transposed, as 2 groups of 4."""
-  sizes = [int(size) for size in sizes.split(',')]
-  devices = np.arange(math.prod(sizes)).reshape(sizes)
-  if order:
-    devices = devices.transpose([int(axis) for axis in order.split(',')])
-  return devices.reshape([int(size) for size in groups.split(',')])[0]
-
-
-def _along_axes(axes: str, chosen: str) -> np.ndarray:
-  """ "mesh['a'=4,'b'=2] {'b'}": devices that differ in 'b' alone."""
-  sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes))
-  devices = np.arange(math.prod(map(int, sizes.values())))
-  devices = devices.reshape([int(size) for size in sizes.values()])
-  chosen = re.findall(r"'([^']+)'", chosen)
-  return devices[
-    tuple(slice(None) if axis in chosen else 0 for axis in sizes)
-  ].ravel()
-
-
-_GROUPS: Mapping[str, Callable] = {
-  r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?': _strided,
-  r'replica_groups=mesh\[(.*?)\] ?\{(.*?)\}': _along_axes,
-  r'replica_groups=\{\{([\d,]+)\}': lambda group: group.split(','),
-  # A permutation has pairs; as a group, the first one.
-  r'source_target_pairs=\{\{([\d,]+)\}': lambda pair: pair.split(','),
-}

@@ -57,6 +57,23 @@ def test_shape_bytes(shape, size):
   assert hlo.shape_bytes(shape) == size
 
 
+def test_a_ragged_exchange_counts_what_is_sent_if_all_send_the_same():
+  ragged = """
+ENTRY %main (x: f32[4,8], y: f32[32,8], n: s32[2]) -> f32[32,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %y = f32[32,8]{1,0} parameter(1)
+  %n = s32[2]{0} parameter(2)
+  %begun = ((f32[4,8]{1,0}, f32[32,8]{1,0}), f32[32,8]{1,0}) \
+ragged-all-to-all-start(%x, %y, %n, %n, %n, %n), replica_groups={{0,1}}
+  %ended = f32[32,8]{1,0} ragged-all-to-all-done(%begun)
+  ROOT %back = f32[4,8]{1,0} ragged-all-to-all(%ended, %x, %n, %n, %n, %n), \
+replica_groups={{0,1}}
+}
+"""
+  there, back = hlo.collectives(ragged)
+  assert there == back == ('ragged-all-to-all', 1, 4 * 8 * 4, '', (0, 1))
+
+
 def test_refuses_what_is_not_a_program():
   with pytest.raises(ValueError, match='compiled XLA program'):
     hlo.collectives('func.func @main()')

@@ -1,0 +1,272 @@
+"""Estimates one step of a config on a topology: memory, time, traffic."""
+
+import collections
+from collections.abc import Iterator
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.extend import core
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+
+from launch import ahead
+from launch import cost
+from launch import hardware
+from launch import hlo
+from moe_jax.config import Config
+from moe_jax.parallel import mesh as meshes
+from moe_jax.train import optimizer as optimizer_lib
+from moe_jax.train import state as state_lib
+from moe_jax.train import step as step_lib
+
+# Parts of a step, by the scope in which the model computes them; first wins.
+_SCOPES = {
+  'router': 'router',
+  'experts': 'experts',
+  'ragged-dot': 'experts',
+  'dispatch': 'dispatch',
+  'attention': 'attention',
+  'optimizer': 'optimizer',
+}
+# Asynchronous ones may have lost their scope.
+_EXCHANGE = ('all-to-all', 'ragged-all-to-all')
+
+ASSUMPTIONS = (
+  'activations: what the forward pass keeps for the backward pass, layer by '
+  'layer, split evenly over the devices; temporaries: the rest of what the '
+  'compiler allocates, gradients among them',
+  'MFU: (6 x parameters used by a token + 6 x layers x sequence x width) FLOPs '
+  'a token, over the peak; recomputation is not useful work',
+  'expected step: from all collectives hidden behind computation to none',
+  "imbalance: all of the experts' computation grows by it, also what passes "
+  'over rooms of fixed size: an upper bound',
+  'loops whose length the program does not tell turn once',
+  *cost.ASSUMPTIONS,
+  *hardware.ASSUMPTIONS,
+)
+
+
+def without_balancing(config: Config) -> Config:
+  """Returns the same config with plain top-k routing."""
+  return dataclasses.replace(
+    config, method='unbalanced', balancer={'name': 'unbalanced'}
+  )
+
+
+def estimate(
+  config: Config, topology: ahead.Topology, devices: list[Any]
+) -> dict[str, Any]:
+  """Compiles the train step and estimates what it costs.
+
+  Returns:
+    A JSON-able dict; bytes and seconds are those of one device and one step.
+
+  Raises:
+    ValueError: the config does not fit the number of devices.
+  """
+  mesh = meshes.make_mesh(config.mesh.data, config.mesh.expert, devices=devices)
+  training = state_lib.make_training(
+    config, optimizer_lib.make_optimizer(config), mesh
+  )
+  tokens = jax.ShapeDtypeStruct(
+    (config.batch_size, config.sequence_length),
+    jnp.int32,
+    sharding=NamedSharding(mesh, meshes.BATCH),
+  )
+  step = step_lib.make_train_step(config, training)
+  traced = step.trace(training.abstract, step_lib.Batch(tokens, tokens))
+  compiled = ahead.compile_step(traced.lower(), topology)
+  memory = _memory(config, training, traced.jaxpr.jaxpr, mesh, compiled)
+  total, active = state_lib.parameter_counts(config, training.abstract.params)
+  result = {
+    'mesh': {**mesh.shape, 'fsdp': config.mesh.fsdp},
+    'fits': memory['needed'] <= memory['limit'],
+    'memory': memory,
+    'parameters': {'total': total, 'active': active},
+    'flops': {
+      'step': cost.flops(traced.jaxpr.jaxpr, mesh.size, _rows(config, mesh)),
+      'useful': _useful_flops(config, active),
+    },
+  }
+  if compiled.text:
+    result |= _times(config, topology, mesh, compiled.text)
+    peak = mesh.size * hardware.CHIPS[topology.chip].peak
+    result['mfu'] = [
+      result['flops']['useful'] / (seconds * peak)
+      for seconds in reversed(result['step_seconds'])
+    ]
+  return result
+
+
+def candidates(
+  config: Config, topology: ahead.Topology, capacity_factors: Sequence[float]
+) -> Iterator[Config]:
+  """Yields the config on every mesh, with every capacity factor."""
+  for expert in range(1, topology.size + 1):
+    if topology.size % expert == 0 and config.model.experts % expert == 0:
+      mesh = dataclasses.replace(
+        config.mesh, data=topology.size // expert, expert=expert
+      )
+      for factor in capacity_factors:
+        yield dataclasses.replace(
+          config,
+          mesh=mesh,
+          capacity_factor=factor,
+          model=dataclasses.replace(config.model, capacity_factor=factor),
+        )
+
+
+def difference(plan: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+  """Compares a plan with that of the same step without balancing."""
+  with_it, without = (
+    {
+      'seconds': each['step_seconds'][1],
+      'collectives': sum(row['count'] for row in each['collectives']),
+      'bytes': sum(row['bytes'] for row in each['collectives']),
+    }
+    for each in (plan, plain)
+  )
+  more = {name: with_it[name] - without[name] for name in with_it}
+  return more | {'share': more['seconds'] / with_it['seconds']}
+
+
+def imbalance(
+  plan: dict[str, Any], max_violation: float, capacity_factor: float
+) -> dict[str, Any]:
+  """Estimates what it costs that one expert has more to do than others.
+
+  Args:
+    plan: as `estimate` returns it.
+    max_violation: load of the most loaded expert / mean load - 1.
+    capacity_factor: that of the config.
+
+  Returns:
+    `seconds` more in a step, and their `share` of a step, in the worst case:
+    in every layer, the most loaded expert's device has no other. `dropped`: of
+    the pairs of that expert, which has limited room if there is a capacity;
+    then buffers, and times, stay as they are.
+  """
+  more, dropped = 0.0, 0.0
+  if capacity_factor:
+    dropped = max(0.0, 1 - capacity_factor / (1 + max_violation))
+  else:
+    more = max_violation * plan['compute_seconds'].get('experts', 0.0)
+  return {
+    'max_violation': max_violation,
+    'seconds': more,
+    'share': more / plan['step_seconds'][1],
+    'dropped': dropped,
+  }
+
+
+def _rows(config: Config, mesh: Mesh) -> float:
+  """Counts (token, expert) pairs of a device in a microbatch."""
+  tokens = config.batch_size * config.sequence_length / config.accumulation
+  return tokens * config.model.experts_per_token / mesh.size
+
+
+def _useful_flops(config: Config, active: int) -> float:
+  model, length = config.model, config.sequence_length
+  # Scores and their use, forward and backward: 12 S D, of which causal
+  # attention needs half.
+  attention = 6 * model.layers * length * model.width
+  return config.batch_size * length * (6.0 * active + attention)
+
+
+def _memory(config, training, jaxpr, mesh, compiled) -> dict[str, float]:
+  def size(tree):
+    return sum(
+      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+      for leaf in jax.tree.leaves(tree)
+    )
+
+  abstract = training.abstract
+  temporary = compiled.temporary_bytes
+  if not compiled.text:  # Then that is all that it needs.
+    temporary -= size(abstract)
+  # The compiler may find a way to keep less than the program says.
+  kept = min(_kept_bytes(jaxpr, config, mesh), temporary)
+  return {
+    'parameters': size(abstract.params),
+    'optimizer': size(abstract.optimizer),
+    'activations': kept,
+    'temporaries': temporary - kept,
+    'needed': compiled.argument_bytes + compiled.temporary_bytes,
+    'limit': compiled.limit,
+  }
+
+
+def _kept_bytes(jaxpr: core.Jaxpr, config: Config, mesh: Mesh) -> float:
+  """Sums what scans over layers hand on, per device.
+
+  That has an axis of sequences or of tokens behind the one of layers.
+  """
+  batch = config.batch_size // config.accumulation
+  split = (batch, batch * config.sequence_length)
+  total = 0
+  for equation in jaxpr.eqns:
+    parameters = equation.params
+    if equation.primitive.name == 'scan' and not parameters['reverse']:
+      for result in equation.outvars[parameters['num_carry'] :]:
+        shape = result.aval.shape
+        if len(shape) > 1 and shape[1] in split:
+          total += result.aval.size * result.aval.dtype.itemsize / mesh.size
+    if equation.primitive.name != 'shard_map':
+      for inner in core.jaxprs_in_params(parameters):
+        total += _kept_bytes(inner, config, mesh)
+  return total
+
+
+def _part(op_name: str) -> str:
+  found = (part for word, part in _SCOPES.items() if word in op_name)
+  return next(found, 'rest')
+
+
+def _times(config, topology, mesh, text) -> dict[str, Any]:
+  chip, program = hardware.CHIPS[topology.chip], hlo.parse(text)
+  costs = cost.compute(program, chip, _rows(config, mesh))
+  parts, known = collections.Counter(), 0.0
+  for item in costs:
+    parts[_part(item.op_name)] += item.seconds
+    known += item.seconds if item.known else 0
+  places = ahead.places(mesh, topology)
+  groups = collections.defaultdict(lambda: [0, 0, 0.0])
+  for call in hlo.collectives(program):
+    part = 'experts' if call.kind in _EXCHANGE else _part(call.op_name)
+    row = groups[part, call.kind, len(call.group) or mesh.size]
+    row[0] += call.count
+    row[1] += call.count * call.bytes
+    row[2] += call.count * hardware.seconds(call, chip, places, topology.shape)
+  collective = sum(row[2] for row in groups.values())
+  compute = sum(parts.values())
+  routing = parts['router'] + sum(
+    row[2] for (part, *_), row in groups.items() if part == 'router'
+  )
+  return {
+    'compute_seconds': dict(parts),
+    'compute_known': known / compute,
+    'collectives': [
+      {
+        'part': part,
+        'kind': kind,
+        'devices': size,
+        'count': count,
+        'bytes': count_bytes,
+        'seconds': seconds,
+      }
+      for (part, kind, size), (count, count_bytes, seconds) in sorted(
+        groups.items(), key=lambda item: -item[1][2]
+      )
+    ],
+    'routing': {
+      'seconds': routing,
+      'share': routing / (compute + collective),
+    },
+    'unknown_loops': hlo.unknown_loops(program),
+    # The longest of both, and their sum.
+    'step_seconds': [max(compute, collective), compute + collective],
+  }
