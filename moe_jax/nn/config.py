@@ -26,6 +26,9 @@ class MoEConfig:
       themselves; 0 is one for each device of the mesh. Must be a multiple of
       the devices, and their very number if several shards of a device would
       have to solve by themselves.
+    ragged_exchange: whether rows without capacity travel by ragged all-to-all.
+      False pads them, as CPUs do anyway; some slices cannot do without: v5e of
+      16 x 16, if a whole side lies along the mesh axis `expert`.
     dtype: compute dtype of experts, 'float32' or 'bfloat16'. Parameters and
       the router are float32.
   """
@@ -41,6 +44,7 @@ class MoEConfig:
   capacity_factor: float = 0.0
   round_to_capacity: bool = False
   shards: int = 0
+  ragged_exchange: bool = True
   dtype: str = 'float32'
 
   def __post_init__(self):

@@ -269,7 +269,12 @@ def _mix(
     choice = choice._replace(gates=choice.gates / (total + 1e-20))
   if not static:
     return dispatch.grouped(
-      x_TxD, choice, weights, mask_T=mask_T, axis_name=axis_name
+      x_TxD,
+      choice,
+      weights,
+      mask_T=mask_T,
+      axis_name=axis_name,
+      pad=not config.ragged_exchange,
     )
   tokens = len(x_TxD) // groups
   factor = config.capacity_factor

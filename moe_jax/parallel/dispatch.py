@@ -131,6 +131,7 @@ def grouped(
   *,
   mask_T: jax.Array | None = None,
   axis_name: str | None = None,
+  pad: bool = False,
 ) -> Mixed:
   """Applies the experts without dropping: rows packed, grouped products.
 
@@ -141,6 +142,7 @@ def grouped(
     mask_T: bool; False leaves a token out of all experts, y is 0 there.
     axis_name: mesh axis over which experts are split, inside `jax.shard_map`.
       Then a device makes room for all tokens of all devices of the axis.
+    pad: as of `exchange.ragged`.
   """
   (tokens, k), experts = choice.experts.shape, choice.load.shape[0]
   token_N, rank_N, expert_N, _ = _sort_pairs(choice, mask_T)
@@ -166,7 +168,7 @@ def grouped(
       return apply(x_NxD, choice.load)
     most = devices * tokens * min(k, experts // devices) + TILE
     return exchange.ragged(
-      x_NxD, choice.load, apply, most=most, axis_name=axis_name
+      x_NxD, choice.load, apply, most=most, axis_name=axis_name, pad=pad
     )
 
   y_TxD = _mix(

@@ -5,7 +5,8 @@ collectives of an MoE layer, all over the mesh axis `expert`, are
 
   static     2 all-to-all of [E, C, D] forward, 2 backward;
   ragged     1 all-gather of loads, int32 [E], and 2 ragged all-to-all of the
-             chosen rows forward; 2 ragged all-to-all backward.
+             chosen rows forward; 2 ragged all-to-all backward. On CPU, and
+             padded, each is 2 all-to-all: rows and where they go.
 
 Those of the router, over both axes, are all-reduces of numbers per expert and
 never grow with the tokens: 8 of [15, E] for each of the T dual iterations (and
@@ -54,6 +55,7 @@ def ragged(
   *,
   most: int,
   axis_name: str,
+  pad: bool = False,
 ) -> jax.Array:
   """Applies the experts to as many rows as there are, from every device.
 
@@ -64,16 +66,17 @@ def ragged(
       ordered by expert; spare rows are zeros.
     most: M, rows that a device has room for. What goes beyond is undefined.
     axis_name: mesh axis over which experts are split, in order.
+    pad: whether rows travel in blocks with room for all, as on CPU anyway.
 
   Returns:
     [N, D], what the experts made of this device's rows; zeros in spare rows.
   """
   load_PxE = lax.all_gather(load_E, axis_name)
   there, back = _routes(load_PxE, lax.axis_index(axis_name))
-  rows_MxD = _move(rows_NxD, there, back, most, axis_name)
+  rows_MxD = _move(rows_NxD, there, back, most, axis_name, pad)
   load_L = jnp.sum(back.send_sizes.reshape(len(load_PxE), -1), axis=0)
   y_MxD = apply(rows_MxD, load_L)
-  return _move(y_MxD, back, there, len(rows_NxD), axis_name)
+  return _move(y_MxD, back, there, len(rows_NxD), axis_name, pad)
 
 
 class _Route(NamedTuple):
@@ -115,28 +118,30 @@ def _routes(load_PxE: jax.Array, me: jax.Array) -> tuple[_Route, _Route]:
   return there, back
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _move(rows_NxD, there, back, rows, axis_name):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _move(rows_NxD, there, back, rows, axis_name, pad):
   """Sends slices of rows into [rows, D] arrays that are 0 elsewhere.
 
   The way back is the transpose of the way there.
   """
   del back
-  move = functools.partial(_move_ragged, rows=rows, axis_name=axis_name)
+  ragged = functools.partial(_move_ragged, rows=rows, axis_name=axis_name)
   dense = functools.partial(_move_dense, rows=rows, axis_name=axis_name)
+  if pad:
+    return dense(rows_NxD, there)
   # XLA on CPU has no ragged all-to-all.
-  return lax.platform_dependent(rows_NxD, there, cpu=dense, default=move)
+  return lax.platform_dependent(rows_NxD, there, cpu=dense, default=ragged)
 
 
-def _move_forward(rows_NxD, there, back, rows, axis_name):
-  y_MxD = _move(rows_NxD, there, back, rows, axis_name)
+def _move_forward(rows_NxD, there, back, rows, axis_name, pad):
+  y_MxD = _move(rows_NxD, there, back, rows, axis_name, pad)
   return y_MxD, (there, back, len(rows_NxD))
 
 
-def _move_backward(rows, axis_name, residuals, dy_MxD):
+def _move_backward(rows, axis_name, pad, residuals, dy_MxD):
   del rows
   there, back, rows = residuals
-  return _move(dy_MxD, back, there, rows, axis_name), None, None
+  return _move(dy_MxD, back, there, rows, axis_name, pad), None, None
 
 
 _move.defvjp(_move_forward, _move_backward)
