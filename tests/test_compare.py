@@ -28,6 +28,7 @@ def test_refused_before_anything_is_trained(flags, message, tmp_path, capsys):
   assert not workdir.exists()
 
 
+@pytest.mark.long
 def test_end_to_end(tmp_path, monkeypatch, capsys):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   text = tiny.write_text(tmp_path)

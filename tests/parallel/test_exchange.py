@@ -184,7 +184,16 @@ def assert_equal_step(actual, reference):
 
 
 @on_meshes((2, 4))
-@pytest.mark.parametrize('layer', LAYERS)
+@pytest.mark.parametrize(
+  'layer',
+  [
+    'dropless',
+    'capacity',
+    'rounding',
+    pytest.param('histogram', marks=pytest.mark.long),
+    pytest.param('auxiliary loss', marks=pytest.mark.long),
+  ],
+)
 def test_a_layer_on_a_mesh_equals_one_device(layer, shape):
   assert_equal_step(layer_step(layer, make_mesh(*shape)), expected(layer))
 
@@ -251,7 +260,10 @@ def test_groups_have_buffers_of_their_own(capacity):
   together = run(slice(None), 3)
   parts = [run(slice(i, i + 8), 1) for i in (0, 8, 16)]
   np.testing.assert_allclose(
-    together.y, np.concatenate([part.y for part in parts]), atol=1e-6
+    together.y,
+    np.concatenate([part.y for part in parts]),
+    rtol=1e-5,
+    atol=1e-5,
   )
   assert together.dropped == sum(part.dropped for part in parts)
   assert (together.dropped > 0) == (capacity < 8)

@@ -201,6 +201,7 @@ def run_process(address: str, index: int) -> None:
     print(name, digest(jax.device_get(run(scores, mask))), flush=True)
 
 
+@pytest.mark.long
 def test_two_processes_compute_the_bits_of_one():
   with socket.socket() as free:
     free.bind(('localhost', 0))

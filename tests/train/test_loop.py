@@ -273,11 +273,12 @@ def test_the_unigram_model_predicts_what_the_model_does(finished):
   assert facts['unigram_perplexity'] == pytest.approx(np.exp(loss / 128))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'overrides',
   [
     {'capacity_factor': 0.5},
-    pytest.param({'model.round_to_capacity': True}, marks=pytest.mark.long),
+    {'model.round_to_capacity': True},
   ],
 )
 def test_evaluation_neither_drops_nor_rounds(text, tmp_path, overrides):
@@ -291,6 +292,7 @@ def test_evaluation_neither_drops_nor_rounds(text, tmp_path, overrides):
   )
 
 
+@pytest.mark.long
 def test_traced_once_over_a_whole_run(text, tmp_path, monkeypatch):
   functions = []
 
@@ -312,6 +314,7 @@ def test_traced_once_over_a_whole_run(text, tmp_path, monkeypatch):
   assert [function._cache_size() for function in functions] == [1, 1]
 
 
+@pytest.mark.long
 def test_methods_share_weights_and_batches(text, tmp_path):
   hashes = set()
   for method in METHODS:

@@ -89,7 +89,7 @@ def test_no_hidden_transfers(config):
   ('method', 'atol'),
   # Scores may differ in the last bit, which may move a token between bins.
   [
-    ('loss_free', 0),
+    pytest.param('loss_free', 0, marks=pytest.mark.long),
     pytest.param('unbalanced', 0, marks=pytest.mark.long),
     pytest.param('quantile_histogram', 1e-4, marks=pytest.mark.long),
   ],
@@ -143,7 +143,9 @@ def test_q_of_loss_free_moves_once_a_step(tmp_path):
   assert np.any(q != 0)
 
 
-@pytest.mark.parametrize('shape', [(8, 1), (2, 4)])
+@pytest.mark.parametrize(
+  'shape', [pytest.param((8, 1), marks=pytest.mark.long), (2, 4)]
+)
 def test_many_devices_equal_one(shape, config, one_device):
   _, _, expected_state, expected = one_device
   mesh = MeshConfig(data=shape[0], expert=shape[1])
