@@ -1,10 +1,16 @@
 """Expert parallelism equals one device: rows, layers, gradients, q."""
 
 import functools
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
@@ -141,7 +147,6 @@ def layer_step(layer, mesh=None, fsdp=False, by_shard=False):
   mask = jnp.asarray(random.random((BATCH, SEQUENCE)) < 0.9)
   graphdef, params, routers = nnx.split(model, nnx.Param, nn.RouterState)
 
-  @jax.jit
   def step(params, x):
     def loss(params, x):
       model = nnx.merge(graphdef, params, routers, copy=True)
@@ -154,7 +159,10 @@ def layer_step(layer, mesh=None, fsdp=False, by_shard=False):
     gradients, results = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
     return nnx.to_pure_dict(gradients[0]), gradients[1], *results
 
-  return jax.device_get(step(params, x))
+  # Whole on every device: another process may hold the others.
+  everywhere = None if mesh is None else NamedSharding(mesh, P())
+  step = jax.jit(step, out_shardings=everywhere)
+  return jax.device_get(step(*jax.device_get((params, x))))
 
 
 @functools.cache
@@ -267,3 +275,36 @@ def test_groups_have_buffers_of_their_own(capacity):
   )
   assert together.dropped == sum(part.dropped for part in parts)
   assert (together.dropped > 0) == (capacity < 8)
+
+
+def run_process(address: str, index: int) -> None:
+  """One of two processes, with four of the eight devices."""
+  jax.distributed.initialize(address, 2, index)
+  for shape in ((2, 4), (1, 8)):
+    for layer in LAYERS:
+      assert_equal_step(layer_step(layer, make_mesh(*shape)), expected(layer))
+
+
+@pytest.mark.long
+def test_layers_in_two_processes_equal_one_device():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  flags = '--xla_force_host_platform_device_count=4'
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-m', 'tests.parallel.test_exchange', address, str(i)],
+      cwd=pathlib.Path(__file__).parents[2],
+      env={**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+    )
+    for i in range(2)
+  ]
+  try:
+    assert [process.wait(timeout=900) for process in processes] == [0, 0]
+  finally:
+    for process in processes:
+      process.kill()
+
+
+if __name__ == '__main__':
+  run_process(sys.argv[1], int(sys.argv[2]))

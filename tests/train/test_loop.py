@@ -226,6 +226,15 @@ def test_shards_are_written_down_where_results_depend_on_them(text, tmp_path):
     assert run.config.model.shards == shards
   for overrides, expected in (
     ({'model.shards': 3}, r'model\.shards=3: .* multiple of'),
+    # 16 tokens of 2 experts each, on every device: no even share of 12.
+    (
+      {
+        'model.round_to_capacity': True,
+        'model.experts': 12,
+        'mesh.expert': 2,
+      },
+      r'model\.round_to_capacity=True: a shard has 32 pairs',
+    ),
     # A device cannot solve for two.
     (
       {'model.shards': 2 * devices, 'balancer.scope': 'shard'},

@@ -143,9 +143,8 @@ def test_q_of_loss_free_moves_once_a_step(tmp_path):
   assert np.any(q != 0)
 
 
-@pytest.mark.parametrize(
-  'shape', [pytest.param((8, 1), marks=pytest.mark.long), (2, 4)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize('shape', [(8, 1), (2, 4)])
 def test_many_devices_equal_one(shape, config, one_device):
   _, _, expected_state, expected = one_device
   mesh = MeshConfig(data=shape[0], expert=shape[1])
