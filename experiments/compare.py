@@ -2,7 +2,7 @@
 
   python -m experiments.compare --config=experiments/demo.py --workdir=DIR \\
       [--methods=loss_controlled,loss_free,bip] [--seeds=0,1] \\
-      [--config.OPTION=VALUE ...]
+      [--allow_config_change=OPTION,...] [--config.OPTION=VALUE ...]
 
 Runs go to DIR/METHOD_seed_SEED; what is trained already is not trained again,
 and the same command continues what was interrupted. Then DIR holds
@@ -18,8 +18,13 @@ import sys
 from moe_jax import analysis
 from moe_jax import main as command_line
 from moe_jax.parallel import preemption
+from moe_jax.parallel import processes
 
-_FLAGS = {'methods': 'loss_controlled,loss_free,bip', 'seeds': '0'}
+_FLAGS = {
+  'methods': 'loss_controlled,loss_free,bip',
+  'seeds': '0',
+  'allow_config_change': '',
+}
 
 
 def write(runs: dict[str, list[analysis.Run]], workdir: pathlib.Path) -> str:
@@ -80,7 +85,11 @@ def main(argv: Sequence[str]) -> int:
         options.seed = int(seed)
         name = f'{method}_seed_{int(seed)}'
         # All of them before the first is trained: a mistake costs nothing.
-        plans[method, name] = loop.Run(config.freeze(options), workdir / name)
+        plans[method, name] = loop.Run(
+          config.freeze(options),
+          workdir / name,
+          config.split_names(values.allow_config_change),
+        )
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
@@ -91,6 +100,9 @@ def main(argv: Sequence[str]) -> int:
     except preemption.Preempted as error:
       print(f'preempted: {error}; the same command continues', file=sys.stderr)
       return 75
+    except processes.Refused as error:
+      print(f'error: {error}', file=sys.stderr)
+      return 2
     except FloatingPointError as error:
       # A method that fails is a result: the others are compared with it.
       print(f'error: {name}: {error}', file=sys.stderr)

@@ -5,6 +5,7 @@ files fill in a `ConfigDict` made from them, flags override its fields, and
 `freeze` turns it back into validated dataclasses, once.
 """
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 import dataclasses
 import difflib
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 
 from moe_jax import routing
 from moe_jax.data import DataConfig
+from moe_jax.data.config import split_names as split_names
 from moe_jax.nn import DecoderConfig
 
 # `balancer.name` -> the function whose arguments the other fields are.
@@ -47,9 +49,38 @@ METHODS = {
   'unbalanced': {'name': 'unbalanced'},
 }
 
-# Top-level options that may change when a run is continued and may differ
-# between runs that are compared: they change nothing that is computed.
-MAY_CHANGE = ('mesh', 'checkpoint_every', 'checkpoints_kept')
+# Options, or groups of them, that may change when a run is continued and may
+# differ between runs that are compared: they change nothing that is computed.
+MAY_CHANGE = (
+  'mesh',
+  'checkpoint_every',
+  'checkpoints_kept',
+  'checkpoints_kept_every',
+  'checkpoints_kept_best',
+  'skipped_steps',
+  'model.ragged_exchange',
+)
+
+# What may change, too, where --allow_config_change names it.
+CHANGEABLE = (
+  'steps',
+  'learning_rate',
+  'warmup_steps',
+  'weight_decay',
+  'gradient_clip',
+  'accumulation',
+  'capacity_factor',
+  'eval_every',
+  'eval_sequences',
+  'method',
+  'balancer',
+  'model.dtype',
+  'model.remat',
+  'model.round_to_capacity',
+  'model.router_z_loss',
+  'model.shards',
+  'data.evaluation_sets',
+)
 
 # Model options that follow from others and are not set by themselves.
 _DERIVED = ('vocabulary', 'capacity_factor')
@@ -92,9 +123,13 @@ class Config:
     eval_sequences: of each set, at most that many; 0 takes all.
     checkpoint_every: steps between checkpoints; the end has one, too.
     checkpoints_kept: the newest that many are kept.
+    checkpoints_kept_every: those of every so many steps are kept, too; 0 for
+      none.
+    checkpoints_kept_best: those that many of the least validation loss are
+      kept, too, of those that were saved at a step with an evaluation.
+    skipped_steps: a step whose loss, gradient or router logits are not finite
+      changes nothing; that many in a row end the run.
     balancer: its name and the arguments of its function.
-    change_balancer: whether a run found in the work directory may go on under
-      another method or balancer; q is kept, other router state starts anew.
     model: sizes of the language model.
     mesh: the devices.
     data: the text.
@@ -115,10 +150,12 @@ class Config:
   eval_sequences: int = 0
   checkpoint_every: int = 100
   checkpoints_kept: int = 2
+  checkpoints_kept_every: int = 0
+  checkpoints_kept_best: int = 0
+  skipped_steps: int = 10
   balancer: Mapping[str, Any] = dataclasses.field(
     default_factory=lambda: balancer_options('bip')
   )
-  change_balancer: bool = False
   model: DecoderConfig = DecoderConfig()
   mesh: MeshConfig = MeshConfig()
   data: DataConfig = DataConfig()
@@ -131,6 +168,9 @@ class Config:
       ('accumulation', 1),
       ('checkpoint_every', 1),
       ('checkpoints_kept', 1),
+      ('skipped_steps', 1),
+      ('checkpoints_kept_every', 0),
+      ('checkpoints_kept_best', 0),
       ('seed', 0),
       ('warmup_steps', 0),
       ('capacity_factor', 0),
@@ -228,6 +268,22 @@ def to_dict(config: Config) -> dict[str, Any]:
   for name in _DERIVED:
     del options['model'][name]
   return options
+
+
+def flatten(options: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Returns nested options by their full names, such as `model.experts`."""
+  flat = {}
+  for name, value in options.items():
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def is_among(name: str, options: Iterable[str]) -> bool:
+  """Whether an option is one of `options`, or in a group that is one."""
+  return any(name == of or name.startswith(f'{of}.') for of in options)
 
 
 def freeze(options: ConfigDict | Mapping[str, Any]) -> Config:

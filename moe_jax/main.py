@@ -27,8 +27,11 @@ Examples:
 The same command again continues the run, also with another number of
 processes (see moe_jax/parallel/processes.py). All of them must see DIR, which
 may be gs://BUCKET/... where gcsfs is installed. DIR/config.json lists all
-options with their values. Exit codes: 0 done, 2 refused (bad config or input),
-75 preempted (SIGTERM) and saved, 1 anything else.
+options with their values. Another config than the run's is refused, but for
+what --allow_config_change=OPTION,... names.
+
+Exit codes: 0 done, 2 refused (bad config or input), 75 preempted (SIGTERM or
+Ctrl-C) and saved, 128 + N ended by signal N unsaved, 1 anything else.
 """
 
 from collections.abc import Mapping
@@ -45,6 +48,8 @@ from ml_collections import config_flags
 
 from moe_jax.parallel import preemption
 from moe_jax.parallel import processes
+
+_FLAGS = {'print_sharding': False, 'allow_config_change': ''}
 
 
 def parse(
@@ -146,7 +151,7 @@ def main(argv: Sequence[str]) -> int:
   try:
     processes.start()
     with processes.agreement():
-      options, values = parse(argv, others={'print_sharding': False})
+      options, values = parse(argv, others=_FLAGS)
       if not values.workdir and not values.print_sharding:
         raise ValueError('--workdir=DIR: missing')
       # Late: a wrong flag is answered at once, before anything big is loaded.
@@ -157,13 +162,17 @@ def main(argv: Sequence[str]) -> int:
       if values.print_sharding:
         _print_sharding(frozen)
         return 0
-    run = loop.Run(frozen, values.workdir)
+    allowed = config.split_names(values.allow_config_change)
+    run = loop.Run(frozen, values.workdir, allowed)
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
+  except KeyboardInterrupt:
+    print('interrupted: nothing was begun', file=sys.stderr)
+    return 130
   try:
     run.train()
-  except processes.Disagreement as error:
+  except processes.Refused as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   except preemption.Preempted as error:
@@ -171,6 +180,11 @@ def main(argv: Sequence[str]) -> int:
     return 75
   except FloatingPointError as error:
     print(f'error: {error}', file=sys.stderr)
+    return 1
+  except OSError as error:
+    processes.fail()
+    print(f'error: {error}', file=sys.stderr)
+    print('The same command goes on from the last checkpoint.', file=sys.stderr)
     return 1
   except Exception:
     processes.fail()

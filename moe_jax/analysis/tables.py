@@ -15,6 +15,8 @@ import pandas as pd
 
 from moe_jax.analysis.run import Run
 from moe_jax.config import MAY_CHANGE
+from moe_jax.config import flatten
+from moe_jax.config import is_among
 
 VALIDATION = 'validation'  # the set that the unigram facts are about
 COMPILING_STEPS = 2  # left out of times: these compile
@@ -107,8 +109,10 @@ def comparison(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
   """
   _check_comparable(runs)
   everything = [run for of_method in runs.values() for run in of_method]
-  configs = [_flatten(run.config) for run in everything]
-  facts = [_flatten(run.facts) for run in everything]
+  configs = [flatten(run.config) for run in everything]
+  facts = [flatten(run.facts) for run in everything]
+  for fact in facts:
+    fact.pop('run', None)  # Its name, which says nothing.
   seeds = [config['seed'] for config in configs]
   shared_facts = _shared(facts)
   # A fact may follow from the seed, as the hash of the first parameters does.
@@ -207,11 +211,11 @@ def _check_comparable(runs: Mapping[str, Sequence[Run]]) -> None:
 
 
 def _check_same(a: Run, b: Run, *, but: Sequence[str]) -> None:
-  left, right = _flatten(a.config), _flatten(b.config)
+  left, right = flatten(a.config), flatten(b.config)
   differing = [
     f'{field}: {left.get(field)!r} and {right.get(field)!r}'
     for field in sorted(left | right)
-    if field.split('.')[0] not in but and left.get(field) != right.get(field)
+    if not is_among(field, but) and left.get(field) != right.get(field)
   ]
   if differing:
     raise ValueError(
@@ -251,17 +255,6 @@ def _plain(value: Any) -> Any:
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Turns {'a': {'b': 1}} into {'a.b': 1}."""
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      flat |= _flatten(value, f'{prefix}{key}.')
-    else:
-      flat[f'{prefix}{key}'] = value
-  return flat
 
 
 def _shared(flats: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -45,7 +45,11 @@ _SECONDS_TO_AGREE = 3600
 _agreements = itertools.count()
 
 
-class Disagreement(ValueError):
+class Refused(ValueError):
+  """What was asked for cannot be done; the message says why, in one line."""
+
+
+class Disagreement(Refused):
   """Another process failed, or processes are not about to do the same."""
 
 
@@ -160,16 +164,33 @@ def agreement() -> Iterator[dict[str, Any]]:
   Raises:
     Disagreement: another process failed, or the facts differ; the message says
       which, and in which processes.
+    Refused: a ValueError or OSError of this process.
   """
   facts: dict[str, Any] = {}
   try:
     yield facts
   except Exception as error:
-    _verdict({'error': ''.join(traceback.format_exception_only(error)).strip()})
+    _verdict({'error': _in_a_line(error)})
+    if isinstance(error, (ValueError, OSError)):
+      raise Refused(str(error)) from error
     raise
   verdict = _verdict({'facts': facts})
   if verdict:
     raise Disagreement(verdict)
+
+
+def first_error(error: Exception | None) -> str:
+  """Tells all processes what one came to, and returns what any came to.
+
+  All processes must call it at the same place; '' if all gave None.
+  """
+  if distributed.global_state.client is None:
+    return _in_a_line(error) if error else ''
+  return _verdict({'error': _in_a_line(error)} if error else {'facts': {}})
+
+
+def _in_a_line(error: Exception) -> str:
+  return ' '.join(''.join(traceback.format_exception_only(error)).split())
 
 
 def fail() -> None:

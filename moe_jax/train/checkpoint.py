@@ -1,40 +1,97 @@
-"""Checkpoints: separately restorable items, written in the background."""
+"""Checkpoints: separately restorable items, checked when they are read.
 
+`params`, `optimizer` and `router` are arrays, `data` holds `next_sequence`, the
+index of the next training sequence, and `meta` all else: step, counts, config,
+the run's name, and a checksum of every array and of all that.
+"""
+
+from collections.abc import Callable
 import contextlib
 import ctypes
+import hashlib
+import json
+import sys
+import time
 from typing import Any
+from typing import NamedTuple
 
 from etils import epath
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from moe_jax.config import Config
 from moe_jax.config import to_dict
+from moe_jax.parallel import processes
+from moe_jax.train import facts
+from moe_jax.train import workdir
 from moe_jax.train.state import TrainState
 
 _ARRAYS = ('params', 'optimizer', 'router')
 
 
-class Checkpoints:
-  """The checkpoints of a work directory; a context manager.
+class Position(NamedTuple):
+  """How far a run has come.
 
-  Items: `params`, `optimizer` and `router` are arrays, `data` holds
-  `next_sequence`, the index of the next training sequence, and `meta` the step
-  and the whole config.
+  Attributes:
+    step: steps completed.
+    next_sequence: index of the next training sequence.
+    skipped: steps so far that were skipped as they were not finite.
+    skipped_in_a_row: of these, the latest without a good one after them.
+  """
+
+  step: int = 0
+  next_sequence: int = 0
+  skipped: int = 0
+  skipped_in_a_row: int = 0
+
+
+class Saved(NamedTuple):
+  """What a checkpoint holds.
+
+  Attributes:
+    state: the arrays.
+    position: how far the run had come.
+    config: the whole config that it was saved under.
+  """
+
+  state: TrainState
+  position: Position
+  config: dict[str, Any]
+
+
+class Checkpoints:
+  """Writes the checkpoints of a work directory; a context manager.
+
+  The newest `checkpoints_kept` stay, those of every `checkpoints_kept_every`
+  steps, and the `checkpoints_kept_best` by validation loss.
 
   Args:
     directory: absolute or remote; it need not exist.
     config: of the run.
+    run: its name; `restore_newest` takes no other run's checkpoints.
   """
 
-  def __init__(self, directory: epath.PathLike, config: Config):
-    self._config = config
-    self._manager = ocp.CheckpointManager(
-      epath.Path(directory),
+  def __init__(self, directory: epath.PathLike, config: Config, run: str):
+    self._directory, self._config, self._run = directory, config, run
+    self._losses = _saved_losses(directory)
+    self._manager = self._open()
+
+  def _open(self) -> ocp.CheckpointManager:
+    config = self._config
+    policies = [keep.LatestN(config.checkpoints_kept)]
+    if config.checkpoints_kept_every:
+      policies.append(keep.EveryNSteps(config.checkpoints_kept_every))
+    policies.append(_Best(self._losses, config.checkpoints_kept_best))
+    return ocp.CheckpointManager(
+      epath.Path(self._directory),
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=config.checkpoints_kept,
+        preservation_policy=keep.AnyPreservationPolicy(policies),
+        cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
+        # Old checkpoints are read if they are needed: one may be damaged.
+        lightweight_initialize=True,
       ),
       item_handlers={
         **{name: _array_handler() for name in _ARRAYS},
@@ -47,74 +104,212 @@ class Checkpoints:
     return self
 
   def __exit__(self, *exception):
-    self._manager.wait_until_finished()
     self._manager.close()
 
-  def saved_config(self, step: int) -> dict[str, Any]:
-    """Returns the config that a checkpoint was saved with."""
-    meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    return self._manager.restore(step, args=meta)['meta']['config']
-
-  def save(self, step: int, state: TrainState) -> None:
+  def save(
+    self,
+    state: TrainState,
+    position: Position,
+    *,
+    loss: float | None = None,
+    wait: bool = False,
+  ) -> None:
     """Starts writing; waits for the checkpoint before, if need be.
+
+    A save that fails is tried again, twice; the checkpoints before stay. With
+    several processes it fails at once: they would not come to it together.
 
     On CPU it waits for this one, too: the next step cannot reuse arrays that
     are being written, and would hold the whole state twice.
+
+    Args:
+      state: what to save.
+      position: how far the run has come.
+      loss: by which the best checkpoints are found; None where unknown.
+      wait: whether to return only when it is written.
     """
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        **{name: ocp.args.PyTreeSave(getattr(state, name)) for name in _ARRAYS},
-        data=ocp.args.JsonSave(
-          {'next_sequence': step * self._config.batch_size}
-        ),
-        meta=ocp.args.JsonSave(
-          {
-            'step': step,
-            'config': to_dict(self._config),
-          }
-        ),
-      ),
+    meta = {
+      'run': self._run,
+      'position': position._asdict(),
+      'config': to_dict(self._config),
+      'loss': loss,
+      'checksums': facts.checksums(_arrays_of(state)),
+    }
+    data = {'next_sequence': position.next_sequence}
+    items = ocp.args.Composite(
+      **{name: ocp.args.PyTreeSave(getattr(state, name)) for name in _ARRAYS},
+      data=ocp.args.JsonSave(data),
+      meta=ocp.args.JsonSave(meta | {'sha256': _sha256(meta, data)}),
     )
+    self._losses[position.step] = loss
+    for pause in (*workdir.PAUSES, None):
+      try:
+        self._manager.save(position.step, args=items)
+        if wait or jax.default_backend() == 'cpu':
+          self._manager.wait_until_finished()
+        break
+      # Whatever orbax makes of a file system's errors.
+      except Exception as error:
+        if pause is None or jax.process_count() > 1:
+          raise OSError(
+            f'{self._directory}: the checkpoint of step {position.step} cannot '
+            f'be written ({error}); those before are as they were'
+          ) from error
+        print(
+          f'warning: no checkpoint of step {position.step}: {error}; tries '
+          f'again in {pause:.0f} s',
+          file=sys.stderr,
+        )
+        time.sleep(pause)
+        with contextlib.suppress(Exception):  # The same error once more.
+          self._manager.close()
+        self._manager = self._open()
     if jax.default_backend() == 'cpu':
-      self._manager.wait_until_finished()
       _return_free_memory()
 
-  def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, int]:
-    """Reads a checkpoint onto the devices that `abstract` names.
 
-    Returns:
-      The state and the index of the next training sequence.
-    """
-    arrays = {name: getattr(abstract, name) for name in _ARRAYS}
-    read = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        data=ocp.args.JsonRestore(),
-        **{
-          name: ocp.args.PyTreeRestore(
-            item, ocp.checkpoint_utils.construct_restore_args(item)
-          )
-          for name, item in arrays.items()
-        },
-      ),
-    )
-    state = TrainState(
-      step=jax.device_put(np.int32(step), abstract.step.sharding),
-      **{name: read[name] for name in _ARRAYS},
-    )
-    return state, read['data']['next_sequence']
+class _Best(keep.PreservationPolicy):
+  """Preserves the `count` checkpoints of the least loss."""
+
+  def __init__(self, losses: dict[int, float | None], count: int):
+    self._losses, self._count = losses, count
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    known = [
+      (loss, checkpoint.step)
+      for checkpoint in checkpoints
+      if (loss := self._losses.get(checkpoint.step)) is not None
+    ]
+    best = {step for _, step in sorted(known)[: self._count]}
+    return [checkpoint.step in best for checkpoint in checkpoints]
 
 
-def latest_step(directory: epath.PathLike) -> int:
-  """Returns the step of the newest whole checkpoint, 0 where there is none."""
+def _saved_losses(directory: epath.PathLike) -> dict[int, float | None]:
+  losses = {}
+  for step in steps(directory):
+    path = epath.Path(directory) / str(step) / 'meta' / 'metadata'
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+      losses[step] = json.loads(path.read_text())['loss']
+  return losses
+
+
+def steps(directory: epath.PathLike) -> list[int]:
+  """Returns the steps that there are checkpoints of, the newest first."""
   directory = epath.Path(directory)
   if not directory.exists():
-    return 0
-  newest = ocp.path.step.latest_step_metadata(
-    directory, ocp.path.step.standard_name_format()
-  )
-  return newest.step if newest else 0
+    return []
+  found = ocp.path.step.standard_name_format().find_all(directory)
+  return sorted((metadata.step for metadata in found), reverse=True)
+
+
+def restore_newest(
+  directory: epath.PathLike,
+  run: str,
+  plan: Callable[[dict[str, Any]], TrainState],
+) -> Saved | None:
+  """Reads the newest checkpoint that is whole and of this run.
+
+  Newer ones that are not are moved into the directory `damaged` beside, with a
+  warning that says what is wrong. All processes must call it together.
+
+  Args:
+    directory: where `Checkpoints` wrote.
+    run: the run's name.
+    plan: from the config that a checkpoint was saved under to the abstract
+      state to restore, with shardings.
+
+  Returns:
+    What was saved; None where there is no checkpoint.
+
+  Raises:
+    Refused: there are checkpoints, but none is of use. All stay where they are.
+  """
+  directory = epath.Path(directory)
+  damaged = {}
+  for step in steps(directory):
+    try:
+      saved = _read(directory / str(step), step, run, plan)
+      break
+    except _Damaged as error:
+      damaged[step] = str(error)
+  else:
+    if damaged:
+      reasons = '; '.join(f'{step}: {why}' for step, why in damaged.items())
+      raise processes.Refused(
+        f'{directory}: no checkpoint is of use ({reasons}); mend one of them, '
+        'or choose another --workdir to begin anew'
+      )
+    return None
+  for step, why in damaged.items():
+    if jax.process_index() == 0:
+      aside = _move_aside(directory / str(step), directory.parent / 'damaged')
+      print(
+        f'warning: {directory / str(step)}: {why}; it was moved to {aside}, '
+        f'step {saved.position.step} is used',
+        file=sys.stderr,
+      )
+  return saved
+
+
+class _Damaged(Exception):
+  """A checkpoint is not as it was written, or not of this run."""
+
+
+def _read(path: epath.Path, step: int, run: str, plan) -> Saved:
+  """Reads a checkpoint; raises _Damaged in all processes or in none."""
+  failure = meta = state = None
+  try:
+    meta, data = (
+      json.loads((path / item / 'metadata').read_text())
+      for item in ('meta', 'data')
+    )
+    if meta.pop('sha256', '') != _sha256(meta, data):
+      raise ValueError('the items meta and data are not as they were written')
+    if meta['run'] != run or meta['position']['step'] != step:
+      raise ValueError(
+        f'it is of step {meta["position"]["step"]} of another run'
+      )
+    abstract = plan(meta['config'])
+    state = abstract._replace(
+      **{
+        name: _array_handler().restore(
+          path / name,
+          args=ocp.args.PyTreeRestore(
+            item, ocp.checkpoint_utils.construct_restore_args(item)
+          ),
+        )
+        for name, item in _arrays_of(abstract).items()
+      },
+      step=jax.device_put(np.int32(step), abstract.step.sharding),
+    )
+  except Exception as error:  # What damage leads to is not foreseeable.
+    failure = error
+  if why := processes.first_error(failure):
+    raise _Damaged(why) from failure
+  now = facts.checksums(_arrays_of(state))
+  if now != meta['checksums']:
+    wrong = [name for name in now if now[name] != meta['checksums'].get(name)]
+    raise _Damaged(f'values changed since it was written: {", ".join(wrong)}')
+  return Saved(state, Position(**meta['position']), meta['config'])
+
+
+def _arrays_of(state: TrainState) -> dict[str, Any]:
+  return {name: getattr(state, name) for name in _ARRAYS}
+
+
+def _sha256(meta: dict[str, Any], data: dict[str, Any]) -> str:
+  text = json.dumps([meta, data], sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _move_aside(path: epath.Path, directory: epath.Path) -> epath.Path:
+  directory.mkdir(parents=True, exist_ok=True)
+  aside, number = directory / path.name, 1
+  while aside.exists():
+    number += 1
+    aside = directory / f'{path.name}_{number}'
+  return path.rename(aside)
 
 
 def _array_handler() -> ocp.PyTreeCheckpointHandler:

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 from typing import Any
+import uuid
 
 import jax
 from jax import lax
@@ -28,6 +29,7 @@ def of_run(
     name: _evaluated(config, tokens) for name, tokens in text.evaluation.items()
   }
   facts = {
+    'run': uuid.uuid4().hex,  # Its name; its checkpoints bear it.
     'versions': versions(),
     'device_kind': jax.devices()[0].device_kind,
     'devices': jax.device_count(),
@@ -54,16 +56,31 @@ def versions() -> dict[str, str]:
 
 
 def digest(tree: Any) -> str:
-  """Hashes the values and positions of all numbers of a tree of 32-bit arrays.
-
-  Which device has which part does not matter. Each adds up its own, modulo
-  2^32: parameters need not fit into one host.
-  """
-  sums = [int(_checksum(leaf)) for leaf in jax.tree.leaves(tree)]
+  """Hashes the values and positions of all numbers of a tree of arrays."""
+  sums = list(checksums(tree).values())
   return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
+def checksums(tree: Any) -> dict[str, int]:
+  """Returns a checksum of every array of a tree of 32-bit arrays, by its name.
+
+  Which device has which part does not matter. Each adds up its own, modulo
+  2^32: an array need not fit into one host. A change of a single element always
+  changes the sum, any other one does but for one chance in 2^32.
+  """
+  names = [
+    jax.tree_util.keystr(path, simple=True, separator='.')
+    for path, _ in jax.tree.leaves_with_path(tree)
+  ]
+  sums = jax.device_get(_checksums(jax.tree.leaves(tree)))
+  return dict(zip(names, map(int, sums), strict=True))
+
+
 @jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+  return [_checksum(leaf) for leaf in leaves]
+
+
 def _checksum(x: jax.Array) -> jax.Array:
   bits = lax.bitcast_convert_type(x, jnp.uint32)
   position = jnp.zeros(x.shape, jnp.uint32)

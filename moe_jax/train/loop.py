@@ -1,10 +1,13 @@
 """A run from its config to its last checkpoint."""
 
+from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import os
 import sys
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -13,6 +16,7 @@ import numpy as np
 
 from moe_jax import data
 from moe_jax.config import Config
+from moe_jax.config import flatten
 from moe_jax.config import to_dict
 from moe_jax.data.cache import open_cache
 from moe_jax.parallel import mesh as meshes
@@ -20,10 +24,14 @@ from moe_jax.parallel import preemption
 from moe_jax.parallel import processes
 from moe_jax.train import evaluate as evaluation
 from moe_jax.train import facts as facts_lib
+from moe_jax.train import lock
 from moe_jax.train import workdir as workdirs
 from moe_jax.train.checkpoint import Checkpoints
-from moe_jax.train.checkpoint import latest_step
+from moe_jax.train.checkpoint import Position
+from moe_jax.train.checkpoint import restore_newest
+from moe_jax.train.checkpoint import steps
 from moe_jax.train.optimizer import make_optimizer
+from moe_jax.train.state import Training
 from moe_jax.train.state import TrainState
 from moe_jax.train.state import carry_prices
 from moe_jax.train.state import make_training
@@ -43,6 +51,7 @@ class Run:
     config: what to do.
     workdir: where to leave it, gs://... or a directory that all processes see;
       a run found there is continued.
+    allow_config_change: options that may differ from that run's.
 
   Raises:
     ValueError, OSError: config, text or work directory are of no use, or
@@ -50,12 +59,17 @@ class Run:
       that.
   """
 
-  def __init__(self, config: Config, workdir: str | os.PathLike[str]):
+  def __init__(
+    self,
+    config: Config,
+    workdir: str | os.PathLike[str],
+    allow_config_change: Sequence[str] = (),
+  ):
     with processes.agreement() as facts:
       self.workdir = workdirs.open_workdir(workdir)
       self.mesh = meshes.make_mesh(config.mesh.data, config.mesh.expert)
       self.config = config = _with_shards(config, self.mesh)
-      workdirs.check_same_config(self.workdir, config)
+      workdirs.check_same_config(self.workdir, config, allow_config_change)
       self.training = make_training(config, make_optimizer(config), self.mesh)
       self.text = data.load_text(config.data)
       if config.sequence_length >= len(self.text.train_tokens):
@@ -70,7 +84,7 @@ class Run:
         **facts_lib.versions(),
         **{
           f'config.{name}': value
-          for name, value in workdirs.flatten(to_dict(config)).items()
+          for name, value in flatten(to_dict(config)).items()
         },
       }
 
@@ -78,117 +92,180 @@ class Run:
     """Trains from the newest checkpoint, or from scratch, to the last step.
 
     Raises:
-      FloatingPointError: a loss, gradient or logit is not finite.
-      Preempted: SIGTERM came to one of the processes.
+      Refused: the work directory cannot be used after all, or no checkpoint in
+        it.
+      FloatingPointError: too many steps in a row were not finite.
+      Preempted: SIGTERM or SIGINT came to one of the processes.
     """
-    config = self.config
     _use_compilation_cache()
-    step = self._open()
-    if step >= config.steps:
-      print(f'{self.workdir}: already at step {step}', file=sys.stderr)
-      return
-    train_step = make_train_step(config, self.training)
-    evaluation_step = evaluation.make_evaluation_step(
-      self.training, self.text.tokenizer.token_bytes_V
-    )
     with contextlib.ExitStack() as stack:
-      checkpoints = stack.enter_context(
-        Checkpoints(self.workdir / 'checkpoints', config)
-      )
-      with processes.agreement() as facts:
-        state, sequence = (
-          self._restore(checkpoints, step) if step else self._begin()
+      preempted_after = stack.enter_context(preemption.notice())
+      with processes.agreement():
+        if jax.process_index() == 0:
+          self.workdir.mkdir(parents=True, exist_ok=True)
+        still_ours = stack.enter_context(lock.hold(self.workdir))
+      state, position = self._open()
+      if position.step >= self.config.steps:
+        print(
+          f'{self.workdir}: already at step {position.step}', file=sys.stderr
         )
-        facts['index of the next training sequence'] = sequence
+        return
+      with processes.agreement():
+        checkpoints = stack.enter_context(self._checkpoints())
         directory, upload = stack.enter_context(
           workdirs.local_log(self.workdir)
         )
         telemetry = stack.enter_context(
           Telemetry(
             directory,
-            label=f'{config.method} seed {config.seed}',
-            step=step,
-            steps=config.steps,
-            tokens_per_step=config.batch_size * config.sequence_length,
+            label=f'{self.config.method} seed {self.config.seed}',
+            step=position.step,
+            steps=self.config.steps,
+            tokens_per_step=self.config.batch_size
+            * self.config.sequence_length,
+            skipped=(position.skipped, position.skipped_in_a_row),
+            allowed=self.config.skipped_steps,
           )
         )
-      preempted_after = stack.enter_context(preemption.notice())
-      batches = self.training_batches(sequence)
-      while step < config.steps:
-        state, metrics = train_step(state, next(batches))
-        step += 1
-        telemetry.push(step, metrics)
-        last = step == config.steps
-        if last or (config.eval_every and step % config.eval_every == 0):
-          telemetry.wait()
-          telemetry.add(self._evaluate(evaluation_step, state))
-          telemetry.flush()
-          telemetry.restart_clock()
-        preempted = preempted_after(step)
-        if last or preempted or step % config.checkpoint_every == 0:
-          telemetry.flush()
-          # First: a checkpoint without its metrics could not be continued.
-          upload()
-          checkpoints.save(step, state)
-          telemetry.restart_clock()
-        if preempted and not last:
-          raise preemption.Preempted(
-            f'saved after step {step} of {config.steps}'
-          )
 
-  def _open(self) -> int:
-    """Begins to use the work directory; returns the steps done in it."""
-    options = to_dict(self.config)
+      def save(state: TrainState, position: Position, **arguments) -> None:
+        still_ours()
+        telemetry.flush(sync=True)
+        # First: a checkpoint without its metrics could not be continued.
+        workdirs.patiently(upload, f'{self.workdir}: upload')
+        checkpoints.save(
+          state,
+          position._replace(
+            skipped=telemetry.skipped,
+            skipped_in_a_row=telemetry.skipped_in_a_row,
+          ),
+          **arguments,
+        )
+        telemetry.restart_clock()
+
+      self._steps(state, position, telemetry, save, preempted_after)
+
+  def _steps(
+    self,
+    state: TrainState,
+    position: Position,
+    telemetry: Telemetry,
+    save: Callable[..., None],
+    preempted_after: Callable[[int], bool],
+  ) -> None:
+    """Trains from `position` to the last step, evaluates and saves."""
+    config, step = self.config, position.step
+    train_step = make_train_step(config, self.training)
+    evaluation_step = evaluation.make_evaluation_step(
+      self.training, self.text.tokenizer.token_bytes_V
+    )
+    sequence = position.next_sequence
+    batches = self.training_batches(sequence)
+    while step < config.steps:
+      state, metrics = train_step(state, next(batches))
+      step += 1
+      first, sequence = sequence, sequence + config.batch_size
+      telemetry.push(step, metrics, range(first, sequence))
+      last = step == config.steps
+      loss = None
+      if last or (config.eval_every and step % config.eval_every == 0):
+        telemetry.wait()
+        evaluated = self._evaluate(evaluation_step, state)
+        loss = evaluated.get('eval/validation/bits_per_byte')
+        telemetry.add(evaluated)
+        telemetry.flush()
+        telemetry.restart_clock()
+      preempted = preempted_after(step)
+      if last or preempted or step % config.checkpoint_every == 0:
+        ends = last or preempted
+        save(state, Position(step, sequence), loss=loss, wait=ends)
+      if preempted and not last:
+        raise preemption.Preempted(f'saved after step {step} of {config.steps}')
+
+  def _checkpoints(self) -> Checkpoints:
+    run = workdirs.read_json(self.workdir / 'run.json')['run']
+    return Checkpoints(self.workdir / 'checkpoints', self.config, run)
+
+  def _open(self) -> tuple[TrainState, Position]:
+    """Reads the state of the run that the work directory holds, or makes one.
+
+    Only then the config that is wanted now is written down.
+    """
+    size = sum(
+      x.size * x.dtype.itemsize for x in jax.tree.leaves(self.training.abstract)
+    )
     with processes.agreement() as facts:
-      step = latest_step(self.workdir / 'checkpoints')
-      facts['checkpoint in --workdir'] = step
+      found = steps(self.workdir / 'checkpoints')
+      facts['checkpoints in --workdir'] = str(found)
+      missing = self.config.checkpoints_kept + 1 - len(found)
+      workdirs.check_space(self.workdir, size, max(1, missing))
+    saved = self._restore() if found else None
+    options = to_dict(self.config)
+    with processes.agreement():
       if jax.process_index() == 0:
-        self.workdir.mkdir(parents=True, exist_ok=True)
         workdirs.write_json(self.workdir / 'config.json', options)
     with processes.agreement():
       workdirs.check_shared(self.workdir, options)
-    return step
+    return saved or self._begin()
 
-  def _begin(self) -> tuple[TrainState, int]:
+  def _begin(self) -> tuple[TrainState, Position]:
     """Makes the initial state; writes run.json: what the run was made with."""
     state = self.training.init()
     # By all processes together, as each has a part of the parameters only.
     initial = facts_lib.digest(state.params)
-    if jax.process_index() == 0:
-      facts = facts_lib.of_run(self.config, self.mesh, self.text, state.params)
-      facts['initial_parameters_digest'] = initial
-      workdirs.write_json(self.workdir / 'run.json', facts)
-    return state, 0
+    with processes.agreement():
+      if jax.process_index() == 0:
+        facts = facts_lib.of_run(
+          self.config, self.mesh, self.text, state.params
+        )
+        facts['initial_parameters_digest'] = initial
+        workdirs.write_json(self.workdir / 'run.json', facts)
+    return state, Position()
 
-  def _restore(
-    self, checkpoints: Checkpoints, step: int
-  ) -> tuple[TrainState, int]:
-    """Reads a checkpoint, also one of another balancer where that may change.
+  def _restore(self) -> tuple[TrainState, Position]:
+    """Reads the newest checkpoint of use, also one of another balancer.
 
     The config that it was saved with says which state its routers have.
     """
-    saved = checkpoints.saved_config(step)['balancer']
-    facts = workdirs.read_json(self.workdir / 'run.json')
-    changes = {
-      key: change
-      for key, change in facts.get('balancer_changes', {}).items()
-      if int(key) < step  # What came later never reached a checkpoint.
-    }
-    if saved != self.config.balancer:
-      changes[str(step)] = {'from': saved}
-    if changes != facts.get('balancer_changes', {}):
-      facts['balancer_changes'] = changes
-      if jax.process_index() == 0:
-        workdirs.write_json(self.workdir / 'run.json', facts)
-    if saved == self.config.balancer:
-      return checkpoints.restore(step, self.training.abstract)
-    before = dataclasses.replace(
-      self.config, method=saved['name'], balancer=saved
+    with processes.agreement():
+      facts = workdirs.read_json(self.workdir / 'run.json')
+
+    def training_under(config: dict[str, Any]) -> Training:
+      if config['balancer'] == self.config.balancer:
+        return self.training
+      before = dataclasses.replace(
+        self.config,
+        method=config['method'],
+        balancer=config['balancer'],
+      )
+      return make_training(before, make_optimizer(before), self.mesh)
+
+    state, position, config = restore_newest(
+      self.workdir / 'checkpoints',
+      facts.get('run', ''),
+      lambda config: training_under(config).abstract,
     )
-    training = make_training(before, make_optimizer(before), self.mesh)
-    state, sequence = checkpoints.restore(step, training.abstract)
-    router = carry_prices(state.router, self.training.init_router())
-    return state._replace(router=router), sequence
+    changes = {
+      step: change
+      for step, change in facts.get('config_changes', {}).items()
+      if int(step) < position.step  # What came later reached no checkpoint.
+    }
+    now = workdirs.differences(config, to_dict(self.config))
+    if now:
+      changes[str(position.step)] = {
+        name: {'from': before, 'to': after}
+        for name, (before, after) in now.items()
+      }
+    if changes != facts.get('config_changes', {}):
+      with processes.agreement():
+        if jax.process_index() == 0:
+          workdirs.write_json(
+            self.workdir / 'run.json', facts | {'config_changes': changes}
+          )
+    if config['balancer'] != self.config.balancer:
+      router = carry_prices(state.router, self.training.init_router())
+      state = state._replace(router=router)
+    return state, position
 
   def training_batches(self, sequence: int) -> Iterator[Batch]:
     """Yields the batches from a global sequence index on, on the devices."""

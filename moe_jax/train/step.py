@@ -121,20 +121,26 @@ def make_train_step(
         gradient, state.optimizer, state.params
       )
       params = optax.apply_updates(state.params, updates)
+    gradient_norm = optax.tree.norm(gradient)
+    loss = sums.loss + sums.auxiliary_loss
+    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    finite &= ~jnp.any(sums.infinite_L)
     metrics = {
       'train/loss': sums.loss,
       'train/aux_loss': sums.auxiliary_loss,
-      'train/gradient_norm': optax.tree.norm(gradient),
+      'train/gradient_norm': gradient_norm,
       'train/learning_rate': schedule(state.step),
       **_router_metrics(sums, config.model.round_to_capacity),
+      telemetry.NORMS: _norms_unless(finite, gradient, state.params),
     }
-    state = TrainState(
-      step=state.step + 1,
+    new = TrainState(
+      step=state.step,
       params=params,
       optimizer=optimizer_state,
       router=update_router(state.params, router),
     )
-    return state, metrics
+    new = keep_if(finite, new, state)
+    return new._replace(step=state.step + 1), metrics
 
   shardings = jax.tree.map(lambda x: x.sharding, training.abstract)
   # Metrics whole on every device, so that every process can read them.
@@ -144,6 +150,43 @@ def make_train_step(
     out_shardings=(shardings, shardings.step),
     compiler_options=training.compiler_options,
   )
+
+
+def keep_if(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+  """Returns `new`, or `old` where the step was not finite."""
+  return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+
+def _norms_unless(
+  finite: jax.Array, gradient: Any, params: Any
+) -> dict[str, dict[str, jax.Array]]:
+  """Computes the norm of every array, or zeros where nobody will ask.
+
+  Returns:
+    'gradient' and 'parameters', each a dict from the array's name to its norm;
+    [L] of an array of stacked layers.
+  """
+  trees = {'gradient': gradient, 'parameters': params}
+
+  def norms():
+    return {key: _norm_by_array(tree) for key, tree in trees.items()}
+
+  shapes = jax.eval_shape(norms)
+  return lax.cond(
+    finite,
+    lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+    norms,
+  )
+
+
+def _norm_by_array(tree: Any) -> dict[str, jax.Array]:
+  norms = {}
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator='.')
+    stacked = name.partition('.')[0].endswith('_blocks')
+    axes = tuple(range(int(stacked), leaf.ndim))
+    norms[name] = jnp.sqrt(jnp.sum(jnp.square(leaf), axis=axes))
+  return norms
 
 
 def _router_metrics(sums: _Sums, rounded: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Metrics stay on the device until the next step is under way: a step never waits
 for the host.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -19,21 +20,44 @@ from rich.progress import MofNCompleteColumn
 from rich.progress import Progress
 from rich.progress import TextColumn
 from rich.progress import TimeRemainingColumn
-import tensorboardX
+from tensorboardX import event_file_writer
+from tensorboardX import summary
+from tensorboardX.proto import event_pb2
 
-# Counts, per layer, that must be 0; not written.
+from moe_jax.train import workdir
+
+# Counts, per layer, that must be 0, and norms for when they are not; not
+# written with the other metrics.
 INFINITE = 'router/infinite'
+NORMS = 'norms'
 
 _PER_LAYER = '/layer'
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_EVENT_FLUSHES = 30.0
 
 
 def read_steps(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads a metrics file; a half-written last line is left out."""
-  if not path.exists():
-    return []
-  lines = path.read_bytes().split(b'\n')[:-1]
-  return [json.loads(line) for line in lines]
+  """Reads a metrics file; a half-written last line is left out.
+
+  Raises:
+    ValueError: another line is no JSON object; the message has its number.
+  """
+  return [_parse(path, i, line) for i, line in enumerate(_lines_of(path))]
+
+
+def _lines_of(path: pathlib.Path) -> list[bytes]:
+  return path.read_bytes().split(b'\n')[:-1] if path.exists() else []
+
+
+def _parse(path: pathlib.Path, index: int, line: bytes) -> dict[str, Any]:
+  try:
+    record = json.loads(line)
+    record['step']
+  except (ValueError, TypeError, KeyError) as error:
+    raise ValueError(
+      f'{path}: line {index + 1} is damaged, no record of a step'
+    ) from error
+  return record
 
 
 class Telemetry:
@@ -48,6 +72,9 @@ class Telemetry:
       got further than its last checkpoint, are removed.
     steps: steps in all.
     tokens_per_step: over all devices.
+    skipped: steps before that were not finite: how many, and how many of them
+      came last, in a row.
+    allowed: so many in a row end the run.
     quiet: whether to leave out the progress bar.
   """
 
@@ -59,9 +86,14 @@ class Telemetry:
     step: int,
     steps: int,
     tokens_per_step: int,
+    skipped: tuple[int, int] = (0, 0),
+    allowed: int = 1,
     quiet: bool = False,
   ):
+    self._directory = directory
     self._tokens_per_step = tokens_per_step
+    self.skipped, self.skipped_in_a_row = skipped
+    self._allowed = allowed
     self._outputs = []
     if directory is not None:
       self._outputs += [
@@ -70,7 +102,7 @@ class Telemetry:
       ]
       if not quiet:
         self._outputs.append(_progress(label, step, steps))
-    self._pending: tuple[int, dict[str, Any], dict[str, float]] | None = None
+    self._pending: _Step | None = None
     self.restart_clock()
 
   def __enter__(self):
@@ -85,77 +117,137 @@ class Telemetry:
     """Leaves the time since the last record out of the next step's."""
     self._clock = time.perf_counter()
 
-  def push(self, step: int, metrics: dict[str, Any]) -> None:
-    """Records a step just dispatched; reads the one before it."""
+  def push(
+    self, step: int, metrics: dict[str, Any], sequences: range = range(0)
+  ) -> None:
+    """Records a step just dispatched; reads the one before it.
+
+    Args:
+      step: its number.
+      metrics: on the device.
+      sequences: indices of its training sequences.
+    """
     self.flush()
-    self._pending = (step, metrics, {})
+    norms = metrics.pop(NORMS, {})
+    self._pending = _Step(step, metrics, norms, sequences)
 
   def add(self, metrics: dict[str, float]) -> None:
     """Adds host values, such as an evaluation, to the last step pushed."""
-    self._pending[2].update(metrics)
+    self._pending.extra.update(metrics)
 
   def wait(self) -> None:
     """Waits for the last step pushed and takes its time."""
-    step, metrics, extra = self._pending
-    if 'time/step_seconds' in extra:
+    pending = self._pending
+    if 'time/step_seconds' in pending.extra:
       return
-    metrics = {name: np.asarray(value) for name, value in metrics.items()}
+    pending.metrics = {
+      name: np.asarray(value) for name, value in pending.metrics.items()
+    }
     now = time.perf_counter()
-    extra['time/step_seconds'] = now - self._clock
-    extra['time/tokens_per_second'] = self._tokens_per_step / (
-      now - self._clock
-    )
-    self._clock = now
-    self._pending = (step, metrics, extra)
+    seconds, self._clock = now - self._clock, now
+    pending.extra['time/step_seconds'] = seconds
+    pending.extra['time/tokens_per_second'] = self._tokens_per_step / seconds
 
-  def flush(self) -> None:
+  def flush(self, *, sync: bool = False) -> None:
     """Writes the last step pushed, so that nothing is pending.
 
+    Args:
+      sync: whether to wait until it is on the disk.
+
     Raises:
-      FloatingPointError: loss, gradient or a router's logits are not finite.
+      FloatingPointError: too many steps in a row were not finite.
     """
-    if self._pending is None:
-      return
-    self.wait()
-    step, metrics, extra = self._pending
-    self._pending = None
-    infinite_L = metrics.pop(INFINITE, np.zeros(0))
-    record = {'step': step}
-    for name, value in metrics.items():
+    if self._pending is not None:
+      self.wait()
+      pending, self._pending = self._pending, None
+      self._write(pending)
+    if sync:
+      for output in self._outputs:
+        output.sync()
+
+  def _write(self, pending: '_Step') -> None:
+    infinite_L = pending.metrics.pop(INFINITE, np.zeros(0))
+    record = {'step': pending.step}
+    for name, value in pending.metrics.items():
       if name.endswith(_PER_LAYER):
         for layer, row in enumerate(value.tolist()):
           record[f'{name}_{layer:02d}'] = row
       else:
         record[name] = value.item()
-    record.update(extra)
+    record.update(pending.extra)
+    cause = _not_finite(record, infinite_L)
+    self.skipped += bool(cause)
+    self.skipped_in_a_row = self.skipped_in_a_row + 1 if cause else 0
+    record['train/skipped_steps'] = self.skipped
     for output in self._outputs:
       output.show(record)
-    _check_finite(record, infinite_L)
+    if cause:
+      self._report(cause, record, pending)
+
+  def _report(self, cause: str, record: dict[str, Any], pending: '_Step'):
+    """Warns of a skipped step; ends the run if there were too many in a row."""
+    what = f'step {pending.step}: {cause} NaN or infinite'
+    count = f'{self.skipped_in_a_row} in a row, {self._allowed} end the run'
+    if self.skipped_in_a_row < self._allowed:
+      if self._outputs:
+        print(f'warning: {what}; skipped ({count})', file=sys.stderr)
+      return
+    name = f'not_finite_step_{pending.step:08d}.json'
+    if self._directory is not None:
+      workdir.write_json(
+        self._directory / name,
+        {
+          'step': pending.step,
+          'cause': cause,
+          'skipped_in_a_row': self.skipped_in_a_row,
+          'sequences': list(pending.sequences),
+          'record': _finite(record),
+          'norms': {
+            kind: {k: _finite(np.asarray(x).tolist()) for k, x in norms.items()}
+            for kind, norms in pending.norms.items()
+          },
+        },
+      )
+    raise FloatingPointError(
+      f'{what} ({count}); parameters and router are as they were, see {name}; '
+      'the run can go on from its last checkpoint'
+    )
 
 
-def _check_finite(record: dict[str, Any], infinite_L: np.ndarray) -> None:
+@dataclasses.dataclass
+class _Step:
+  """A step that was dispatched; `extra` is known on the host."""
+
+  step: int
+  metrics: dict[str, Any]
+  norms: dict[str, Any]
+  sequences: range
+  extra: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def _not_finite(record: dict[str, Any], infinite_L: np.ndarray) -> str:
+  """Returns what of a step is not finite; '' if all is well."""
   if infinite_L.any():
     layers = ', '.join(f'{i:02d}' for i in infinite_L.nonzero()[0])
-    what = f'logits of the router of MoE layer {layers}'
-  elif not math.isfinite(record.get('train/loss', 0.0)):
-    what = 'train/loss'
-  elif not math.isfinite(record.get('train/gradient_norm', 0.0)):
-    what = 'train/gradient_norm'
-  else:
-    return
-  raise FloatingPointError(
-    f'step {record["step"]}: {what} NaN or infinite; no checkpoint was written '
-    'since, so that the run can go on from the last one'
-  )
+    return f'logits of the router of MoE layer {layers}'
+  for name in ('train/loss', 'train/aux_loss', 'train/gradient_norm'):
+    if not math.isfinite(record.get(name, 0.0)):
+      return name
+  return ''
 
 
-def _line(record: dict[str, Any]) -> str:
-  # JSON has no NaN or infinity.
-  finite = {
-    name: None if isinstance(x, float) and not math.isfinite(x) else x
-    for name, x in record.items()
-  }
-  return json.dumps(finite, allow_nan=False) + '\n'
+def _finite(value: Any) -> Any:
+  """Puts None for what is not finite: JSON has no NaN or infinity."""
+  if isinstance(value, dict):
+    return {name: _finite(x) for name, x in value.items()}
+  if isinstance(value, list):
+    return [_finite(x) for x in value]
+  infinite = isinstance(value, float) and not math.isfinite(value)
+  return None if infinite else value
+
+
+def _line(record: dict[str, Any]) -> bytes:
+  return (json.dumps(_finite(record), allow_nan=False) + '\n').encode()
 
 
 def _summary(record: dict[str, Any]) -> str:
@@ -176,41 +268,74 @@ class _JsonLines:
   """One object a step; flushed, so that a reader sees whole lines."""
 
   def __init__(self, path: pathlib.Path, step: int):
-    kept = [record for record in read_steps(path) if record['step'] <= step]
-    if [record['step'] for record in kept] != list(range(1, step + 1)):
+    lines = _lines_of(path)[:step]
+    numbers = [_parse(path, i, line)['step'] for i, line in enumerate(lines)]
+    if numbers != list(range(1, step + 1)):
       raise ValueError(
         f'{path}: must have every step up to the checkpoint of step {step}'
       )
     temporary = path.with_suffix('.tmp')
-    temporary.write_text(''.join(_line(record) for record in kept))
+    with temporary.open('wb') as file:
+      file.writelines(line + b'\n' for line in lines)
+      file.flush()
+      os.fsync(file.fileno())
     os.replace(temporary, path)
-    self._file = path.open('a')
+    self._path, self._file = path, path.open('ab')
 
   def show(self, record):
     self._file.write(_line(record))
-    self._file.flush()
+    # What the disk had no room for stays in the buffer.
+    workdir.patiently(self._file.flush, str(self._path))
+
+  def sync(self):
+    os.fsync(self._file.fileno())
 
   def close(self):
     self._file.close()
 
 
 class _Events:
-  """TensorBoard's; it has no use for lists and what is not finite."""
+  """TensorBoard's; it has no use for lists and what is not finite.
+
+  Written by this thread: tensorboardX's own would leave the run waiting for
+  ever if the disk were full.
+  """
 
   def __init__(self, directory: pathlib.Path, step: int):
-    self._writer = tensorboardX.SummaryWriter(
-      str(directory), purge_step=step + 1
-    )
+    self._writer = event_file_writer.EventsWriter(str(directory / 'events'))
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._write(event_pb2.Event(step=step + 1, session_log=start))
+    self._due = time.monotonic()
+
+  def _write(self, event):
+    event.wall_time = time.time()
+    self._try(lambda: self._writer.write_event(event))
+
+  def _try(self, write):
+    """Gives up on a disk error: the metrics are in the other file, too."""
+    try:
+      if self._writer is not None:
+        write()
+    except OSError as error:
+      print(f'warning: no more TensorBoard events: {error}', file=sys.stderr)
+      self._writer = None
 
   def show(self, record):
+    event = event_pb2.Event(step=record['step'])
     for name, value in record.items():
-      if isinstance(value, list) or not math.isfinite(value):
-        continue
-      if name != 'step':
-        self._writer.add_scalar(name, value, record['step'])
+      if name != 'step' and not isinstance(value, list):
+        if math.isfinite(value):
+          event.summary.MergeFrom(summary.scalar(name, value))
+    self._write(event)
+    if time.monotonic() >= self._due:
+      self.sync()
+      self._due = time.monotonic() + _SECONDS_BETWEEN_EVENT_FLUSHES
+
+  def sync(self):
+    self._try(lambda: self._writer.flush())
 
   def close(self):
-    self._writer.close()
+    self._try(lambda: self._writer.close())
 
 
 def _progress(label, step, steps):
@@ -242,6 +367,9 @@ class _Bar:
       self._task, completed=record['step'], summary=_summary(record)
     )
 
+  def sync(self):
+    pass
+
   def close(self):
     self._progress.stop()
 
@@ -269,6 +397,9 @@ class _Lines:
       file=sys.stderr,
       flush=True,
     )
+
+  def sync(self):
+    pass
 
   def close(self):
     pass

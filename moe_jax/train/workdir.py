@@ -6,10 +6,13 @@ what grows is written locally and uploaded with each checkpoint.
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import json
 import os
 import pathlib
+import shutil
+import sys
 import tempfile
 import time
 from typing import Any
@@ -17,11 +20,17 @@ from typing import Any
 from etils import epath
 import jax
 
+from moe_jax.config import CHANGEABLE
 from moe_jax.config import MAY_CHANGE
 from moe_jax.config import Config
+from moe_jax.config import flatten
+from moe_jax.config import is_among
 from moe_jax.config import to_dict
 from moe_jax.data.cache import open_cache
 from moe_jax.parallel import processes
+
+# Seconds before what a file system refused is tried again.
+PAUSES = (5.0, 20.0)
 
 _REMOTE = 'gs://'
 _SECONDS_UNTIL_SEEN = 90.0  # File systems over a network cache what they saw.
@@ -55,43 +64,74 @@ def open_workdir(path: str | os.PathLike[str]) -> epath.Path:
   place = workdir = epath.Path(os.path.abspath(path))
   while not place.exists():
     place = place.parent
-  with tempfile.TemporaryFile(dir=place):
-    pass
+  try:
+    with tempfile.TemporaryFile(dir=place):
+      pass
+  except OSError as error:
+    raise ValueError(
+      f'--workdir={path}: no file can be made in {place} ({error.strerror}); '
+      'choose a directory that you may write to'
+    ) from error
   return workdir
 
 
-def check_same_config(workdir: epath.Path, config: Config) -> None:
-  """Raises ValueError if `workdir` holds a run of another config."""
+def check_same_config(
+  workdir: epath.Path, config: Config, allowed: Sequence[str] = ()
+) -> None:
+  """Raises ValueError if `workdir` holds a run of another config.
+
+  Args:
+    workdir: the work directory.
+    config: what is wanted now.
+    allowed: options that may differ, as --allow_config_change names them.
+  """
+  flat = flatten(to_dict(config))
+  for name in allowed:
+    if not any(is_among(option, [name]) for option in flat):
+      raise ValueError(f'--allow_config_change={name}: no such option')
+    if not is_among(name, CHANGEABLE):
+      raise ValueError(
+        f'--allow_config_change={name}: cannot change in a run; what can is '
+        f'{", ".join(CHANGEABLE)}'
+      )
   path = workdir / 'config.json'
   if not path.exists():
     if (workdir / 'checkpoints').exists():
       raise ValueError(f'--workdir={workdir}: checkpoints, but no config.json')
     return
-  before, now = flatten(read_json(path)), flatten(to_dict(config))
-  differences = [
-    f'{name}={now.get(name)!r} (was {before.get(name)!r})'
+  changes = {
+    name: change
+    for name, change in differences(read_json(path), to_dict(config)).items()
+    if not is_among(name, allowed)
+  }
+  if not changes:
+    return
+  hint = ''
+  if all(is_among(name, CHANGEABLE) for name in changes):
+    hint = (
+      f', or go on with the change by --allow_config_change={",".join(changes)}'
+    )
+  raise ValueError(
+    f'--workdir={workdir}: holds a run of another config: '
+    + ', '.join(
+      f'{name}={now!r} (was {before!r})'
+      for name, (before, now) in changes.items()
+    )
+    + f'; choose another work directory{hint}'
+  )
+
+
+def differences(
+  before: dict[str, Any], now: dict[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+  """Returns options that differ, but for those that change no result."""
+  before, now = flatten(before), flatten(now)
+  return {
+    name: (before.get(name), now.get(name))
     for name in sorted(before.keys() | now.keys())
     if before.get(name) != now.get(name)
-    and name.split('.')[0] not in MAY_CHANGE
-    and name not in ('data.cache_dir', 'data.tfds_dir')
-    and not (config.change_balancer and _is_of_balancer(name))
-  ]
-  if differences:
-    raise ValueError(
-      f'--workdir={workdir}: holds a run of another config: '
-      f'{", ".join(differences)}; choose another work directory'
-      + _change_hint(differences)
-    )
-
-
-def _is_of_balancer(name: str) -> bool:
-  return name.split('.')[0] in ('method', 'balancer', 'change_balancer')
-
-
-def _change_hint(differences: list[str]) -> str:
-  if not all(_is_of_balancer(name.split('=')[0]) for name in differences):
-    return ''
-  return ', or go on under the other balancer by --config.change_balancer=true'
+    and not is_among(name, (*MAY_CHANGE, 'data.cache_dir', 'data.tfds_dir'))
+  }
 
 
 def check_same_text(workdir: epath.Path, fingerprint: str) -> None:
@@ -101,6 +141,19 @@ def check_same_text(workdir: epath.Path, fingerprint: str) -> None:
     raise ValueError(
       f'--workdir={workdir}: this run began with other training text, or '
       'another version of the tokenizers package; choose another work directory'
+    )
+
+
+def check_space(workdir: epath.Path, size: int, count: int) -> None:
+  """Raises ValueError unless so many checkpoints fit, of so many bytes each."""
+  if os.fspath(workdir).startswith(_REMOTE):
+    return
+  free = shutil.disk_usage(workdir).free
+  if free < size * count:
+    raise ValueError(
+      f'--workdir={workdir}: {free / 1e9:.1f} GB are free, but {count} more '
+      f'checkpoints of {size / 1e9:.1f} GB are to be written; make room, or '
+      'lower checkpoints_kept'
     )
 
 
@@ -158,6 +211,20 @@ def local_log(
       upload()
 
 
+def patiently(write: Callable[[], None], what: str) -> None:
+  """Calls `write`; where the file system fails, again, twice at most."""
+  for pause in PAUSES:
+    try:
+      return write()
+    except OSError as error:
+      print(
+        f'warning: {what}: {error}; tries again in {pause:.0f} s',
+        file=sys.stderr,
+      )
+      time.sleep(pause)
+  return write()
+
+
 def read_json(path: epath.Path) -> Any:
   """Reads a JSON file; raises ValueError where it is damaged."""
   try:
@@ -171,14 +238,3 @@ def write_json(path: epath.Path, value: Any) -> None:
   temporary = path.with_suffix('.tmp')
   temporary.write_text(json.dumps(value, indent=2) + '\n')
   temporary.replace(path)
-
-
-def flatten(options: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns nested options by their full names, such as `model.experts`."""
-  flat = {}
-  for name, value in options.items():
-    if isinstance(value, dict):
-      flat |= flatten(value, f'{prefix}{name}.')
-    else:
-      flat[prefix + name] = value
-  return flat

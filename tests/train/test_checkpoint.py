@@ -1,15 +1,36 @@
 """A checkpoint holds everything that a router remembers."""
 
+import shutil
+from unittest import mock
+
+import hypothesis
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+from moe_jax import config as config_lib
 from moe_jax.parallel import mesh as meshes
+from moe_jax.parallel import processes
 from moe_jax.train import checkpoint as checkpoint_lib
+from moe_jax.train import facts as facts_lib
 from moe_jax.train import optimizer
 from moe_jax.train import state as state_lib
+from moe_jax.train import workdir as workdirs
 from tests.train import tiny
+
+
+def save(directory, config, state, position, run='name', **arguments):
+  with checkpoint_lib.Checkpoints(directory, config, run) as checkpoints:
+    checkpoints.save(state, position, **arguments)
+
+
+def restore(directory, training, run='name'):
+  return checkpoint_lib.restore_newest(
+    directory, run, lambda config: training.abstract
+  )
 
 
 @pytest.mark.parametrize('method', ['midpoint_lag', 'quantile_histogram'])
@@ -32,13 +53,12 @@ def test_pending_prices_and_histograms_come_back(method, tmp_path):
     assert len(leaves) == 2 and shapes == {(layers, experts)}
   else:
     assert (layers, experts, 1000) in shapes
-  with checkpoint_lib.Checkpoints(tmp_path / 'saved', config) as checkpoints:
-    checkpoints.save(3, state)
-    restored, sequence = checkpoints.restore(3, training.abstract)
-    saved = checkpoints.saved_config(3)
-  jax.tree.map(np.testing.assert_array_equal, restored.router, state.router)
-  assert sequence == 3 * config.batch_size
-  assert saved['balancer'] == config.balancer
+  position = checkpoint_lib.Position(3, 24, skipped=2, skipped_in_a_row=1)
+  save(tmp_path / 'saved', config, state, position)
+  saved = restore(tmp_path / 'saved', training)
+  jax.tree.map(np.testing.assert_array_equal, saved.state.router, state.router)
+  assert saved.position == position
+  assert saved.config == config_lib.to_dict(config)
 
 
 def test_checkpoints_move_between_meshes(tmp_path):
@@ -66,18 +86,216 @@ def test_checkpoints_move_between_meshes(tmp_path):
     training = state_lib.make_training(
       config, optimizer.make_optimizer(config), mesh
     )
-    with checkpoint_lib.Checkpoints(directory, config) as checkpoints:
-      if first is None:
-        state = training.init()
-        first = jax.device_get(state)
-      else:
-        state, _ = checkpoints.restore(step - 1, training.abstract)
-      planned = jax.tree.leaves(training.abstract)
-      for leaf, plan in zip(jax.tree.leaves(state), planned, strict=True):
-        assert leaf.sharding == plan.sharding
-      jax.tree.map(
-        np.testing.assert_array_equal,
-        jax.device_get(state)._replace(step=0),
-        first._replace(step=0),
-      )
-      checkpoints.save(step, state)
+    if first is None:
+      state = training.init()
+      first = jax.device_get(state)
+    else:
+      state = restore(directory, training).state
+    planned = jax.tree.leaves(training.abstract)
+    for leaf, plan in zip(jax.tree.leaves(state), planned, strict=True):
+      assert leaf.sharding == plan.sharding
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      jax.device_get(state)._replace(step=0),
+      first._replace(step=0),
+    )
+    save(directory, config, state, checkpoint_lib.Position(step))
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """A state on one device, with its checkpoints of steps 1, 2 and 3."""
+  directory = tmp_path_factory.mktemp('trained')
+  config = tiny.tiny_config(directory, checkpoints_kept=3)
+  mesh = meshes.make_mesh(1, 1, devices=jax.devices()[:1])
+  training = state_lib.make_training(
+    config, optimizer.make_optimizer(config), mesh
+  )
+  state = training.init()
+  with checkpoint_lib.Checkpoints(
+    directory / 'checkpoints', config, 'name'
+  ) as checkpoints:
+    for step in (1, 2, 3):
+      checkpoints.save(state, checkpoint_lib.Position(step, 8 * step))
+  return directory / 'checkpoints', training
+
+
+@pytest.fixture
+def saved(trained, tmp_path):
+  shutil.copytree(trained[0], tmp_path / 'checkpoints')
+  return tmp_path / 'checkpoints', trained[1]
+
+
+def data_files(directory):
+  """Files that hold arrays, some of them twice."""
+  return [path for path in directory.rglob('d/*') if path.is_file()]
+
+
+def truncate(path):
+  for file in data_files(path / 'params'):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+  for file in data_files(path / 'optimizer'):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def flip_a_number(path):
+  """In the config that it was saved under: still JSON."""
+  file = path / 'meta' / 'metadata'
+  file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
+
+
+def change_the_data(path):
+  (path / 'data' / 'metadata').write_text('{"next_sequence": 16}')
+
+
+def delete_half(path):
+  shutil.rmtree(path / 'router')
+
+
+def empty(path):
+  for file in path.rglob('*'):
+    if file.is_file():
+      file.write_bytes(b'')
+
+
+def swap_an_item(path):
+  """From another checkpoint of the same run, with values of its own."""
+  file = path / 'meta' / 'metadata'
+  file.write_text((path.parent / '2' / 'meta' / 'metadata').read_text())
+
+
+@pytest.mark.parametrize(
+  ('damage', 'why'),
+  [
+    (truncate, 'Error'),
+    (flip_a_bit, ''),
+    (flip_a_number, 'not as they were written'),
+    (change_the_data, 'not as they were written'),
+    (delete_half, 'Error'),
+    (empty, 'JSONDecodeError'),
+    (swap_an_item, 'not as they were written'),
+  ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+  saved, capsys, damage, why
+):
+  directory, training = saved
+  damage(directory / '3')
+  assert restore(directory, training).position.step == 2
+  warning = capsys.readouterr().err
+  assert f'{directory / "3"}: ' in warning and why in warning
+  assert f'moved to {directory.parent / "damaged" / "3"}' in warning
+  assert checkpoint_lib.steps(directory) == [2, 1]
+  assert (directory.parent / 'damaged' / '3').is_dir()
+
+
+def test_values_that_changed_are_named(saved, capsys):
+  """As if they had changed on their way to the disk."""
+  directory, training = saved
+  state = restore(directory, training).state
+  checksums = facts_lib.checksums
+
+  def other(tree):
+    sums = checksums(tree)
+    sums['params.embedding.embedding'] ^= 1
+    return sums
+
+  with mock.patch.object(facts_lib, 'checksums', other):
+    save(
+      directory, tiny.tiny_config(directory), state, checkpoint_lib.Position(4)
+    )
+  assert restore(directory, training).position.step == 3
+  warning = capsys.readouterr().err
+  assert 'values changed since it was written: params.embedding' in warning
+
+
+@hypothesis.given(
+  index=st.integers(0, 59), bit=st.integers(0, 31), other=st.integers(0, 59)
+)
+@hypothesis.settings(max_examples=50, deadline=None)
+def test_a_checksum_sees_a_flipped_bit_and_a_swap(index, bit, other):
+  x = np.random.default_rng(0).normal(size=(5, 3, 4)).astype(np.float32)
+  before = facts_lib.checksums({'x': x})
+  flipped = x.copy()
+  flipped.view(np.uint32).reshape(-1)[index] ^= np.uint32(1 << bit)
+  assert facts_lib.checksums({'x': flipped}) != before
+  swapped = x.copy()
+  flat = swapped.reshape(-1)
+  flat[[index, other]] = flat[[other, index]]
+  assert (facts_lib.checksums({'x': swapped}) == before) == (index == other)
+
+
+def test_another_runs_checkpoint_is_not_used(saved, capsys):
+  directory, training = saved
+  shutil.copytree(directory, directory.parent / 'other')
+  shutil.rmtree(directory / '3')
+  config = tiny.tiny_config(directory)
+  state = restore(directory, training).state
+  save(directory, config, state, checkpoint_lib.Position(3), run='other')
+  assert restore(directory, training).position.step == 2
+  assert 'of step 3 of another run' in capsys.readouterr().err
+
+
+def test_without_a_checkpoint_of_use_nothing_is_moved(saved):
+  directory, training = saved
+  with pytest.raises(processes.Refused, match='3: .*2: .*1: .*another run'):
+    restore(directory, training, run='other')
+  assert checkpoint_lib.steps(directory) == [3, 2, 1]
+  assert not (directory.parent / 'damaged').exists()
+
+
+def test_a_half_written_checkpoint_is_none(saved):
+  directory, training = saved
+  (directory / '3').rename(directory / '3.orbax-checkpoint-tmp')
+  assert restore(directory, training).position.step == 2
+
+
+def test_newest_best_and_every_so_many_are_kept(trained, tmp_path):
+  """Losses 9, 1, 8, 2, 7 ...: the second is the best."""
+  config = tiny.tiny_config(
+    tmp_path,
+    checkpoints_kept=2,
+    checkpoints_kept_every=4,
+    checkpoints_kept_best=1,
+  )
+  state = restore(*trained).state
+  losses = [9.0, 1.0, 8.0, 2.0, 7.0, None, 6.0, 5.0, 3.0]
+  for part in (losses[:5], losses[5:]):  # The best is known again later.
+    with checkpoint_lib.Checkpoints(
+      tmp_path / 'saved', config, 'name'
+    ) as checkpoints:
+      for loss in part:
+        step = losses.index(loss) + 1
+        position = checkpoint_lib.Position(step)
+        checkpoints.save(state, position, loss=loss)
+  assert checkpoint_lib.steps(tmp_path / 'saved') == [9, 8, 4, 2]
+
+
+def test_a_failed_save_is_tried_again(saved, monkeypatch, capsys):
+  directory, training = saved
+  monkeypatch.setattr(workdirs, 'PAUSES', (0.0, 0.0))
+  saves = iter([OSError('disk full')] * 2)
+  manager_save = ocp.CheckpointManager.save
+
+  def fail_twice(self, *args, **kwargs):
+    for error in saves:
+      raise error
+    return manager_save(self, *args, **kwargs)
+
+  monkeypatch.setattr(ocp.CheckpointManager, 'save', fail_twice)
+  state = restore(directory, training).state
+  config = tiny.tiny_config(directory)
+  save(directory, config, state, checkpoint_lib.Position(4))
+  assert (
+    capsys.readouterr().err.count('no checkpoint of step 4: disk full') == 2
+  )
+  assert restore(directory, training).position.step == 4
+  saves = iter([OSError('disk full')] * 3)
+  with pytest.raises(OSError, match='of step 5 cannot be written .disk full'):
+    save(directory, config, state, checkpoint_lib.Position(5))
+  assert restore(directory, training).position.step == 4

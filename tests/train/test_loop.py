@@ -31,11 +31,12 @@ def records(workdir):
   ]
 
 
-def final_state(run):
-  with checkpoint_lib.Checkpoints(
-    run.workdir / 'checkpoints', run.config
-  ) as checkpoints:
-    return checkpoints.restore(run.config.steps, run.training.abstract)
+def latest(run):
+  """Returns what the newest checkpoint holds."""
+  name = json.loads((run.workdir / 'run.json').read_text())['run']
+  return checkpoint_lib.restore_newest(
+    run.workdir / 'checkpoints', name, lambda config: run.training.abstract
+  )
 
 
 @pytest.fixture(scope='module')
@@ -102,15 +103,17 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
   continued = loop.Run(finished.config, stopped.workdir)
   continued.train()
   assert records(continued.workdir) == records(finished.workdir)
-  (state, sequence), (expected, expected_sequence) = map(
-    final_state, (continued, finished)
-  )
-  assert sequence == expected_sequence == 6 * 8
-  jax.tree.map(np.testing.assert_array_equal, state, expected)
+  saved, expected = latest(continued), latest(finished)
+  assert saved.position == expected.position == (6, 6 * 8, 0, 0)
+  jax.tree.map(np.testing.assert_array_equal, saved.state, expected.state)
 
 
-def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_happened(
-  finished, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+  'number',
+  [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
+)
+def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_happened(
+  finished, tmp_path, monkeypatch, capsys, number
 ):
   stopped = loop.Run(finished.config, tmp_path / 'run')
   batches = stopped.training_batches(0)
@@ -118,15 +121,18 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_happened(
   def with_signal(sequence):
     for i in range(6):
       if i == 3:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
+        said = ''  # By the watching thread.
+        while 'saves after this step' not in said:
+          said += capsys.readouterr().err
       yield next(batches)
 
   monkeypatch.setattr(stopped, 'training_batches', with_signal)
-  handler = signal.getsignal(signal.SIGTERM)
+  handler = signal.getsignal(number)
   with pytest.raises(preemption.Preempted, match='saved after step 4 of 6'):
     stopped.train()
-  assert signal.getsignal(signal.SIGTERM) == handler
-  assert checkpoint_lib.latest_step(stopped.workdir / 'checkpoints') == 4
+  assert signal.getsignal(number) == handler
+  assert checkpoint_lib.steps(stopped.workdir / 'checkpoints')[0] == 4
   loop.Run(finished.config, stopped.workdir).train()
   assert records(stopped.workdir) == records(finished.workdir)
 
@@ -149,22 +155,23 @@ def test_another_balancer_is_refused_unless_that_is_said(
     method='midpoint_lag',
     balancer=config_lib.balancer_options('midpoint', lag=True),
   )
-  with pytest.raises(ValueError, match='--config.change_balancer=true'):
+  with pytest.raises(ValueError, match='--allow_config_change=balancer.clip,'):
     loop.Run(config, workdir)
-  config = dataclasses.replace(config, change_balancer=True)
-  with checkpoint_lib.Checkpoints(
-    workdir / 'checkpoints', finished.config
-  ) as checkpoints:
-    before, _ = checkpoints.restore(3, finished.training.abstract)
+  with pytest.raises(ValueError, match='holds a run of another config: method'):
+    loop.Run(config, workdir, ['balancer'])
+  name = json.loads((workdir / 'run.json').read_text())['run']
+  before = checkpoint_lib.restore_newest(
+    workdir / 'checkpoints', name, lambda config: finished.training.abstract
+  ).state
   seen = []
   restore = loop.Run._restore
 
-  def spy(self, *args):
-    seen.append(restore(self, *args)[0])
-    return restore(self, *args)
+  def spy(self):
+    seen.append(restore(self)[0])
+    return restore(self)
 
   monkeypatch.setattr(loop.Run, '_restore', spy)
-  run = loop.Run(config, workdir)
+  run = loop.Run(config, workdir, ['method', 'balancer'])
   run.train()
   q = before.router['moe_blocks']['feed_forward']['state'].q
   state = seen[0].router['moe_blocks']['feed_forward']['state']
@@ -173,7 +180,10 @@ def test_another_balancer_is_refused_unless_that_is_said(
   np.testing.assert_array_equal(state.pending, q)
   assert [r['step'] for r in records(workdir)] == [1, 2, 3, 4, 5, 6]
   facts = json.loads((workdir / 'run.json').read_text())
-  assert facts['balancer_changes'] == {'3': {'from': finished.config.balancer}}
+  (changes,) = facts['config_changes'].values()
+  assert list(facts['config_changes']) == ['3']
+  assert changes['method'] == {'from': 'bip', 'to': 'midpoint_lag'}
+  assert changes['balancer.lag'] == {'from': False, 'to': True}
   # What was said once holds: the same command goes on, another is refused.
   loop.Run(config, workdir).train()
   with pytest.raises(ValueError, match='another config'):
@@ -181,36 +191,110 @@ def test_another_balancer_is_refused_unless_that_is_said(
 
 
 @pytest.mark.parametrize(
-  ('name', 'bad', 'what'),
+  ('option', 'changed', 'message'),
   [
-    ('router', np.nan, 'MoE layer 01'),
-    pytest.param('scale', np.inf, 'train/loss', marks=pytest.mark.long),
+    ('model.width', {'model.width': 32}, 'model.width: cannot change in a run'),
+    ('learn', {}, 'learn: no such option'),
+    ('learning_rate', {'seed': 1}, r'seed=1 \(was 0\); choose another work'),
   ],
 )
-def test_a_step_that_is_not_finite_stops_the_run_before_it_is_saved(
-  text, tmp_path, monkeypatch, name, bad, what
-):
-  run = loop.Run(tiny.tiny_config(text, checkpoint_every=2), tmp_path / 'run')
+def test_what_may_not_change(finished, text, option, changed, message):
+  config = tiny.tiny_config(text, eval_every=4, **changed)
+  with pytest.raises(ValueError, match=message) as error:
+    loop.Run(config, finished.workdir, [option])
+  assert 'go on with the change' not in str(error.value)
+
+
+def poison(run, monkeypatch, steps, name, bad):
+  """Makes a parameter `bad` for some steps of a run, and good again after."""
   make_train_step = loop.make_train_step
 
   def poisoned(config, training):
-    train_step, steps = make_train_step(config, training), []
+    train_step = make_train_step(config, training)
 
     def step(state, batch):
-      steps.append(0)
-      if len(steps) == 4:
-        params, index = state.params['norm'], (0,)
+      params, index = state.params['norm'], (0,)
+      if name == 'router':
+        params, index = state.params['moe_blocks']['feed_forward'], (1, 0, 0)
+      good = params[name]
+      wrong = int(state.step) + 1 in steps
+      if wrong:
+        params[name] = good.at[index].set(bad)
+      before = jax.device_get(state)
+      state, metrics = train_step(state, batch)
+      if wrong:
+        changed = [
+          jax.tree_util.keystr(path)
+          for (path, old), new in zip(
+            jax.tree.leaves_with_path(before),
+            jax.tree.leaves(state),
+            strict=True,
+          )
+          if not np.array_equal(old, new, equal_nan=True)
+        ]
+        assert changed == ['.step']
+        params = state.params['norm']
         if name == 'router':
-          params, index = state.params['moe_blocks']['feed_forward'], (1, 0, 0)
-        params[name] = params[name].at[index].set(bad)
-      return train_step(state, batch)
+          params = state.params['moe_blocks']['feed_forward']
+        params[name] = good
+      return state, metrics
 
     return step
 
   monkeypatch.setattr(loop, 'make_train_step', poisoned)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+  text, tmp_path, monkeypatch, capsys
+):
+  """In steps 3 and 5 of 6, saved at 2 and 4: both counts are in checkpoints."""
+  config = tiny.tiny_config(text, checkpoint_every=2)
+  run = loop.Run(config, tmp_path / 'run')
+  poison(run, monkeypatch, (3, 5), 'router', np.nan)
+  run.train()
+  steps = records(run.workdir)
+  assert [r['train/skipped_steps'] for r in steps] == [0, 0, 1, 1, 2, 2]
+  assert [r['train/loss'] is None for r in steps] == [
+    step in (3, 5) for step in range(1, 7)
+  ]
+  warning = 'step 3: logits of the router of MoE layer 01 NaN or infinite'
+  assert f'{warning}; skipped (1 in a row, 10 end' in capsys.readouterr().err
+  assert latest(run).position == (6, 48, 2, 0)
+  assert not list(run.workdir.glob('not_finite*'))
+
+
+@pytest.mark.parametrize(
+  ('name', 'bad', 'what'),
+  [
+    ('router', np.nan, 'logits of the router of MoE layer 01'),
+    pytest.param('scale', np.inf, 'train/loss', marks=pytest.mark.long),
+  ],
+)
+def test_many_steps_in_a_row_that_are_not_finite_end_the_run(
+  text, tmp_path, monkeypatch, name, bad, what
+):
+  config = tiny.tiny_config(text, checkpoint_every=2, skipped_steps=3)
+  run = loop.Run(config, tmp_path / 'run')
+  poison(run, monkeypatch, (2, 3, 4), name, bad)
   with pytest.raises(FloatingPointError, match=f'step 4: .*{what}'):
     run.train()
-  assert checkpoint_lib.latest_step(run.workdir / 'checkpoints') == 2
+  assert checkpoint_lib.steps(run.workdir / 'checkpoints') == [2]
+  dump = json.loads((run.workdir / 'not_finite_step_00000004.json').read_text())
+  assert (dump['step'], dump['cause'], dump['skipped_in_a_row']) == (4, what, 3)
+  assert dump['sequences'] == list(range(24, 32))
+  loads = dump['record']['router/load/layer_01']
+  assert sum(loads) == 8 * 16 * 2
+  wrong = [
+    name
+    for name, x in dump['norms']['parameters'].items()
+    if not x or isinstance(x, list) and None in x
+  ]
+  array = 'norm.scale' if name == 'scale' else 'moe_blocks.feed_forward.router'
+  assert wrong == [array]
+  if name == 'router':
+    assert dump['norms']['parameters'][array][0] > 0
+  with pytest.raises(FloatingPointError, match='step 4'):
+    loop.Run(config, run.workdir).train()  # Counted on from step 2.
 
 
 def test_shards_are_written_down_where_results_depend_on_them(text, tmp_path):
@@ -344,7 +428,7 @@ def test_methods_share_weights_and_batches(text, tmp_path):
 
 def test_evaluation_against_a_loop_over_sequences(finished):
   """Sums of the batches equal a plain mean over all targets."""
-  state, _ = final_state(finished)
+  state = latest(finished).state
   step = evaluation.make_evaluation_step(
     finished.training, finished.text.tokenizer.token_bytes_V
   )

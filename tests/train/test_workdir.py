@@ -106,7 +106,7 @@ def test_a_run_in_a_bucket_goes_on(text, tmp_path, workdir, monkeypatch):
     of_gs = getattr(loop, name)
     return lambda path, *args: of_gs(tmp_path / path.name, *args)
 
-  for name in ('Checkpoints', 'latest_step'):
+  for name in ('Checkpoints', 'restore_newest', 'steps'):
     monkeypatch.setattr(loop, name, local(name))
   config = tiny.tiny_config(text, steps=4, checkpoint_every=2)
   run = loop.Run(config, workdir)
