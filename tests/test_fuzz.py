@@ -3,9 +3,14 @@
 import contextlib
 import dataclasses
 import io
+import pathlib
+import tempfile
+import traceback
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 import pytest
 
@@ -13,6 +18,10 @@ from moe_jax import config as config_lib
 from moe_jax import main as command_line
 from moe_jax.data import DataConfig
 from moe_jax.nn import DecoderConfig
+from moe_jax.parallel import mesh as meshes
+from moe_jax.train import optimizer
+from moe_jax.train import state
+from moe_jax.train import step
 
 DEMO = 'experiments/demo.py'
 NO_DEADLINE = hypothesis.settings(
@@ -301,3 +310,165 @@ def test_interrupt_of_an_experiment_file_is_an_interrupt(tmp_path):
   path.write_text('raise KeyboardInterrupt')
   with pytest.raises(KeyboardInterrupt):
     command_line.load_experiment(str(path))
+
+
+# --- What is in range can be traced ------------------------------------------
+
+number = st.integers
+small_options = st.fixed_dictionaries(
+  {
+    'batch_size': st.sampled_from([1, 2, 6, 8, 16, 24]),
+    'sequence_length': st.sampled_from([2, 3, 8, 17]),
+    'accumulation': st.sampled_from([1, 1, 2, 3]),
+    'steps': st.sampled_from([1, 2, 10**9]),
+    'warmup_steps': st.sampled_from([0, 0, 1]),
+    'capacity_factor': st.sampled_from([0.0, 1e-9, 0.7, 1.0, 2.0**14]),
+    'learning_rate': st.sampled_from([1e-320, 1e-3, 1e3]),
+    'gradient_clip': st.sampled_from([1e-45, 1.0, 1e30]),
+    'model': st.fixed_dictionaries(
+      {
+        'width': st.sampled_from([2, 4, 8, 12, 16]),
+        'hidden': st.sampled_from([1, 3, 8]),
+        'experts': st.sampled_from([1, 2, 3, 8, 16]),
+        'experts_per_token': st.sampled_from([1, 2, 3, 8]),
+        'shared_experts': number(0, 2),
+        'scoring': st.sampled_from(['softmax', 'sigmoid']),
+        'renormalize_gates': st.booleans(),
+        'router_z_loss': st.sampled_from([0.0, 1.0]),
+        'round_to_capacity': st.booleans(),
+        'shards': st.sampled_from([0, 0, 0, 1, 2, 8, 16]),
+        'ragged_exchange': st.booleans(),
+        'dtype': st.sampled_from(['float32', 'bfloat16']),
+        'layers': number(1, 3),
+        'dense_layers': number(0, 2),
+        'dense_hidden': st.sampled_from([1, 4]),
+        'heads': st.sampled_from([1, 2, 4]),
+        'kv_heads': st.sampled_from([1, 2]),
+        'rope_theta': st.sampled_from([1e-3, 1.0, 1e30]),
+        'norm_epsilon': st.sampled_from([1e-320, 1e-5, 1.0]),
+        'remat': st.booleans(),
+      }
+    ),
+    'mesh': st.fixed_dictionaries(
+      {
+        'data': st.just(-1),
+        'expert': st.sampled_from([1, 1, 2, 4, 8]),
+        'fsdp': st.booleans(),
+      }
+    ),
+    'data': st.just({'vocabulary': 300}),
+  }
+)
+ARGUMENTS = {
+  'alpha': st.sampled_from([0.0, 1e6]),
+  'bins': st.sampled_from([2, 50]),
+  'ema': st.sampled_from([0.0, 0.5]),
+  'iterations': st.sampled_from([0, 1, 10**6]),
+  'rate': st.sampled_from([0.0, 1e6]),
+  'temperature': st.sampled_from([1e-6, 1e6]),
+  'cutoff': st.sampled_from(['next', 'midpoint']),
+  'estimator': st.sampled_from(['exact', 'histogram']),
+  'over': st.sampled_from(['sequence', 'batch']),
+  'rule': st.sampled_from(['sign', 'proportional']),
+  'scope': st.sampled_from(['global', 'shard']),
+}
+
+
+@st.composite
+def small_configs(draw):
+  """Options that may or may not fit together."""
+  method = draw(
+    st.sampled_from(['bip', 'loss_controlled', *config_lib.METHODS])
+  )
+  balancer = config_lib.balancer_options(**config_lib.METHODS[method])
+  for name, value in balancer.items():
+    if name != 'name':
+      balancer[name] = draw(
+        st.booleans() if type(value) is bool else ARGUMENTS[name]
+      )
+  return {'method': method, 'balancer': balancer, **draw(small_options)}
+
+
+def trace_or_refuse(options, devices):
+  """Traces a training step, or gets ValueError that we raised ourselves."""
+  try:
+    config = config_lib.freeze(options)
+    mesh = meshes.make_mesh(
+      config.mesh.data, config.mesh.expert, devices=jax.devices()[:devices]
+    )
+    training = state.make_training(
+      config, optimizer.make_optimizer(config), mesh
+    )
+  except ValueError as error:
+    assert type(error) is ValueError
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    assert '/moe_jax/' in frame.filename, frame
+    return False
+  tokens = jax.ShapeDtypeStruct(
+    (config.batch_size, config.sequence_length),
+    jnp.int32,
+    sharding=jax.sharding.NamedSharding(mesh, meshes.BATCH),
+  )
+  train_step = step.make_train_step(config, training)
+  train_step.trace(training.abstract, step.Batch(tokens, tokens))
+  return True
+
+
+@hypothesis.settings(NO_DEADLINE, max_examples=6)
+@hypothesis.given(small_configs(), st.sampled_from([1, 2, 8]))
+def test_any_config_is_refused_or_traced(options, devices):
+  trace_or_refuse(options, devices)
+
+
+@pytest.mark.long
+@hypothesis.settings(NO_DEADLINE, max_examples=400)
+@hypothesis.given(small_configs(), st.sampled_from([1, 2, 8]))
+def test_any_config_is_refused_or_traced_long(options, devices):
+  trace_or_refuse(options, devices)
+
+
+# --- Work directories --------------------------------------------------------
+
+
+def content(folder):
+  return {
+    path.relative_to(folder): path.read_bytes() if path.is_file() else None
+    for path in folder.rglob('*')
+  }
+
+
+def refused_and_left_alone(argv):
+  with tempfile.TemporaryDirectory() as parent:
+    new, old = pathlib.Path(parent) / 'new', pathlib.Path(parent) / 'old'
+    old.mkdir()
+    (old / 'config.json').write_text('{"steps": 1')  # Damaged, too.
+    (old / 'metrics.jsonl').write_bytes(b'\xff\x00')
+    before = content(pathlib.Path(parent))
+    for workdir in (new, old):
+      with contextlib.redirect_stderr(io.StringIO()) as errors:
+        assert command_line.main(['main', f'--workdir={workdir}', *argv]) == 2
+      assert errors.getvalue().startswith('error: ')
+      assert len(errors.getvalue().splitlines()) == 1
+    assert content(pathlib.Path(parent)) == before
+
+
+refused = command_lines.map(
+  lambda argv: [
+    # A last word that is wrong whatever came before.
+    *(word for word in argv if 'workdir' not in word and 'help' not in word),
+    '--config.steps=-1',
+  ]
+).filter(lambda argv: '-h' not in argv)
+
+
+@hypothesis.settings(NO_DEADLINE, max_examples=40)
+@hypothesis.given(refused)
+def test_refused_flags_leave_work_directories_alone(argv):
+  refused_and_left_alone(argv)
+
+
+@pytest.mark.long
+@hypothesis.settings(NO_DEADLINE, max_examples=1000)
+@hypothesis.given(refused)
+def test_refused_flags_leave_work_directories_alone_long(argv):
+  refused_and_left_alone(argv)
