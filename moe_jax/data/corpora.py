@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 from moe_jax.data import cache
 from moe_jax.data import catalog
 from moe_jax.data import text_files
+from moe_jax.options import one_line
 
 SPLITS = ('train', 'validation')
 _FORMAT = 1  # Part of every key: raise it when this file reads differently.
@@ -285,9 +286,12 @@ def _prepared(
   def prepare() -> None:
     log('data: reading the corpus')
     with catalog.quiet(), cache.atomic_directory(root) as folder:
-      builder(data_dir=str(folder)).download_and_prepare(
-        file_format='array_record'
-      )
+      try:
+        builder(data_dir=str(folder)).download_and_prepare(
+          file_format='array_record'
+        )
+      except RuntimeError as error:  # array_record's word for an OSError.
+        raise OSError(one_line(error)) from error
       if content_keys() != keys:  # It would be found under a wrong name.
         raise ValueError('data.files: changed while being read; start again')
 

@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import pathlib
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -372,6 +374,26 @@ def test_damaged_corpus_is_made_again(tmp_path, damage):
   assert not list(folder.glob('.incomplete-*'))
 
 
+@pytest.mark.parametrize('what, room', [('corpus', 20_000), ('tokens', 960_000)])
+def test_cache_without_room_is_named(tmp_path, what, room):
+  words = np.random.default_rng(0).integers(0, 9999, (4000, 40)).astype(str)
+  write(tmp_path / 'a.jsonl', [' '.join(line) for line in words])
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  # Below Python, so that array_record gets to feel it, too.
+  resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+  try:
+    with pytest.raises(ValueError) as info:
+      load(tmp_path, f'{tmp_path}/a.jsonl')
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  folder = tmp_path / 'cache'
+  start = f'data.cache_dir={folder}: cannot write {what}-'
+  assert str(info.value).startswith(start) and '\n' not in str(info.value)
+  assert 'File too large' in str(info.value)
+  assert not list(folder.glob('.incomplete-*'))
+  load(tmp_path, f'{tmp_path}/a.jsonl')  # With room again.
+
+
 @pytest.mark.parametrize('code', [errno.ENOSPC, errno.EROFS, errno.EACCES])
 @pytest.mark.parametrize(
   'function', ['NamedTemporaryFile', 'mkdtemp', 'replace', 'write_text']
@@ -524,9 +546,87 @@ def test_unknown_text_feature_is_named(tmp_path, lm1b):
     load_named(tmp_path, 'lm1b', text_field='body')
 
 
+@pytest.fixture
+def stranger(lm1b):
+  """A prepared directory for which TFDS has no code: it says what it is."""
+  folder = lm1b / 'stranger' / '1.1.0'
+  shutil.copytree(lm1b / 'lm1b' / '1.1.0', folder)
+  for path in folder.iterdir():
+    path.rename(folder / path.name.replace('lm1b', 'stranger'))
+  info = folder / 'dataset_info.json'
+  info.write_text(info.read_text().replace('"lm1b"', '"stranger"'))
+  return folder
+
+
+def test_directory_without_code_is_read(tmp_path, stranger):
+  train, _ = train_and_validation(load_named(tmp_path, 'stranger'))
+  assert sorted(train) == [f'train sentence {i} .' for i in range(7)]
+
+
+@pytest.mark.parametrize(
+  'features',
+  [
+    {'pythonClassName': 'foreign.Text', 'text': {}},
+    {'python_class_name': 'foreign.Text', 'text': {}},
+    {'type': 'foreign.Text', 'content': {}},
+    {
+      'pythonClassName': (
+        'tensorflow_datasets.core.features.features_dict.FeaturesDict'
+      ),
+      'featuresDict': {
+        'features': {'text': {'pythonClassName': 'foreign.Text', 'text': {}}}
+      },
+    },
+  ],
+)
+def test_directory_from_elsewhere_runs_no_code(
+  tmp_path, stranger, features, monkeypatch
+):
+  (stranger / 'features.json').write_text(json.dumps(features))
+  marker = tmp_path / 'marker'
+  (tmp_path / 'foreign.py').write_text(f'open({str(marker)!r}, "w")')
+  monkeypatch.syspath_prepend(tmp_path)
+  message = r'^data\.dataset=stranger: .*foreign\.Text'
+  with pytest.raises(ValueError, match=message):
+    load_named(tmp_path, 'stranger')
+  assert not marker.exists() and 'foreign' not in sys.modules
+  with pytest.raises(ValueError):  # TFDS by itself would have run it.
+    tfds.builder('stranger', data_dir=str(tmp_path / 'tfds'))
+  assert marker.exists()
+  del sys.modules['foreign']
+
+
+def test_directory_does_not_lead_elsewhere(tmp_path, stranger):
+  info = stranger / 'dataset_info.json'
+  content = json.loads(info.read_text())
+  for split in content['splits']:
+    split['filepathTemplate'] = (
+      '../../lm1b/1.1.0/lm1b-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
+    )
+  info.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match=r'^data\.dataset=stranger: .* is in '):
+    load_named(tmp_path, 'stranger')
+
+
+@pytest.mark.parametrize(
+  'name', ['dataset_info.json', 'features.json', 'stranger-train.array_record*']
+)
+@pytest.mark.parametrize('content', [None, b'', b'{}', b'[' * 9999, b'\xff\0'])
+def test_damaged_directory_is_told(tmp_path, stranger, name, content):
+  (path,) = stranger.glob(name)
+  path.unlink() if content is None else path.write_bytes(content)
+  with pytest.raises(ValueError, match=r'^data\.\w+=\w+: .*') as info:
+    load_named(tmp_path, 'stranger')
+  assert '\n' not in str(info.value)
+
+
 @pytest.mark.parametrize(
   'name, message',
   [
+    ('lm1b/..', 'not a data set name'),
+    ('lm1b/../../x', 'not a data set name'),
+    ('/etc', 'not a data set name'),
+    ('lm1b:../..', 'not a data set name'),
     ('lm1b', 'needs TensorFlow'),
     ('c4', 'needs Apache Beam'),
     ('wikipedia', 'needs Apache Beam'),
