@@ -374,9 +374,11 @@ def test_damaged_corpus_is_made_again(tmp_path, damage):
   assert not list(folder.glob('.incomplete-*'))
 
 
-@pytest.mark.parametrize('what, room', [('corpus', 20_000), ('tokens', 960_000)])
-def test_cache_without_room_is_named(tmp_path, what, room):
-  words = np.random.default_rng(0).integers(0, 9999, (4000, 40)).astype(str)
+@pytest.mark.parametrize(
+  'what, lines, room', [('corpus', 400, 20_000), ('tokens', 4000, 960_000)]
+)
+def test_cache_without_room_is_named(tmp_path, what, lines, room):
+  words = np.random.default_rng(0).integers(0, 9999, (lines, 40)).astype(str)
   write(tmp_path / 'a.jsonl', [' '.join(line) for line in words])
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   # Below Python, so that array_record gets to feel it, too.
