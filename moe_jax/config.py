@@ -12,6 +12,7 @@ import difflib
 import inspect
 import math
 from typing import Any
+from typing import ClassVar
 
 from ml_collections import ConfigDict
 
@@ -19,6 +20,12 @@ from moe_jax import routing
 from moe_jax.data import DataConfig
 from moe_jax.data.config import split_names as split_names
 from moe_jax.nn import DecoderConfig
+from moe_jax.options import Range
+from moe_jax.options import check_range
+from moe_jax.options import check_ranges
+from moe_jax.options import is_plain
+from moe_jax.options import one_line
+from moe_jax.options import shown
 
 # `balancer.name` -> the function whose arguments the other fields are.
 BALANCERS = {
@@ -29,6 +36,17 @@ BALANCERS = {
   'quantile': routing.quantile,
   'sinkhorn': routing.sinkhorn,
   'unbalanced': routing.unbalanced,
+}
+
+# Of the numbers among those arguments. The functions know what is impossible;
+# these are the bounds of what jax and the memory can take.
+BALANCER_RANGES = {
+  'alpha': Range(0, 1e6),
+  'bins': Range(2, 2**20),
+  'ema': Range(0, 1),
+  'iterations': Range(0, 10**6),
+  'rate': Range(0, 1e6),
+  'temperature': Range(1e-6, 1e6),
 }
 
 # What `--config=FILE.py:METHOD` accepts: the settings of arXiv 2502.15451 for
@@ -97,9 +115,17 @@ class MeshConfig:
       (ZeRO-3); needs model.remat.
   """
 
+  RANGES: ClassVar[dict[str, Range]] = {
+    'data': Range(-1, 2**20),
+    'expert': Range(-1, 2**14),
+  }
+
   data: int = -1
   expert: int = 1
   fsdp: bool = False
+
+  def __post_init__(self):
+    check_ranges(self, self.RANGES, 'mesh.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +161,26 @@ class Config:
     data: the text.
   """
 
+  RANGES: ClassVar[dict[str, Range]] = {
+    'steps': Range(1, 10**9),
+    'batch_size': Range(1, 2**24),
+    'sequence_length': Range(2, 2**24),
+    'accumulation': Range(1, 2**24),
+    'checkpoint_every': Range(1, 10**9),
+    'checkpoints_kept': Range(1, 10**6),
+    'checkpoints_kept_every': Range(0, 10**9),
+    'checkpoints_kept_best': Range(0, 10**6),
+    'skipped_steps': Range(1, 10**9),
+    'seed': Range(0, 2**32 - 1),  # jax would take it modulo 2^32.
+    'warmup_steps': Range(0, 10**9),
+    'learning_rate': Range(0, 1e3, above=True),
+    'gradient_clip': Range(0, 1e30, above=True),
+    'capacity_factor': DecoderConfig.RANGES['capacity_factor'],
+    'weight_decay': Range(0, 1e3),
+    'eval_every': Range(0, 10**9),
+    'eval_sequences': Range(0, 10**9),
+  }
+
   method: str = 'bip'
   steps: int = 200
   seed: int = 0
@@ -161,32 +207,15 @@ class Config:
   data: DataConfig = DataConfig()
 
   def __post_init__(self):
-    for name, least in (
-      ('steps', 1),
-      ('batch_size', 1),
-      ('sequence_length', 2),
-      ('accumulation', 1),
-      ('checkpoint_every', 1),
-      ('checkpoints_kept', 1),
-      ('skipped_steps', 1),
-      ('checkpoints_kept_every', 0),
-      ('checkpoints_kept_best', 0),
-      ('seed', 0),
-      ('warmup_steps', 0),
-      ('capacity_factor', 0),
-      ('weight_decay', 0),
-      ('eval_every', 0),
-      ('eval_sequences', 0),
-    ):
-      if getattr(self, name) < least:
-        raise ValueError(
-          f'{name}={getattr(self, name)}: must be {least} or more'
-        )
-    for name in ('learning_rate', 'gradient_clip'):
-      if not getattr(self, name) > 0:
-        raise ValueError(
-          f'{name}={getattr(self, name)}: must be greater than 0'
-        )
+    check_ranges(self, self.RANGES)
+    chosen = self.model.experts_per_token
+    pairs = self.batch_size * self.sequence_length * chosen
+    if pairs >= 2**31:
+      raise ValueError(
+        f'batch_size={self.batch_size}: times sequence_length='
+        f'{self.sequence_length} times model.experts_per_token={chosen} must '
+        'be less than 2^31, or the loads of a step could not be counted'
+      )
     if self.batch_size % self.accumulation:
       raise ValueError(
         f'accumulation={self.accumulation}: must divide '
@@ -197,8 +226,6 @@ class Config:
         f'warmup_steps={self.warmup_steps}: must be less than '
         f'steps={self.steps}'
       )
-    if self.seed >= 2**32:  # jax would take it modulo 2^32
-      raise ValueError(f'seed={self.seed}: must be less than 2^32')
     if self.mesh.fsdp and not self.model.remat:
       raise ValueError(
         'mesh.fsdp=True: needs model.remat=True, or the gathered weights of '
@@ -225,14 +252,16 @@ def balancer_options(name: str, **arguments: Any) -> dict[str, Any]:
     name: a key of `BALANCERS`.
     **arguments: those that are not to have their default.
   """
-  if name not in BALANCERS:
-    raise ValueError(f'balancer.name={name!r}: {_expected(name, BALANCERS)}')
+  if not isinstance(name, str) or name not in BALANCERS:
+    raise ValueError(
+      f'balancer.name={shown(name)}: {_expected(name, BALANCERS)}'
+    )
   parameters = inspect.signature(BALANCERS[name]).parameters
   options = {key: value.default for key, value in parameters.items()}
   for key, value in arguments.items():
     if key not in options:
       raise ValueError(
-        f'balancer.{key}: {name} has no such option, but '
+        f'balancer.{one_line(key)}: {name} has no such option, but '
         f'{", ".join(options) or "none at all"}; another method is chosen by '
         f'--config=FILE.py:METHOD'
       )
@@ -244,6 +273,8 @@ def make_balancer(options: Mapping[str, Any]) -> routing.Balancer:
   """Calls the balancer's function with its options."""
   options = balancer_options(**options)
   name = options.pop('name')
+  for key in options.keys() & BALANCER_RANGES.keys():
+    check_range(f'balancer.{key}', options[key], BALANCER_RANGES[key])
   try:
     return BALANCERS[name](**options)
   except ValueError as error:
@@ -296,21 +327,18 @@ def freeze(options: ConfigDict | Mapping[str, Any]) -> Config:
   if isinstance(options, ConfigDict):
     options = options.to_dict()
   sections = dict(options)
-  known = {field.name for field in dataclasses.fields(Config)}
-  for name in sections:
-    if name not in known:
-      raise ValueError(f'{name}: {_expected(name, known)}')
-  if not isinstance(sections.get('balancer', {}), Mapping):
-    raise ValueError('balancer: must be a group of options')
+  _check_names(sections, [field.name for field in dataclasses.fields(Config)])
   for name, kind in (
     ('model', DecoderConfig),
     ('mesh', MeshConfig),
     ('data', DataConfig),
   ):
-    section = sections.get(name, {})
+    section = _group(sections, name)
     if name == 'model' and set(section) & set(_DERIVED):
       raise ValueError(f'model: {_DERIVED} follow from other options')
     sections[name] = _build(kind, section, f'{name}.')
+  if 'balancer' in sections:
+    sections['balancer'] = balancer_options(**_balancer_group(sections))
   config = _build(Config, sections, '')
   model = dataclasses.replace(
     config.model,
@@ -320,12 +348,36 @@ def freeze(options: ConfigDict | Mapping[str, Any]) -> Config:
   return dataclasses.replace(config, model=model)
 
 
+def _group(sections: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+  section = sections.get(name, {})
+  if not isinstance(section, Mapping):
+    raise ValueError(f'{name}={shown(section)}: must be a group of options')
+  return section
+
+
+def _balancer_group(sections: Mapping[str, Any]) -> dict[str, Any]:
+  section = dict(_group(sections, 'balancer'))
+  for name in section:
+    if not isinstance(name, str):
+      raise ValueError(f'balancer.{shown(name)}: names are strings')
+  if 'name' not in section:
+    raise ValueError(
+      f'balancer.name: missing; known are {", ".join(BALANCERS)}'
+    )
+  return section
+
+
+def _check_names(options, known, prefix: str = '') -> None:
+  for name in options:
+    if name not in known:
+      raise ValueError(f'{prefix}{one_line(name)}: {_expected(name, known)}')
+
+
 def _build(kind: type, options: Mapping[str, Any], prefix: str):
   fields = {field.name: field for field in dataclasses.fields(kind)}
+  _check_names(options, fields, prefix)
   checked = {}
   for name, value in options.items():
-    if name not in fields:
-      raise ValueError(f'{prefix}{name}: {_expected(name, fields)}')
     wanted = fields[name].type
     if wanted in (int, float, str, bool):
       value = _typed(f'{prefix}{name}', value, wanted)
@@ -334,16 +386,22 @@ def _build(kind: type, options: Mapping[str, Any], prefix: str):
 
 
 def _typed(name: str, value: Any, wanted: type) -> Any:
-  if wanted is float and type(value) is int:
+  if wanted is float and type(value) is int and abs(value) < 2**1000:
     return float(value)
   if type(value) is not wanted:
-    raise ValueError(f'{name}={value!r}: must be of type {wanted.__name__}')
+    raise ValueError(
+      f'{name}={shown(value)}: must be of type {wanted.__name__}'
+    )
   if wanted is float and not math.isfinite(value):
     raise ValueError(f'{name}={value}: must be finite')
+  if wanted is str and not is_plain(value):
+    raise ValueError(
+      f'{name}={shown(value)}: must be one line without control characters'
+    )
   return value
 
 
 def _expected(name: str, known) -> str:
-  close = difflib.get_close_matches(name, known, n=1)
+  close = difflib.get_close_matches(str(name), known, n=1)
   hint = f'did you mean {close[0]}? ' if close else ''
   return f'unknown; {hint}known are {", ".join(sorted(known))}'

@@ -41,11 +41,15 @@ import os
 import runpy
 import sys
 import types
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict
 from ml_collections import config_flags
 
+from moe_jax.options import is_plain
+from moe_jax.options import one_line
+from moe_jax.options import shown
 from moe_jax.parallel import preemption
 from moe_jax.parallel import processes
 
@@ -77,17 +81,30 @@ def parse(
     define = flags.DEFINE_boolean if is_switch else flags.DEFINE_string
     define(name, default, '', values)
   overrides = flags.FlagValues()
+  known = ['config', 'workdir', *others]
+  for argument in argv[1:]:
+    # absl knows these by itself: one reads flags from any file, the other lets
+    # misspelt flags pass.
+    name = argument.lstrip('-').partition('=')[0]
+    if argument.startswith('-') and name in ('flagfile', 'undefok'):
+      _refuse(name, name, known)
   try:
     rest = values(list(argv), known_only=True)
+    for name, value in values.flag_values_dict().items():
+      if isinstance(value, str) and not is_plain(value):
+        raise ValueError(
+          f'--{name}={shown(value)}: must be one line without control '
+          'characters'
+        )
     config = load_experiment(values.config, method)
     for argument in rest[1:]:
-      _check_argument(argument, config, ['config', 'workdir', *others])
+      _check_argument(argument, config, known)
     config_flags.DEFINE_config_dict(
       'config', config, flag_values=overrides, sys_argv=rest
     )
     overrides(rest)
-  except (flags.Error, TypeError) as error:
-    raise ValueError(str(error)) from error
+  except (flags.Error, TypeError, ValueError) as error:
+    raise ValueError(one_line(error)) from error
   return overrides.config, values
 
 
@@ -100,15 +117,26 @@ def load_experiment(path: str, method: str = '') -> ConfigDict:
     raise ValueError(f'--config={path}: no such file')
   try:
     names = runpy.run_path(path)
-    if 'get_config' in names:
-      return names['get_config'](*filter(None, [given or method]))
-  except ValueError:
+    if 'get_config' not in names:
+      raise ValueError('has no function get_config')
+    config = names['get_config'](*filter(None, [given or method]))
+    if not isinstance(config, ConfigDict):
+      raise ValueError(f'get_config returned {shown(config)}, no ConfigDict')
+    _check_names(config.to_dict())
+  except KeyboardInterrupt:
     raise
-  except Exception as error:  # Anything can go wrong in somebody's file.
-    raise ValueError(
-      f'--config={path}: {type(error).__name__}: {error}'
-    ) from error
-  raise ValueError(f'--config={path}: has no function get_config')
+  except BaseException as error:  # Anything can go wrong in somebody's file.
+    kind = '' if type(error) is ValueError else f'{type(error).__name__}: '
+    raise ValueError(f'--config={path}: {kind}{one_line(error)}') from error
+  return config
+
+
+def _check_names(options: Mapping) -> None:
+  for name, value in options.items():
+    if not isinstance(name, str):
+      raise ValueError(f'get_config has an option {shown(name)}, no string')
+    if isinstance(value, Mapping):
+      _check_names(value)
 
 
 def _check_argument(
@@ -134,9 +162,13 @@ def _check_argument(
           f'--{name}: a group of options; set one of {", ".join(config)}'
         )
       return
-    name, close = section, difflib.get_close_matches(part, known, n=1)
-  else:
-    close = difflib.get_close_matches(section, known, n=1)
+    _refuse(section, part, known)
+  _refuse(name, section, known)
+
+
+def _refuse(name: str, part: str, known: Sequence[str]) -> NoReturn:
+  """Raises ValueError for a flag of which `part` is none of the `known`."""
+  close = difflib.get_close_matches(part, known, n=1)
   hint = f'did you mean {close[0]}? ' if close else ''
   raise ValueError(
     f'--{name}: unknown; {hint}known are {", ".join(known) or "none"}'
@@ -165,7 +197,7 @@ def main(argv: Sequence[str]) -> int:
     allowed = config.split_names(values.allow_config_change)
     run = loop.Run(frozen, values.workdir, allowed)
   except (ValueError, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
+    print(f'error: {one_line(error)}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print('interrupted: nothing was begun', file=sys.stderr)

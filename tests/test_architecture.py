@@ -8,12 +8,13 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'moe_jax'
 ALLOWED = {
   'routing': set(),
   'parallel': {'routing'},
-  'nn': {'routing', 'parallel'},
-  'data': set(),
-  'config': {'routing', 'data', 'nn'},
+  'options': set(),
+  'nn': {'routing', 'parallel', 'options'},
+  'data': {'options'},
+  'config': {'routing', 'data', 'nn', 'options'},
   'train': {'routing', 'parallel', 'nn', 'data', 'config'},
   'analysis': {'routing', 'parallel', 'nn', 'data', 'config', 'train'},
-  'main': {'parallel', 'config', 'train'},
+  'main': {'parallel', 'config', 'options', 'train'},
 }
 
 

@@ -48,7 +48,7 @@ def test_derived_options_follow():
     ('learning_rate', 0.0, 'learning_rate=0.0: must be greater than 0'),
     ('learning_rate', float('nan'), 'learning_rate=nan: must be finite'),
     ('capacity_factor', float('inf'), 'capacity_factor=inf: must be finite'),
-    ('seed', 2**32, 'seed=4294967296: must be less than'),
+    ('seed', 2**32, 'seed=4294967296: must be 4294967295 or less'),
     ('method', 'loss_free', "method='loss_free': does not stand for"),
     ('method', 'nonsense', "method='nonsense'"),
     ('capacity_factor', -0.5, 'capacity_factor=-0.5'),
@@ -85,7 +85,7 @@ def test_impossible_values_are_refused(path, value, message):
     ({'steps': True}, 'steps=True: must be of type int'),
     ({'model': {'width': '8'}}, "model.width='8': must be of type int"),
     ({'mesh': {'dat': 1}}, 'mesh.dat: unknown; did you mean data'),
-    ({'balancer': 'bip'}, 'balancer: must be a group'),
+    ({'balancer': 'bip'}, "balancer='bip': must be a group"),
     (
       {'balancer': {'name': 'loss_free', 'rate': 'x'}},
       "balancer.rate='x': must be of type float",

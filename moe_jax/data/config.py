@@ -2,8 +2,11 @@
 
 import dataclasses
 import difflib
+from typing import ClassVar
 
 from moe_jax.data.tokenizer import SMALLEST_VOCABULARY
+from moe_jax.options import Range
+from moe_jax.options import check_ranges
 
 EVALUATION_SETS = ('validation', 'shakespeare')
 
@@ -34,6 +37,12 @@ class DataConfig:
     ValueError: a value is impossible.
   """
 
+  RANGES: ClassVar[dict[str, Range]] = {
+    # 256 bytes and the end-of-document token; `nn` has ids of 24 bits.
+    'vocabulary': Range(SMALLEST_VOCABULARY, 2**24),
+    'maximum_documents': Range(0, 2**62),
+  }
+
   dataset: str = 'sotu'
   files: str = ''
   validation_files: str = ''
@@ -45,16 +54,7 @@ class DataConfig:
   cache_dir: str = ''
 
   def __post_init__(self):
-    if self.vocabulary < SMALLEST_VOCABULARY:
-      raise ValueError(
-        f'data.vocabulary={self.vocabulary}: must be at least '
-        f'{SMALLEST_VOCABULARY} (256 bytes and the end-of-document token)'
-      )
-    if self.maximum_documents < 0:
-      raise ValueError(
-        f'data.maximum_documents={self.maximum_documents}: must be positive, '
-        'or 0 for all documents'
-      )
+    check_ranges(self, self.RANGES, 'data.')
     if self.dataset == 'text_files' and not self.files.strip(', '):
       raise ValueError(
         f'data.files={self.files}: data.dataset=text_files needs comma-'

@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 from moe_jax.data import cache
 from moe_jax.data import catalog
 from moe_jax.data import text_files
+from moe_jax.options import one_line
 
 SPLITS = ('train', 'validation')
 _FORMAT = 1  # Part of every key: raise it when this file reads differently.
@@ -112,11 +113,18 @@ def sotu_files() -> dict[str, list[pathlib.Path]]:
 
 
 def _open_sotu(cache_dir, log) -> dict[str, catalog.Corpus]:
-  keys = {
-    split: cache.content_key('sotu', _FORMAT, text_files.contents(paths))
-    for split, paths in sotu_files().items()
-  }
+  def keys() -> dict[str, str]:
+    return {
+      split: _content_key('sotu', paths, 'data.dataset=sotu')
+      for split, paths in sotu_files().items()
+    }
+
   return _prepared(Sotu, keys, cache_dir, log)
+
+
+def _content_key(kind: str, paths, option: str) -> str:
+  contents = text_files.contents(paths, option)
+  return cache.content_key(kind, _FORMAT, contents)
 
 
 # --- Shakespeare, for evaluation ---------------------------------------------
@@ -142,7 +150,7 @@ def open_shakespeare() -> catalog.Corpus | None:
   read = functools.partial(
     text_files.read_documents, paths, 'text', 'shakespeare'
   )
-  key = cache.content_key('shakespeare', _FORMAT, text_files.contents(paths))
+  key = _content_key('shakespeare', paths, 'shakespeare')
   return catalog.Corpus(key, read)
 
 
@@ -221,15 +229,19 @@ def _open_text_files(
       f'data.validation_files={min(both)}: this file is also in data.files; '
       'name it in one of them'
     )
-  contents = text_files.contents(train)
-  if validation:
-    parts = ('whole', contents), ('whole', text_files.contents(validation))
-  else:
-    parts = ('rest', contents), ('held out', contents)
-  keys = {
-    split: cache.content_key('text_files', _FORMAT, text_field, part)
-    for split, part in zip(SPLITS, parts, strict=True)
-  }
+
+  def keys() -> dict[str, str]:
+    parts = text_files.contents(train, 'data.files')
+    if validation:
+      other = text_files.contents(validation, 'data.validation_files')
+      parts = ('whole', parts), ('whole', other)
+    else:
+      parts = ('rest', parts), ('held out', parts)
+    return {
+      split: cache.content_key('text_files', _FORMAT, text_field, part)
+      for split, part in zip(SPLITS, parts, strict=True)
+    }
+
   config = TextFilesConfig(
     name='files', train=train, validation=validation, text_field=text_field
   )
@@ -255,7 +267,7 @@ def _examples(documents: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _prepared(
   builder: Callable[..., tfds.core.DatasetBuilder],
-  keys: dict[str, str],
+  content_keys: Callable[[], dict[str, str]],
   cache_dir: pathlib.Path,
   log: Callable[[str], None],
 ) -> dict[str, catalog.Corpus]:
@@ -263,19 +275,35 @@ def _prepared(
 
   Args:
     builder: takes `data_dir`.
-    keys: content key of each split.
+    content_keys: returns the content key of each split, from the files as they
+      are now.
     cache_dir: parent of the prepared data.
     log: takes a line where it must be prepared.
   """
+  keys = content_keys()
   root = cache_dir / f'corpus-{cache.content_key(sorted(keys.items()))}'
 
-  def documents(split: str) -> Iterator[str]:
-    if not root.is_dir():
-      log('data: reading the corpus')
-      with catalog.quiet(), cache.atomic_directory(root) as folder:
+  def prepare() -> None:
+    log('data: reading the corpus')
+    with catalog.quiet(), cache.atomic_directory(root) as folder:
+      try:
         builder(data_dir=str(folder)).download_and_prepare(
           file_format='array_record'
         )
+      except RuntimeError as error:  # array_record's word for an OSError.
+        raise OSError(one_line(error)) from error
+      if content_keys() != keys:  # It would be found under a wrong name.
+        raise ValueError('data.files: changed while being read; start again')
+
+  def documents(split: str) -> Iterator[str]:
+    try:
+      cache.check_directory(root)
+    except FileNotFoundError:
+      prepare()
+    except cache.DamagedError:
+      log(f'data: {root} is damaged; making it again')
+      cache.remove(root)
+      prepare()
     with catalog.quiet():
       source = builder(data_dir=str(root)).as_data_source(split)
     return catalog.texts(source, 'text', str(root))

@@ -2,15 +2,25 @@
 
 from collections.abc import Iterable
 from collections.abc import Iterator
+import contextlib
 import glob
 import gzip
+import itertools
 import json
 import pathlib
+import sys
 import zlib
 
 from moe_jax.data import cache
+from moe_jax.options import shown
 
 SUFFIXES = ('.txt', '.jsonl', '.txt.gz', '.jsonl.gz')
+# A document, or a line of a .jsonl file, has at most so many bytes.
+LARGEST_DOCUMENT = 1 << 30
+# A .gz file has at most its own size times the one plus the other inside. Text
+# shrinks 3 to 10 times; nothing shrinks more than 1032 times.
+LARGEST_EXPANSION = 100
+SMALL_EXPANSION = 1 << 28
 
 
 def find_files(option: str, patterns: str) -> tuple[pathlib.Path, ...]:
@@ -26,18 +36,23 @@ def find_files(option: str, patterns: str) -> tuple[pathlib.Path, ...]:
   """
   found = {}
   for pattern in filter(None, map(str.strip, patterns.split(','))):
-    path = pathlib.Path(pattern).expanduser()
-    # A path that exists may hold characters that mean something in a glob.
-    names = [path] if path.exists() else sorted(glob.glob(str(path)))
+    try:
+      path = pathlib.Path(pattern).expanduser()
+      # A path that exists may hold characters that mean something in a glob.
+      names = [path] if path.exists() else sorted(glob.glob(str(path)))
+      names = [pathlib.Path(name).resolve() for name in names]
+    except (OSError, RuntimeError) as error:  # Such as a loop of links.
+      raise ValueError(f'{option}={pattern}: {error}') from error
     if not names:
       raise FileNotFoundError(f'{option}={pattern}: no such file')
     for name in names:
-      name = pathlib.Path(name).resolve()
-      if not name.is_file():
+      if name.is_dir():
         raise ValueError(
           f'{option}={name}: not a file; '
           f'to read a directory write {name / ("*" + SUFFIXES[0])}'
         )
+      if not name.is_file():
+        raise ValueError(f'{option}={name}: not a regular file')
       if not name.name.endswith(SUFFIXES):
         raise ValueError(
           f'{option}={name}: the name must end in {", ".join(SUFFIXES)}'
@@ -46,12 +61,20 @@ def find_files(option: str, patterns: str) -> tuple[pathlib.Path, ...]:
   return tuple(found)
 
 
-def contents(paths: Iterable[pathlib.Path]) -> list[tuple[bool, bool, str]]:
-  """Returns what determines the documents of files: content, not place."""
-  return [
-    ('.jsonl' in path.suffixes, path.suffix == '.gz', cache.file_digest(path))
-    for path in paths
-  ]
+def contents(
+  paths: Iterable[pathlib.Path], option: str
+) -> list[tuple[bool, bool, str]]:
+  """Returns what determines the documents of files: content, not place.
+
+  Raises:
+    ValueError: a file cannot be read; the message has `option`.
+  """
+  found = []
+  for path in paths:
+    with _reading(f'{option}={path}'):
+      digest = cache.file_digest(path)
+    found.append(('.jsonl' in path.suffixes, path.suffix == '.gz', digest))
+  return found
 
 
 def read_documents(
@@ -80,17 +103,67 @@ def read_documents(
 
 
 def _read_file(path, text_field, where) -> Iterator[str]:
-  opener = gzip.open if path.suffix == '.gz' else open
+  by_line = '.jsonl' in path.suffixes
+  with _reading(where):
+    is_packed = path.suffix == '.gz'
+    with (gzip.open if is_packed else open)(path, 'rb') as file:
+      room = sys.maxsize
+      if is_packed:
+        room = SMALL_EXPANSION + path.stat().st_size * LARGEST_EXPANSION
+      for place, piece in _pieces(file, by_line, room, where):
+        if not by_line:
+          yield decode(piece, place)
+        elif piece.strip():
+          yield _parse(piece, text_field, place)
+
+
+def _pieces(file, by_line, room, where) -> Iterator[tuple[str, bytes]]:
+  """Yields the lines of a file, or all of it at once, and where they are.
+
+  Never holds more than LARGEST_DOCUMENT bytes, nor reads more than `room`.
+  """
+  for number in itertools.count(1):
+    place = f'{where}: line {number}' if by_line else where
+    most = min(LARGEST_DOCUMENT, room) + 1
+    piece = file.readline(most) if by_line else _read_up_to(file, most)
+    if len(piece) > room:
+      raise ValueError(
+        f'{place}: the file expands to more than {LARGEST_EXPANSION} times its '
+        f'size plus {SMALL_EXPANSION} bytes, which is no text; if it is, '
+        'unpack it'
+      )
+    if len(piece) > LARGEST_DOCUMENT:
+      raise ValueError(
+        f'{place}: longer than {LARGEST_DOCUMENT} bytes, the most that a '
+        'document may have; divide it'
+      )
+    if piece:
+      yield place, piece
+    if not by_line or not piece:
+      return
+    room -= len(piece)
+
+
+def _read_up_to(file, most: int) -> bytes:
+  """Reads at most so many bytes, without asking for their memory at once."""
+  chunks = []
+  while most > 0 and (chunk := file.read(min(most, 1 << 20))):
+    chunks.append(chunk)
+    most -= len(chunk)
+  return b''.join(chunks)
+
+
+@contextlib.contextmanager
+def _reading(where: str) -> Iterator[None]:
+  """Turns what the system says into ValueErrors that begin with `where`."""
   try:
-    with opener(path, 'rb') as file:
-      if '.jsonl' not in path.suffixes:
-        yield decode(file.read(), where)
-        return
-      for number, line in enumerate(file, 1):
-        if line.strip():
-          yield _parse(line, text_field, f'{where}: line {number}')
+    yield
   except (gzip.BadGzipFile, EOFError, zlib.error) as error:
     raise ValueError(f'{where}: damaged gzip file: {error}') from error
+  except OSError as error:
+    raise ValueError(
+      f'{where}: cannot be read: {error.strerror or error}'
+    ) from error
 
 
 def decode(data: bytes, where: str) -> str:
@@ -105,21 +178,23 @@ def decode(data: bytes, where: str) -> str:
 
 def _parse(line: bytes, text_field: str, where: str) -> str:
   """Returns the text of one line of a .jsonl file."""
+  text = decode(line, where)
   try:
-    record = json.loads(decode(line, where))
-  except (json.JSONDecodeError, RecursionError) as error:
+    record = json.loads(text)
+  # ValueError also for integers of more digits than Python likes.
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{where}: invalid JSON: {error}') from error
   if not isinstance(record, dict):
-    raise ValueError(f'{where}: expected a JSON object, found {record!r:.40}')
+    raise ValueError(f'{where}: expected a JSON object, found {shown(record)}')
   if text_field not in record:
     raise ValueError(
       f'{where}: no field data.text_field={text_field}; '
-      f'this line has {", ".join(sorted(record))}'
+      f'this line has {shown(", ".join(sorted(record)))}'
     )
   text = record[text_field]
   if not isinstance(text, str):
     raise ValueError(
-      f'{where}: {text_field} must be a string, not {text!r:.40}'
+      f'{where}: {text_field} must be a string, not {shown(text)}'
     )
   try:
     text.encode()

@@ -134,13 +134,14 @@ def load_tokenizer(
   """Reads the tokenizer at `path`, or trains it and writes it there.
 
   Args:
-    path: a JSON file; made again where it is damaged.
+    path: a sealed JSON file; made again where it is damaged.
     documents: gives the training text; called only if it is needed.
     vocabulary: number of ids.
     log: takes a line about work that was not cached.
   """
   try:
-    return Tokenizer.from_json(path.read_text('utf-8'), vocabulary)
+    text = path.read_bytes()[: cache.check_file(path)].decode()
+    return Tokenizer.from_json(text, vocabulary)
   except FileNotFoundError:
     pass
   except ValueError:
@@ -161,7 +162,7 @@ def load_tokens(
   """Opens the token file at `path`, or encodes the documents into it.
 
   Args:
-    path: a .npy file; made again where it is damaged.
+    path: a sealed .npy file; made again where it is damaged.
     documents: gives the text; called only if it is needed.
     tokenizer: encodes it.
     log: takes a line about work that was not cached.
@@ -191,6 +192,7 @@ def load_tokens(
 
 
 def _open_tokens(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
+  cache.check_file(path)
   tokens_N = np.load(path, mmap_mode='r', allow_pickle=False)
   if tokens_N.dtype != dtype or tokens_N.ndim != 1:
     raise ValueError(f'{path} holds {tokens_N.dtype} {tokens_N.shape}')

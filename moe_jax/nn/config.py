@@ -1,6 +1,10 @@
 """Sizes and options of the model."""
 
 import dataclasses
+from typing import ClassVar
+
+from moe_jax.options import Range
+from moe_jax.options import check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,17 @@ class MoEConfig:
       the router are float32.
   """
 
+  RANGES: ClassVar[dict[str, Range]] = {
+    'width': Range(1, 2**17),
+    'hidden': Range(1, 2**20),
+    'experts': Range(1, 2**14),
+    'experts_per_token': Range(1, 2**14),
+    'shared_experts': Range(0, 2**10),
+    'router_z_loss': Range(0, 1e6),
+    'capacity_factor': Range(0, 2**14),
+    'shards': Range(0, 2**20),
+  }
+
   width: int = 512
   hidden: int = 1408
   experts: int = 16
@@ -48,26 +63,12 @@ class MoEConfig:
   dtype: str = 'float32'
 
   def __post_init__(self):
-    for name in ('width', 'hidden', 'experts', 'experts_per_token'):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f'model.{name}={getattr(self, name)}: must be 1 or more'
-        )
+    check_ranges(self, self.RANGES, 'model.')
     if self.experts_per_token > self.experts:
       raise ValueError(
         f'model.experts_per_token={self.experts_per_token}: must be at most '
         f'model.experts={self.experts}'
       )
-    for name in (
-      'shared_experts',
-      'router_z_loss',
-      'capacity_factor',
-      'shards',
-    ):
-      if getattr(self, name) < 0:
-        raise ValueError(
-          f'model.{name}={getattr(self, name)}: must be 0 or more'
-        )
     if self.round_to_capacity and 0 < self.capacity_factor < 1:
       raise ValueError(
         f'capacity_factor={self.capacity_factor}: must be 0 or at least 1 with '
@@ -101,6 +102,17 @@ class DecoderConfig(MoEConfig):
     remat: whether the backward pass recomputes each layer from its input.
   """
 
+  RANGES: ClassVar[dict[str, Range]] = MoEConfig.RANGES | {
+    'vocabulary': Range(1, 2**24),
+    'layers': Range(1, 2**10),
+    'dense_layers': Range(0, 2**10),
+    'dense_hidden': Range(1, 2**20),
+    'heads': Range(1, 2**12),
+    'kv_heads': Range(1, 2**12),
+    'rope_theta': Range(0, 1e30, above=True),
+    'norm_epsilon': Range(0, 1.0, above=True),
+  }
+
   vocabulary: int = 6400
   layers: int = 8
   dense_layers: int = 0
@@ -113,14 +125,9 @@ class DecoderConfig(MoEConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    for name in ('vocabulary', 'layers', 'dense_hidden', 'heads', 'kv_heads'):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f'model.{name}={getattr(self, name)}: must be 1 or more'
-        )
-    if not 0 <= self.dense_layers < self.layers:
+    if self.dense_layers >= self.layers:
       raise ValueError(
-        f'model.dense_layers={self.dense_layers}: must be 0 or more and less '
+        f'model.dense_layers={self.dense_layers}: must be less '
         f'than model.layers={self.layers}, which leaves an MoE layer'
       )
     if self.width % (2 * self.heads):
@@ -132,8 +139,3 @@ class DecoderConfig(MoEConfig):
       raise ValueError(
         f'model.kv_heads={self.kv_heads}: must divide model.heads={self.heads}'
       )
-    for name in ('rope_theta', 'norm_epsilon'):
-      if not getattr(self, name) > 0:
-        raise ValueError(
-          f'model.{name}={getattr(self, name)}: must be greater than 0'
-        )

@@ -1,20 +1,27 @@
 """Every corpus gives its documents, and bad input is told by its name."""
 
+import errno
 import gzip
 import importlib.metadata
 import importlib.util
 import json
+import os
 import pathlib
+import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from moe_jax import data
+from moe_jax.data import cache
 from moe_jax.data import catalog
 from moe_jax.data import corpora
+from moe_jax.data import text_files
 
 
 def quiet(message):
@@ -217,6 +224,198 @@ def test_bad_file_is_named(tmp_path, name, content, message):
   assert not list((tmp_path / 'cache').iterdir())  # Nothing half made.
 
 
+@pytest.mark.parametrize(
+  'content, message',
+  [
+    (b'\x89PNG\r\n\x1a\n' + bytes(range(256)), r'byte 0 is not valid UTF-8'),
+    ('\ufeffh\u00e9'.encode('utf-16'), r'byte 0 is not valid UTF-8'),
+    (b'utf-8: \xc3\xa9, latin-1: \xe9.', r'byte 20 is not valid UTF-8'),
+    (b'\xed\xa0\x80', r'byte 0 is not valid UTF-8'),  # Half a surrogate pair.
+  ],
+)
+def test_other_encodings_are_told(tmp_path, content, message):
+  (tmp_path / 'a.txt').write_bytes(content)
+  with pytest.raises(ValueError, match=f'^data.files=.*a.txt: {message}'):
+    load(tmp_path, f'{tmp_path}/a.txt')
+
+
+@pytest.mark.parametrize(
+  'line, message',
+  [
+    (b'[' * 100_000, r'line 1: invalid JSON'),
+    (b'{"a":' * 100_000, r'line 1: invalid JSON'),
+    (b'{"text": ' + b'9' * 5000 + b'}', r'line 1: invalid JSON: Exceeds'),
+    (b'{"text": NaN}', r'line 1: text must be a string, not nan'),
+    (b'{"text": null}', r'line 1: text must be a string, not None'),
+    (b'{"text": {"text": "a"}}', r'line 1: text must be a string'),
+    (b'\x00', r'line 1: invalid JSON'),
+    (b'{"' + b'x' * 5000 + b'": 1}', r'this line has .{60}$'),
+  ],
+)
+def test_odd_json_is_told_in_one_line(tmp_path, line, message):
+  (tmp_path / 'a.jsonl').write_bytes(line + b'\n{"text": "fine"}\n')
+  with pytest.raises(ValueError, match=f'^data.files=.*a.jsonl: .*{message}'):
+    load(tmp_path, f'{tmp_path}/a.jsonl')
+  assert not list((tmp_path / 'cache').iterdir())
+
+
+def test_json_of_other_fields_may_be_anything(tmp_path):
+  lines = ['{"text": "a", "text": "b", "n": NaN}', '{"n": 1e999, "text": "c"}']
+  (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
+  text = load(tmp_path, f'{tmp_path}/a.jsonl')
+  assert train_and_validation(text) == (['c'], ['b'])
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl', 'a.txt.gz', 'a.jsonl.gz'])
+def test_huge_documents_are_refused(tmp_path, name, monkeypatch):
+  monkeypatch.setattr(text_files, 'LARGEST_DOCUMENT', 1000)
+  line = json.dumps({'text': 'x' * (1000 - 13)})  # Just fits.
+  opener = gzip.open if name.endswith('.gz') else open
+  with opener(tmp_path / name, 'wt') as file:
+    file.write(f'{line}\n{line} \n')
+  where = r': line 2: ' if 'jsonl' in name else ': '
+  message = f'^data.files=.*{name}{where}longer than 1000 bytes'
+  with pytest.raises(ValueError, match=message):
+    load(tmp_path, f'{tmp_path}/{name}')
+
+
+@pytest.mark.parametrize('name', ['a.txt.gz', 'a.jsonl.gz'])
+@pytest.mark.parametrize('members', [1, 50])
+@pytest.mark.parametrize('byte', [b'\0', b'\n', b' '])
+def test_gzip_without_end_is_refused(
+  tmp_path, name, members, byte, monkeypatch
+):
+  monkeypatch.setattr(text_files, 'SMALL_EXPANSION', 1 << 16)
+  packed = gzip.compress(byte * (5_000_000 // members), mtime=0)
+  (tmp_path / name).write_bytes(packed * members)
+  read = []
+  original = gzip.GzipFile.read
+  monkeypatch.setattr(
+    gzip.GzipFile,
+    'read',
+    lambda self, size=-1: read.append(size) or original(self, size),
+  )
+  with pytest.raises(ValueError, match=f'^data.files=.*{name}: .*expands to'):
+    load(tmp_path, f'{tmp_path}/{name}')
+  assert all(0 <= size <= 1 << 20 for size in read)
+  assert not list((tmp_path / 'cache').iterdir())
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+  os.mkfifo(tmp_path / 'a.txt')
+  (tmp_path / 'b.txt').symlink_to('/dev/zero')
+  (tmp_path / 'c.txt').symlink_to(tmp_path / 'c.txt')
+  (tmp_path / 'd').symlink_to(tmp_path)
+  for name in ('a.txt', 'b.txt', 'c.txt', '*.txt'):
+    with pytest.raises(ValueError, match=r'^data\.files=\S+: .+'):
+      load(tmp_path, f'{tmp_path}/{name}')
+  with pytest.raises((ValueError, FileNotFoundError), match=r'^data\.files='):
+    load(tmp_path, f'{tmp_path}/{"d/" * 50}e.txt')
+  with pytest.raises(ValueError, match=r'^data\.files='):
+    load(tmp_path, f'{tmp_path}/{"x" * 300}.txt')
+
+
+def test_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+  write(tmp_path / 'a.txt', ['a'])
+
+  def denied(path):
+    raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+
+  monkeypatch.setattr(cache, 'file_digest', denied)
+  message = r'^data\.files=.*a\.txt: cannot be read: Permission denied$'
+  with pytest.raises(ValueError, match=message):
+    load(tmp_path, f'{tmp_path}/a.txt')
+
+
+@pytest.mark.parametrize('change', ['vanish', 'grow'])
+def test_file_that_changes_while_being_read_is_told(
+  tmp_path, monkeypatch, change
+):
+  path = tmp_path / 'a.jsonl'
+  write(path, ['one', 'two'])
+  original = cache.file_digest
+
+  def digest(path):
+    found = original(path)
+    monkeypatch.setattr(cache, 'file_digest', original)
+    path.unlink() if change == 'vanish' else write(path, ['one', 'two', '3'])
+    return found
+
+  monkeypatch.setattr(cache, 'file_digest', digest)
+  message = 'cannot be read: No such' if change == 'vanish' else 'changed while'
+  with pytest.raises(ValueError, match=f'^data.files.*{message}'):
+    load(tmp_path, str(path))
+  assert not list((tmp_path / 'cache').iterdir())
+
+
+# --- The cache ---------------------------------------------------------------
+
+
+def flip(path):
+  whole = bytearray(path.read_bytes())
+  whole[len(whole) // 2] ^= 1
+  path.write_bytes(whole)
+
+
+@pytest.mark.parametrize('damage', [flip, pathlib.Path.unlink])
+def test_damaged_corpus_is_made_again(tmp_path, damage):
+  write(tmp_path / 'a.jsonl', [f'document {i}' for i in range(50)])
+  text = load(tmp_path, f'{tmp_path}/a.jsonl')
+  expected = train_and_validation(text)
+  folder = tmp_path / 'cache'
+  (corpus,) = folder.glob('corpus-*')
+  for path in [path for path in corpus.rglob('*') if path.is_file()]:
+    for made in (*folder.glob('tokens-*'), *folder.glob('tokenizer-*')):
+      made.unlink()
+    damage(path)
+    again = load(tmp_path, f'{tmp_path}/a.jsonl')
+    assert train_and_validation(again) == expected
+    assert again.fingerprint == text.fingerprint
+  assert not list(folder.glob('.incomplete-*'))
+
+
+@pytest.mark.parametrize(
+  'what, lines, room', [('corpus', 400, 20_000), ('tokens', 4000, 960_000)]
+)
+def test_cache_without_room_is_named(tmp_path, what, lines, room):
+  words = np.random.default_rng(0).integers(0, 9999, (lines, 40)).astype(str)
+  write(tmp_path / 'a.jsonl', [' '.join(line) for line in words])
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  # Below Python, so that array_record gets to feel it, too.
+  resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+  try:
+    with pytest.raises(ValueError) as info:
+      load(tmp_path, f'{tmp_path}/a.jsonl')
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  folder = tmp_path / 'cache'
+  start = f'data.cache_dir={folder}: cannot write {what}-'
+  assert str(info.value).startswith(start) and '\n' not in str(info.value)
+  assert 'File too large' in str(info.value)
+  assert not list(folder.glob('.incomplete-*'))
+  load(tmp_path, f'{tmp_path}/a.jsonl')  # With room again.
+
+
+@pytest.mark.parametrize('code', [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize(
+  'function', ['NamedTemporaryFile', 'mkdtemp', 'replace', 'write_text']
+)
+def test_cache_that_cannot_be_written_is_named(
+  tmp_path, monkeypatch, code, function
+):
+  write(tmp_path / 'a.jsonl', ['one', 'two'])
+
+  def fail(*arguments, **options):
+    raise OSError(code, os.strerror(code))
+
+  module = {'replace': os, 'write_text': pathlib.Path}.get(function, tempfile)
+  monkeypatch.setattr(module, function, fail)
+  message = rf'^data\.cache_dir={tmp_path}/cache: .*\({os.strerror(code)}\)'
+  with pytest.raises(ValueError, match=message):
+    load(tmp_path, f'{tmp_path}/a.jsonl')
+  assert not list((tmp_path / 'cache').glob('.incomplete-*'))
+
+
 def test_bad_validation_file_is_named_as_such(tmp_path):
   write(tmp_path / 'a.txt', ['fine'])
   (tmp_path / 'v.txt').write_bytes(b'\xff')
@@ -349,9 +548,87 @@ def test_unknown_text_feature_is_named(tmp_path, lm1b):
     load_named(tmp_path, 'lm1b', text_field='body')
 
 
+@pytest.fixture
+def stranger(lm1b):
+  """A prepared directory for which TFDS has no code: it says what it is."""
+  folder = lm1b / 'stranger' / '1.1.0'
+  shutil.copytree(lm1b / 'lm1b' / '1.1.0', folder)
+  for path in folder.iterdir():
+    path.rename(folder / path.name.replace('lm1b', 'stranger'))
+  info = folder / 'dataset_info.json'
+  info.write_text(info.read_text().replace('"lm1b"', '"stranger"'))
+  return folder
+
+
+def test_directory_without_code_is_read(tmp_path, stranger):
+  train, _ = train_and_validation(load_named(tmp_path, 'stranger'))
+  assert sorted(train) == [f'train sentence {i} .' for i in range(7)]
+
+
+@pytest.mark.parametrize(
+  'features',
+  [
+    {'pythonClassName': 'foreign.Text', 'text': {}},
+    {'python_class_name': 'foreign.Text', 'text': {}},
+    {'type': 'foreign.Text', 'content': {}},
+    {
+      'pythonClassName': (
+        'tensorflow_datasets.core.features.features_dict.FeaturesDict'
+      ),
+      'featuresDict': {
+        'features': {'text': {'pythonClassName': 'foreign.Text', 'text': {}}}
+      },
+    },
+  ],
+)
+def test_directory_from_elsewhere_runs_no_code(
+  tmp_path, stranger, features, monkeypatch
+):
+  (stranger / 'features.json').write_text(json.dumps(features))
+  marker = tmp_path / 'marker'
+  (tmp_path / 'foreign.py').write_text(f'open({str(marker)!r}, "w")')
+  monkeypatch.syspath_prepend(tmp_path)
+  message = r'^data\.dataset=stranger: .*foreign\.Text'
+  with pytest.raises(ValueError, match=message):
+    load_named(tmp_path, 'stranger')
+  assert not marker.exists() and 'foreign' not in sys.modules
+  with pytest.raises(ValueError):  # TFDS by itself would have run it.
+    tfds.builder('stranger', data_dir=str(tmp_path / 'tfds'))
+  assert marker.exists()
+  del sys.modules['foreign']
+
+
+def test_directory_does_not_lead_elsewhere(tmp_path, stranger):
+  info = stranger / 'dataset_info.json'
+  content = json.loads(info.read_text())
+  for split in content['splits']:
+    split['filepathTemplate'] = (
+      '../../lm1b/1.1.0/lm1b-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
+    )
+  info.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match=r'^data\.dataset=stranger: .* is in '):
+    load_named(tmp_path, 'stranger')
+
+
+@pytest.mark.parametrize(
+  'name', ['dataset_info.json', 'features.json', 'stranger-train.array_record*']
+)
+@pytest.mark.parametrize('content', [None, b'', b'{}', b'[' * 9999, b'\xff\0'])
+def test_damaged_directory_is_told(tmp_path, stranger, name, content):
+  (path,) = stranger.glob(name)
+  path.unlink() if content is None else path.write_bytes(content)
+  with pytest.raises(ValueError, match=r'^data\.\w+=\w+: .*') as info:
+    load_named(tmp_path, 'stranger')
+  assert '\n' not in str(info.value)
+
+
 @pytest.mark.parametrize(
   'name, message',
   [
+    ('lm1b/..', 'not a data set name'),
+    ('lm1b/../../x', 'not a data set name'),
+    ('/etc', 'not a data set name'),
+    ('lm1b:../..', 'not a data set name'),
     ('lm1b', 'needs TensorFlow'),
     ('c4', 'needs Apache Beam'),
     ('wikipedia', 'needs Apache Beam'),

@@ -255,7 +255,7 @@ def test_long_work_is_reported(sotu_config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   'options, message',
   [
-    ({'vocabulary': 100}, r'data\.vocabulary=100: .*at least 257'),
+    ({'vocabulary': 100}, r'data\.vocabulary=100: must be 257 or more'),
     ({'maximum_documents': -1}, r'data\.maximum_documents=-1: '),
     ({'dataset': 'text_files'}, r'data\.files=: '),
     ({'files': 'a.txt'}, r'data\.files=a\.txt: .*data\.dataset=sotu'),

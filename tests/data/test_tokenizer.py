@@ -97,14 +97,20 @@ def test_cached_tokenizer_is_used_and_equal(tmp_path, tokenizer):
     lambda whole: b'{}',
     lambda whole: b'\xff' + whole,
     lambda whole: whole.replace(b'<|endoftext|>', b'<|somethingelse|>'),
+    lambda whole: whole.replace(b'"the"', b'"teh"'),
+    lambda whole: whole[:-64],  # As it was before it was sealed.
   ],
 )
 def test_damaged_tokenizer_is_made_again(tmp_path, tokenizer, damage):
   path = tmp_path / 'tokenizer.json'
-  path.write_bytes(damage(tokenizer.to_json().encode()))
+  load_tokenizer(path, lambda: DOCUMENTS, 300, quiet)
+  whole = path.read_bytes()
+  assert damage(whole) != whole
+  path.write_bytes(damage(whole))
   messages = []
   made = load_tokenizer(path, lambda: DOCUMENTS, 300, messages.append)
-  assert made.to_json() == path.read_text('utf-8') == tokenizer.to_json()
+  assert made.to_json() == tokenizer.to_json()
+  assert path.read_bytes() == whole
   assert str(path) in messages[0]
 
 
@@ -129,6 +135,10 @@ def test_token_file_holds_the_documents_and_their_ends(tmp_path, tokenizer):
     lambda whole: whole[:-1],
     lambda whole: b'text' + whole,
     lambda whole: whole.replace(b'<u2', b'<u4'),
+    lambda whole: whole[:140] + bytes([whole[140] ^ 1]) + whole[141:],
+    lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
+    lambda whole: whole[:-64],  # As it was before it was sealed.
+    lambda whole: whole + b'more',
   ],
 )
 def test_damaged_token_file_is_made_again(tmp_path, tokenizer, damage):

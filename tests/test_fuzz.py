@@ -1,0 +1,506 @@
+"""No flag, experiment file or option ends in anything but one clear line."""
+
+import contextlib
+import dataclasses
+import io
+import pathlib
+import tempfile
+import traceback
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import pytest
+
+from moe_jax import config as config_lib
+from moe_jax import main as command_line
+from moe_jax.data import DataConfig
+from moe_jax.nn import DecoderConfig
+from moe_jax.parallel import mesh as meshes
+from moe_jax.train import optimizer
+from moe_jax.train import state
+from moe_jax.train import step
+
+DEMO = 'experiments/demo.py'
+NO_DEADLINE = hypothesis.settings(
+  deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+LONG = hypothesis.settings(NO_DEADLINE, max_examples=3000)
+QUICK = hypothesis.settings(NO_DEADLINE, max_examples=120)
+
+
+def paths(options, prefix='config'):
+  """Yields the full names of options and of their groups."""
+  for name, value in options.items():
+    yield f'{prefix}.{name}'
+    if isinstance(value, ConfigDict):
+      yield from paths(value, f'{prefix}.{name}')
+
+
+# --- Every option has a range ------------------------------------------------
+
+FREE_TEXT = {  # On purpose: names of data sets, files and features.
+  'dataset',
+  'files',
+  'validation_files',
+  'text_field',
+  'tfds_dir',
+  'cache_dir',
+}
+
+
+@pytest.mark.parametrize(
+  'kind', [config_lib.Config, config_lib.MeshConfig, DataConfig, DecoderConfig]
+)
+def test_every_number_has_a_range_and_every_text_its_values(kind):
+  fields = dataclasses.fields(kind)
+  numbers = {field.name for field in fields if field.type in (int, float)}
+  assert set(kind.RANGES) == numbers
+  for field in fields:
+    if field.type is str and not (
+      kind is DataConfig and field.name in FREE_TEXT
+    ):
+      options = {field.name: 'no such value'}
+      with pytest.raises(ValueError, match=f'{field.name}='):
+        kind(**options)
+    elif field.type in (int, float):
+      allowed = kind.RANGES[field.name]
+      for value in (allowed.least - 1, allowed.most * 2 + 2):
+        with pytest.raises(ValueError, match=rf'\b{field.name}='):
+          kind(**{field.name: field.type(value)})
+
+
+@pytest.mark.parametrize('method', config_lib.METHODS)
+def test_every_argument_of_a_balancer_has_a_range_or_values(method):
+  options = config_lib.balancer_options(**config_lib.METHODS[method])
+  for name, value in options.items():
+    if type(value) in (int, float):
+      allowed = config_lib.BALANCER_RANGES[name]
+      wrong = (allowed.least - 1, allowed.most * 2)
+    else:
+      wrong = () if type(value) is bool else ('no such value',)
+    for other in wrong:
+      balancer = {**options, name: type(value)(other)}
+      with pytest.raises(ValueError, match=rf'^balancer\.{name}='):
+        config_lib.freeze({'method': method, 'balancer': balancer})
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'batch_size': 2**20, 'sequence_length': 2**12},
+    {'batch_size': 2**10, 'sequence_length': 2**19},
+  ],
+)
+def test_tokens_of_a_step_can_be_counted(options):
+  with pytest.raises(ValueError, match=r'batch_size=.*less than 2\^31'):
+    config_lib.freeze(options)
+
+
+# --- Flags -------------------------------------------------------------------
+
+NAMES = sorted(paths(config_lib.default_config()))
+values = st.one_of(
+  st.sampled_from(
+    ['', 'nan', '-inf', 'None', 'true', '()', '(1, 2)', '[', '0x1', '1_0']
+    + ['1e999', '9' * 5000, '-1', '0', '1', '2', '1.5', '\x00', '\ud800', '\n']
+    + ['{}', '"', "'", '@', '*', '--config', '../..', '${x}', '1' + '0' * 30]
+  ),
+  st.integers().map(str),
+  st.floats().map(str),
+  st.text(max_size=8),
+)
+names = st.one_of(
+  st.sampled_from(NAMES),
+  st.sampled_from(NAMES).map(lambda name: name[:-1]),
+  st.sampled_from(NAMES).map(lambda name: name + '.x.y'),
+  st.sampled_from(
+    ['config', 'noconfig', 'workdir', 'print_sharding', 'noprint_sharding']
+    + ['flagfile', 'undefok', 'config.', 'config..', '.config', 'config[0]']
+    + ['config.model.', 'config.__class__', 'config.balancer.__dict__', '']
+    + ['helpfull', 'v', 'no', 'config.to_dict', 'noconfig.balancer.clip']
+  ),
+  st.text(max_size=6),
+)
+arguments = st.one_of(
+  st.builds(
+    lambda dash, name, sign, value: f'{dash}{name}{sign}{value}',
+    st.sampled_from(['--', '--', '--', '-', '', '---', '--no']),
+    names,
+    st.sampled_from(['=', '=', '=', '', ' ', '==']),
+    values,
+  ),
+  names.map('--{}'.format),
+  values,
+  st.just('--'),
+)
+command_lines = st.builds(
+  lambda first, rest: [*first, *rest],
+  st.sampled_from(
+    [[f'--config={DEMO}:{m}'] for m in config_lib.METHODS] + [[]]
+  ),
+  st.lists(arguments, max_size=4),
+)
+
+
+def one_line_or_config(argv):
+  """Only a config, or ValueError of one line."""
+  errors = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(errors):
+      options, _ = command_line.parse(
+        ['main', *argv], others={'print_sharding': False}
+      )
+      assert isinstance(config_lib.freeze(options), config_lib.Config)
+  except ValueError as error:
+    assert type(error) is ValueError
+    message = str(error)
+    assert len(message.splitlines()) == 1, message
+    message.encode()
+    # It names what is wrong: an option, a flag or the argument itself.
+    assert '=' in message or '--' in message or ': ' in message, message
+  assert not errors.getvalue()
+
+
+flag_examples = [
+  [f'--config={DEMO}:bip', '--flagfile=/dev/zero'],
+  [f'--config={DEMO}:bip', '--undefok=config.stepz', '--config.stepz=3'],
+  [f'--config={DEMO}:bip', '--config.steps=' + '9' * 5000],
+  [f'--config={DEMO}:bip', '--config.learning_rate=' + '9' * 5000],
+  [f'--config={DEMO}:bip', '--config.data.files=\ud800'],
+  [f'--config={DEMO}:bip', '--workdir=\x00'],
+  [f'--config={DEMO}:bip', '--config.data.tfds_dir=a\nb'],
+  [f'--config={DEMO}:bip', '--noconfig.balancer.clip'],
+]
+
+
+@pytest.mark.parametrize('argv', flag_examples)
+def test_odd_flags_are_one_line(argv):
+  one_line_or_config(argv)
+
+
+@QUICK
+@hypothesis.given(command_lines)
+def test_any_flags_are_one_line(argv):
+  one_line_or_config(argv)
+
+
+@pytest.mark.long
+@LONG
+@hypothesis.given(command_lines)
+def test_any_flags_are_one_line_long(argv):
+  one_line_or_config(argv)
+
+
+# --- Options -----------------------------------------------------------------
+
+anything = st.recursive(
+  st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.binary(max_size=3),
+    st.sampled_from([10**400, -(2**70), 2**31, 1e308, -0.0, object(), int]),
+  ),
+  lambda inner: st.one_of(
+    st.lists(inner, max_size=3),
+    st.dictionaries(
+      st.one_of(st.text(max_size=5), st.integers(), st.none()),
+      inner,
+      max_size=3,
+    ),
+  ),
+  max_leaves=4,
+)
+overrides = st.lists(
+  st.tuples(st.sampled_from(NAMES), anything), min_size=1, max_size=3
+)
+
+
+def freeze_overridden(method, changes):
+  options = config_lib.default_config(method).to_dict()
+  for name, value in changes:
+    *groups, last = name.split('.')[1:]
+    section = options
+    for group in groups:
+      section = section.get(group)
+      if not isinstance(section, dict):
+        return
+    section[last] = value
+  try:
+    config_lib.freeze(options)
+  except ValueError as error:
+    assert type(error) is ValueError
+    message = str(error)
+    assert len(message.splitlines()) == 1, message
+    assert any(name.split('.')[-1] in message for name, _ in changes), message
+
+
+def test_number_that_python_cannot_print_is_refused():
+  freeze_overridden('bip', [('config.steps', 10**5000)])
+  freeze_overridden('bip', [('config.learning_rate', 10**5000)])
+
+
+@hypothesis.settings(NO_DEADLINE, max_examples=200)
+@hypothesis.given(st.sampled_from(sorted(config_lib.METHODS)), overrides)
+def test_any_options_are_one_line(method, changes):
+  freeze_overridden(method, changes)
+
+
+@pytest.mark.long
+@hypothesis.settings(NO_DEADLINE, max_examples=10_000)
+@hypothesis.given(st.sampled_from(sorted(config_lib.METHODS)), overrides)
+def test_any_options_are_one_line_long(method, changes):
+  freeze_overridden(method, changes)
+
+
+# --- Experiment files --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  'content',
+  [
+    b'',
+    b'\x00\xff\xfe',
+    b'# coding: latin-7777\n',
+    b'def get_config(',
+    b'get_config = 3',
+    b'def get_config(): pass',
+    b'def get_config(m): pass',
+    b'def get_config(m): return {}',
+    b'def get_config(m, n): pass',
+    b'def get_config(m): raise SystemExit(0)',
+    b'import sys; sys.exit()',
+    b'def get_config(m): raise GeneratorExit',
+    b'def get_config(m): raise BaseException("a\\nb")',
+    b'def get_config(m): return get_config(m)',
+    b'class E(Exception):\n  def __str__(self): 1 / 0\n'
+    b'def get_config(m): raise E',
+    b'from ml_collections import ConfigDict\n'
+    b'def get_config(m): return ConfigDict()',
+    b'from ml_collections import ConfigDict\n'
+    b'def get_config(m): return ConfigDict({1: 2, "steps": None})',
+    b'from ml_collections import ConfigDict\n'
+    b'def get_config(m):\n  c = ConfigDict()\n  c.me = c\n  return c',
+    b'from ml_collections import ConfigDict, FieldReference\n'
+    b'def get_config(m): return ConfigDict({"steps": FieldReference("a")})',
+    b'from ml_collections import ConfigDict\n'
+    b'def get_config(m): return ConfigDict({"model": 3, "balancer": None})',
+    b'from ml_collections import ConfigDict\n'
+    b'def get_config(m): return ConfigDict({"balancer": {1: 2}})',
+    b'from ml_collections import ConfigDict\n'
+    b'def get_config(m): return ConfigDict({"balancer": {}})',
+  ],
+)
+@pytest.mark.parametrize('flag', ['--config.steps=3', '--config.model.width=8'])
+def test_odd_experiment_files_are_one_line(content, flag, tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_bytes(content)
+  for method in ('', ':bip', ':\x00'):
+    one_line_or_config([f'--config={path}{method}', flag])
+    one_line_or_config([f'--config={path}{method}'])
+
+
+def test_interrupt_of_an_experiment_file_is_an_interrupt(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text('raise KeyboardInterrupt')
+  with pytest.raises(KeyboardInterrupt):
+    command_line.load_experiment(str(path))
+
+
+# --- What is in range can be traced ------------------------------------------
+
+choice = st.sampled_from
+fitting_options = st.fixed_dictionaries(
+  {
+    'batch_size': choice([16, 48]),
+    'sequence_length': choice([2, 3, 8, 17]),
+    'accumulation': choice([1, 1, 2]),
+    'steps': choice([1, 2, 10**9]),
+    'capacity_factor': choice([0.0, 1e-9, 0.7, 1.0, 2.0**14]),
+    'learning_rate': choice([1e-320, 1e-3, 1e3]),
+    'gradient_clip': choice([1e-45, 1.0, 1e30]),
+    'model': st.fixed_dictionaries(
+      {
+        'width': choice([8, 16]),
+        'hidden': choice([1, 3, 8]),
+        'experts': choice([8, 16]),
+        'experts_per_token': choice([1, 2, 3, 8]),
+        'shared_experts': choice([0, 1, 2]),
+        'scoring': choice(['softmax', 'sigmoid']),
+        'renormalize_gates': st.booleans(),
+        'router_z_loss': choice([0.0, 1e6]),
+        'round_to_capacity': st.booleans(),
+        'shards': choice([0, 0, 0, 8]),
+        'ragged_exchange': st.booleans(),
+        'dtype': choice(['float32', 'bfloat16']),
+        'layers': choice([1, 3]),
+        'dense_hidden': choice([1, 4]),
+        'heads': choice([2, 4]),
+        'kv_heads': choice([1, 2]),
+        'rope_theta': choice([1e-3, 1.0, 1e30]),
+        'norm_epsilon': choice([1e-320, 1e-5, 1.0]),
+        'remat': st.just(True),
+      }
+    ),
+    'mesh': choice([{}, {'data': 1, 'expert': -1}, {'expert': 2}]).flatmap(
+      lambda axes: st.booleans().map(lambda fsdp: {**axes, 'fsdp': fsdp})
+    ),
+    'data': st.just({'vocabulary': 300}),
+  }
+)
+# Each may go with none, some or all of those.
+other_options = choice(
+  [
+    ('batch_size', 6),
+    ('batch_size', 2**20),
+    ('sequence_length', 2**20),
+    ('accumulation', 3),
+    ('accumulation', 16),
+    ('warmup_steps', 1),
+    ('mesh.data', 2),
+    ('mesh.data', -1),
+    ('mesh.data', 0),
+    ('mesh.expert', 2),
+    ('mesh.expert', 2**14),
+    ('model.width', 2),
+    ('model.width', 12),
+    ('model.width', 2**17),
+    ('model.hidden', 2**20),
+    ('model.experts', 1),
+    ('model.experts', 3),
+    ('model.experts', 2**14),
+    ('model.dense_layers', 1),
+    ('model.heads', 1),
+    ('model.kv_heads', 4),
+    ('model.layers', 2**10),
+    ('model.remat', False),
+    ('model.shared_experts', 2**10),
+    ('model.shards', 1),
+    ('model.shards', 16),
+    ('model.shards', 2**20),
+    ('data.vocabulary', 2**24),
+  ]
+)
+ARGUMENTS = {
+  'alpha': st.sampled_from([0.0, 1e6]),
+  'bins': st.sampled_from([2, 50]),
+  'ema': st.sampled_from([0.0, 0.5]),
+  'iterations': st.sampled_from([0, 1, 10**6]),
+  'rate': st.sampled_from([0.0, 1e6]),
+  'temperature': st.sampled_from([1e-6, 1e6]),
+  'cutoff': st.sampled_from(['next', 'midpoint']),
+  'estimator': st.sampled_from(['exact', 'histogram']),
+  'over': st.sampled_from(['sequence', 'batch']),
+  'rule': st.sampled_from(['sign', 'proportional']),
+  'scope': st.sampled_from(['global', 'shard']),
+}
+
+
+@st.composite
+def small_configs(draw):
+  """Options that may or may not fit together."""
+  method = draw(
+    st.sampled_from(['bip', 'loss_controlled', *config_lib.METHODS])
+  )
+  balancer = config_lib.balancer_options(**config_lib.METHODS[method])
+  for name, value in balancer.items():
+    if name != 'name':
+      balancer[name] = draw(
+        st.booleans() if type(value) is bool else ARGUMENTS[name]
+      )
+  options = {'method': method, 'balancer': balancer, **draw(fitting_options)}
+  for name, value in draw(st.lists(other_options, max_size=1)):
+    *groups, last = name.split('.')
+    section = options[groups[0]] if groups else options
+    section[last] = value
+  return options
+
+
+def trace_or_refuse(options, devices):
+  """Traces a training step, or gets ValueError that we raised ourselves."""
+  try:
+    config = config_lib.freeze(options)
+    mesh = meshes.make_mesh(
+      config.mesh.data, config.mesh.expert, devices=jax.devices()[:devices]
+    )
+    training = state.make_training(
+      config, optimizer.make_optimizer(config), mesh
+    )
+  except ValueError as error:
+    assert type(error) is ValueError
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    assert '/moe_jax/' in frame.filename, frame
+    return False
+  tokens = jax.ShapeDtypeStruct(
+    (config.batch_size, config.sequence_length),
+    jnp.int32,
+    sharding=jax.sharding.NamedSharding(mesh, meshes.BATCH),
+  )
+  train_step = step.make_train_step(config, training)
+  train_step.trace(training.abstract, step.Batch(tokens, tokens))
+  return True
+
+
+@hypothesis.settings(NO_DEADLINE, max_examples=4)
+@hypothesis.given(small_configs(), st.sampled_from([1, 2, 8]))
+def test_any_config_is_refused_or_traced(options, devices):
+  trace_or_refuse(options, devices)
+
+
+@pytest.mark.long
+@hypothesis.settings(NO_DEADLINE, max_examples=100)
+@hypothesis.given(small_configs(), st.sampled_from([1, 2, 8]))
+def test_any_config_is_refused_or_traced_long(options, devices):
+  trace_or_refuse(options, devices)
+
+
+# --- Work directories --------------------------------------------------------
+
+
+def content(folder):
+  return {
+    path.relative_to(folder): path.read_bytes() if path.is_file() else None
+    for path in folder.rglob('*')
+  }
+
+
+def refused_and_left_alone(argv):
+  with tempfile.TemporaryDirectory() as parent:
+    new, old = pathlib.Path(parent) / 'new', pathlib.Path(parent) / 'old'
+    old.mkdir()
+    (old / 'config.json').write_text('{"steps": 1')  # Damaged, too.
+    (old / 'metrics.jsonl').write_bytes(b'\xff\x00')
+    before = content(pathlib.Path(parent))
+    for workdir in (new, old):
+      with contextlib.redirect_stderr(io.StringIO()) as errors:
+        assert command_line.main(['main', f'--workdir={workdir}', *argv]) == 2
+      assert errors.getvalue().startswith('error: ')
+      assert len(errors.getvalue().splitlines()) == 1
+    assert content(pathlib.Path(parent)) == before
+
+
+refused = command_lines.map(
+  lambda argv: [
+    # A last word that is wrong whatever came before.
+    *(word for word in argv if 'workdir' not in word and 'help' not in word),
+    '--config.steps=-1',
+  ]
+).filter(lambda argv: '-h' not in argv)
+
+
+@hypothesis.settings(NO_DEADLINE, max_examples=40)
+@hypothesis.given(refused)
+def test_refused_flags_leave_work_directories_alone(argv):
+  refused_and_left_alone(argv)
+
+
+@pytest.mark.long
+@hypothesis.settings(NO_DEADLINE, max_examples=1000)
+@hypothesis.given(refused)
+def test_refused_flags_leave_work_directories_alone_long(argv):
+  refused_and_left_alone(argv)
