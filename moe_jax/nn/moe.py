@@ -218,27 +218,16 @@ def _apply(
       router_DxE,
       state,
       balancer,
-      k=config.experts_per_token,
-      scoring=config.scoring,
-      z_loss=config.router_z_loss,
-      rounding=config.round_to_capacity,
+      config,
       train=train,
       mask_BxS=mask_BxS,
       groups=groups,
       axis_name=axes,
     )
   dtype = jnp.dtype(config.dtype)
-  if specs is None:
-    weights = jax.tree.map(lambda weight: weight.astype(dtype), weights)
-  else:
-    weights = jax.tree.map(
-      lambda weight, spec: meshes.gather_experts(weight, spec, dtype),
-      weights,
-      specs,
-    )
   mixed = _mix(
     config,
-    weights,
+    _for_use(weights, specs, dtype),
     x_BxSxD.reshape(-1, config.width).astype(dtype),
     routed.rounded,
     None if mask_BxS is None else mask_BxS.reshape(-1),
@@ -246,11 +235,28 @@ def _apply(
     groups=groups,
     axis_name=None if specs is None else 'expert',
   )
+  output = _report(routed, mixed.dropped, axes)
+  return mixed.y.reshape(x_BxSxD.shape), output, routed.moved
+
+
+def _for_use(weights, specs, dtype) -> dispatch.ExpertWeights:
+  """Casts the experts' weights; on a mesh, gathers those of this device."""
+  if specs is None:
+    return jax.tree.map(lambda weight: weight.astype(dtype), weights)
+  return jax.tree.map(
+    lambda weight, spec: meshes.gather_experts(weight, spec, dtype),
+    weights,
+    specs,
+  )
+
+
+def _report(routed: router.Routed, dropped, axes) -> MoEOutput:
+  """Adds up what each device has counted."""
   load_E, seen_E, dropped = (
     x if axes is None else lax.psum(x, axes)
-    for x in (routed.rounded.load, routed.choice.load, mixed.dropped)
+    for x in (routed.rounded.load, routed.choice.load, dropped)
   )
-  output = MoEOutput(
+  return MoEOutput(
     loss=routed.loss,
     dropped=dropped,
     scores=routed.scores,
@@ -258,7 +264,6 @@ def _apply(
     unrounded_load=seen_E,
     finite=routed.finite,
   )
-  return mixed.y.reshape(x_BxSxD.shape), output, routed.moved
 
 
 def _mix(

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from moe_jax import routing
+from moe_jax.nn.config import MoEConfig
 
 _SCORES = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}
 
@@ -43,11 +44,8 @@ def route(
   weight_DxE: jax.Array,
   state: Any,
   balancer: routing.Balancer,
+  config: MoEConfig,
   *,
-  k: int,
-  scoring: str,
-  z_loss: float,
-  rounding: bool,
   train: bool,
   mask_BxS: jax.Array | None = None,
   groups: int = 1,
@@ -60,10 +58,7 @@ def route(
     weight_DxE: the router's weight, float32.
     state: the balancer's.
     balancer: the rule for q.
-    k: experts per token.
-    scoring: how logits become scores, 'softmax' or 'sigmoid'.
-    z_loss: weight of the router z-loss.
-    rounding: whether a training choice is rounded to capacity.
+    config: of the layer.
     train: whether q may move.
     mask_BxS: bool; False for padding.
     groups: equal, consecutive parts of the tokens that round by themselves.
@@ -74,12 +69,15 @@ def route(
   logits_BxSxE = jnp.dot(
     x_BxSxD.astype(jnp.float32), weight_DxE, precision=lax.Precision.HIGHEST
   )
-  scores_BxSxE = _SCORES[scoring](logits_BxSxE)
+  scores_BxSxE = _SCORES[config.scoring](logits_BxSxE)
   scores_TxE = scores_BxSxE.reshape(-1, weight_DxE.shape[1])
   mask_T = None if mask_BxS is None else mask_BxS.reshape(-1)
   total = functools.partial(_total, axis_name=axis_name)
+  k = config.experts_per_token
   if train:
-    solve = functools.partial(_solve, balancer, state, k=k, rounding=rounding)
+    solve = functools.partial(
+      _solve, balancer, state, k=k, rounding=config.round_to_capacity
+    )
     if axis_name is None and groups > 1:
       solved = _as_devices(solve, scores_TxE, mask_T, groups)
     else:
@@ -88,8 +86,8 @@ def route(
     loss = balancer.loss(
       scores_BxSxE, choice, k=k, mask_BxS=mask_BxS, axis_name=axis_name
     )
-    if z_loss:
-      loss += z_loss * _z_loss(logits_BxSxE, mask_BxS, total)
+    if config.router_z_loss:
+      loss += config.router_z_loss * _z_loss(logits_BxSxE, mask_BxS, total)
     moved = (new_state, seen)
   else:
     choice = routing.choose(scores_TxE, state.q, k=k, mask_T=mask_T)

@@ -79,14 +79,29 @@ def _take_rows_backward(inverse_MxJ, dy_NxD):
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
-def _sort_pairs(choice: Choice, mask_T: jax.Array | None, groups: int = 1):
-  """Orders pairs by expert, group, choice rank, token; masked pairs last.
+class _Pairs(NamedTuple):
+  """All (token, chosen expert) pairs, by expert, group, choice rank, token.
+
+  Attributes:
+    token_N: int32.
+    rank_N: int32, which of the choices of the token it is.
+    queue_N: int32, expert * groups + group; masked pairs, which come last, have
+      E * groups.
+    place_N: int32, in its queue.
+  """
+
+  token_N: jax.Array
+  rank_N: jax.Array
+  queue_N: jax.Array
+  place_N: jax.Array
+
+
+def _sort_pairs(
+  choice: Choice, mask_T: jax.Array | None, groups: int = 1
+) -> _Pairs:
+  """Orders the pairs.
 
   Groups are equal, consecutive parts of the tokens with queues of their own.
-
-  Returns:
-    token [TK] and rank [TK] of each pair in that order, its queue [TK], which
-    is expert * groups + group (E * groups if masked), and its place there [TK].
   """
   tokens, k = choice.experts.shape
   queues = choice.load.shape[0] * groups
@@ -99,12 +114,13 @@ def _sort_pairs(choice: Choice, mask_T: jax.Array | None, groups: int = 1):
   queue_N = queue_KT[order]
   start_Q = jnp.searchsorted(queue_N, jnp.arange(queues))
   place_N = jnp.arange(tokens * k) - start_Q.at[queue_N].get(mode='clip')
-  return order % tokens, order // tokens, queue_N, place_N
+  return _Pairs(order % tokens, order // tokens, queue_N, place_N)
 
 
-def _mix(x_TxD, choice, rows, apply, *, row_N, token_N, rank_N):
+def _mix(x_TxD, choice, pairs: _Pairs, row_N, rows: int, apply):
   """Sends pair n to row `row_N[n]` (none: >= `rows`), applies, mixes back."""
   tokens, k = choice.experts.shape
+  token_N, rank_N, _, _ = pairs
   pair_of_row = jnp.full(rows, tokens * k, jnp.int32)
   pair_of_row = pair_of_row.at[row_N].set(token_N * k + rank_N, mode='drop')
   row_of_pair = jnp.full((tokens, k), rows, jnp.int32)
@@ -145,10 +161,10 @@ def grouped(
     pad: as of `exchange.ragged`.
   """
   (tokens, k), experts = choice.experts.shape, choice.load.shape[0]
-  token_N, rank_N, expert_N, _ = _sort_pairs(choice, mask_T)
+  pairs = _sort_pairs(choice, mask_T)
   rows = tokens * k + TILE  # grouped_matmul wants spare rows
   row_N = jnp.where(
-    expert_N < experts, jnp.arange(tokens * k, dtype=jnp.int32), rows
+    pairs.queue_N < experts, jnp.arange(tokens * k, dtype=jnp.int32), rows
   )
 
   def apply(x_NxD, load_E):
@@ -171,15 +187,7 @@ def grouped(
       x_NxD, choice.load, apply, most=most, axis_name=axis_name, pad=pad
     )
 
-  y_TxD = _mix(
-    x_TxD,
-    choice,
-    rows,
-    apply_anywhere,
-    row_N=row_N,
-    token_N=token_N,
-    rank_N=rank_N,
-  )
+  y_TxD = _mix(x_TxD, choice, pairs, row_N, rows, apply_anywhere)
   return Mixed(y_TxD, jnp.int32(0))
 
 
@@ -209,11 +217,12 @@ def capacity(
     axis_name: mesh axis over which experts are split, inside `jax.shard_map`.
   """
   experts = choice.load.shape[0]
-  token_N, rank_N, queue_N, place_N = _sort_pairs(choice, mask_T, groups)
+  pairs = _sort_pairs(choice, mask_T, groups)
   rows = experts * groups * capacity
-  queued_N = queue_N < experts * groups
+  queued_N = pairs.queue_N < experts * groups
+  fits_N = pairs.place_N < capacity
   row_N = jnp.where(
-    queued_N & (place_N < capacity), queue_N * capacity + place_N, rows
+    queued_N & fits_N, pairs.queue_N * capacity + pairs.place_N, rows
   )
 
   def apply(x_ExCxD):
@@ -229,14 +238,5 @@ def capacity(
     y_ExCxD = exchange.static(x_ExCxD, apply, axis_name=axis_name)
     return y_ExCxD.reshape(rows, -1)
 
-  y_TxD = _mix(
-    x_TxD,
-    choice,
-    rows,
-    apply_anywhere,
-    row_N=row_N,
-    token_N=token_N,
-    rank_N=rank_N,
-  )
-  dropped = queued_N & (place_N >= capacity)
-  return Mixed(y_TxD, jnp.sum(dropped, dtype=jnp.int32))
+  y_TxD = _mix(x_TxD, choice, pairs, row_N, rows, apply_anywhere)
+  return Mixed(y_TxD, jnp.sum(queued_N & ~fits_N, dtype=jnp.int32))

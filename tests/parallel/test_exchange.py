@@ -1,11 +1,6 @@
 """Expert parallelism equals one device: rows, layers, gradients, q."""
 
 import functools
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 from flax import nnx
 import jax
@@ -20,6 +15,8 @@ from moe_jax import routing
 from moe_jax.parallel import dispatch
 from moe_jax.parallel import exchange
 from moe_jax.parallel import mesh as meshes
+from moe_jax.parallel import processes
+from tests import several_processes
 
 BATCH, SEQUENCE, WIDTH, EXPERTS, K = 8, 16, 12, 8, 2
 MESHES = ((1, 1), (2, 1), (1, 2), (4, 2), (2, 4), (1, 8))
@@ -277,9 +274,9 @@ def test_groups_have_buffers_of_their_own(capacity):
   assert (together.dropped > 0) == (capacity < 8)
 
 
-def run_process(address: str, index: int) -> None:
+def run_process() -> None:
   """One of two processes, with four of the eight devices."""
-  jax.distributed.initialize(address, 2, index)
+  processes.start()
   for shape in ((2, 4), (1, 8)):
     for layer in LAYERS:
       assert_equal_step(layer_step(layer, make_mesh(*shape)), expected(layer))
@@ -287,24 +284,10 @@ def run_process(address: str, index: int) -> None:
 
 @pytest.mark.long
 def test_layers_in_two_processes_equal_one_device():
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    address = f'localhost:{free.getsockname()[1]}'
-  flags = '--xla_force_host_platform_device_count=4'
-  processes = [
-    subprocess.Popen(
-      [sys.executable, '-m', 'tests.parallel.test_exchange', address, str(i)],
-      cwd=pathlib.Path(__file__).parents[2],
-      env={**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
-    )
-    for i in range(2)
-  ]
-  try:
-    assert [process.wait(timeout=900) for process in processes] == [0, 0]
-  finally:
-    for process in processes:
-      process.kill()
+  command = ['-m', 'tests.parallel.test_exchange']
+  for process in several_processes.run(command, command, timeout=900):
+    assert process.returncode == 0, process.stderr
 
 
 if __name__ == '__main__':
-  run_process(sys.argv[1], int(sys.argv[2]))
+  run_process()

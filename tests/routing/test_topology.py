@@ -2,11 +2,6 @@
 
 import functools
 import hashlib
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +12,8 @@ import pytest
 
 from moe_jax import routing
 from moe_jax.parallel import mesh as meshes
+from moe_jax.parallel import processes
+from tests import several_processes
 from tests.routing import rules
 
 TOKENS, EXPERTS, K = 96, 8, 3
@@ -186,9 +183,9 @@ def digest(results):
   return sha256.hexdigest()
 
 
-def run_process(address: str, index: int) -> None:
+def run_process() -> None:
   """One of two processes, with four of the eight devices."""
-  jax.distributed.initialize(address, 2, index)
+  processes.start()
   mesh = meshes.make_mesh(8, 1)
   sharding = NamedSharding(mesh, P(None, meshes.AXES))
   scores, mask = (
@@ -203,28 +200,14 @@ def run_process(address: str, index: int) -> None:
 
 @pytest.mark.long
 def test_two_processes_compute_the_bits_of_one():
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    address = f'localhost:{free.getsockname()[1]}'
-  flags = '--xla_force_host_platform_device_count=4'
-  processes = [
-    subprocess.Popen(
-      [sys.executable, '-m', 'tests.routing.test_topology', address, str(i)],
-      cwd=pathlib.Path(__file__).parents[2],
-      env={**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  outputs = [process.communicate(timeout=240)[0] for process in processes]
-  assert [process.returncode for process in processes] == [0, 0]
-  for output in outputs:
-    lines = [line.split() for line in output.splitlines()]
+  command = ['-m', 'tests.routing.test_topology']
+  for process in several_processes.run(command, command):
+    assert process.returncode == 0, process.stderr
+    lines = [line.split() for line in process.stdout.splitlines()]
     digests = {line[0]: line[1] for line in lines if len(line) == 2}
     for name in rules.BY_COUNTING:
       assert digests[name] == digest(expected(name)), name
 
 
 if __name__ == '__main__':
-  run_process(sys.argv[1], int(sys.argv[2]))
+  run_process()

@@ -1,11 +1,6 @@
 """Two processes of four devices train as one process of eight does."""
 
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -13,10 +8,9 @@ import pytest
 from moe_jax.train import checkpoint
 from moe_jax.train import loop
 from moe_jax.train import telemetry
+from tests import several_processes
+from tests.several_processes import ROOT
 from tests.train import tiny
-
-ROOT = pathlib.Path(__file__).parents[2]
-
 
 # Quickly compiled: without a solve, one layer, no evaluation.
 QUICK = {
@@ -35,38 +29,12 @@ def launch(text, workdir, *own, method='bip', during=None, **overrides):
   """
   options = tiny.of_text(text) | {'steps': 4, 'checkpoint_every': 2} | overrides
   flags = [f'--config.{name}={value}' for name, value in options.items()]
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
-  environment['XLA_FLAGS'] = (
-    f'--xla_force_host_platform_device_count={8 // len(own)}'
+  command = ['-m', 'moe_jax.main', f'--workdir={workdir}']
+  command += [f'--config={ROOT}/tests/train/tiny.py:{method}', *flags]
+  done = several_processes.run(
+    *([*command, *more] for more in own), during=during
   )
-  if len(own) > 1:
-    with socket.socket() as free:
-      free.bind(('127.0.0.1', 0))
-      port = free.getsockname()[1]
-    environment['JAX_COORDINATOR_ADDRESS'] = f'127.0.0.1:{port}'
-    environment['JAX_NUM_PROCESSES'] = str(len(own))
-  running = [
-    subprocess.Popen(
-      [
-        *(sys.executable, '-m', 'moe_jax.main', f'--workdir={workdir}'),
-        *(f'--config={ROOT}/tests/train/tiny.py:{method}', *flags, *more),
-      ],
-      env=environment | ({'JAX_PROCESS_ID': str(i)} if len(own) > 1 else {}),
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i, more in enumerate(own)
-  ]
-  try:
-    if during:
-      during(running)
-    outputs = [process.communicate(timeout=400)[1] for process in running]
-  finally:
-    for process in running:
-      process.kill()
-  return [
-    (p.returncode, output) for p, output in zip(running, outputs, strict=True)
-  ]
+  return [(process.returncode, process.stderr) for process in done]
 
 
 def train(text, workdir, count, **overrides):
