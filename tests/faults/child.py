@@ -75,6 +75,18 @@ def clock_backwards():
   time.time_ns = lambda: int(1e9 * time.time())
 
 
+def count_compilations():
+  """Marks each program compiled, or found in the cache."""
+  from jax import monitoring
+
+  def listen(event, seconds, **_):
+    if event == '/jax/core/compile/backend_compile_duration':
+      mark('begin', 'XLA')
+      mark('end', 'XLA')
+
+  monitoring.register_event_duration_secs_listener(listen)
+
+
 def small_files(save):
   """Fails to write files of over 8 KB, also from C++: EFBIG, not a mock."""
   import resource
@@ -98,6 +110,8 @@ if __name__ == '__main__':
   if 'small_files' in FAULTS:
     holder, name = place(*PHASES['save'])
     setattr(holder, name, small_files(getattr(holder, name)))
+  if 'count_compilations' in FAULTS:
+    count_compilations()
   for phase, (module, path) in PHASES.items():
     holder, name = place(module, path)
     setattr(holder, name, marked(phase, getattr(holder, name)))

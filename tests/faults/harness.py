@@ -201,8 +201,15 @@ def digest(workdir: pathlib.Path, steps: int) -> str:
   """
   found = records(workdir)
   assert [record['step'] for record in found] == list(range(1, steps + 1))
-  hashed = hashlib.sha256(json.dumps(found, sort_keys=True).encode())
-  checkpoint = workdir / 'checkpoints' / str(steps)
+  last = contents(workdir / 'checkpoints' / str(steps))
+  return hashlib.sha256(
+    f'{last}{json.dumps(found, sort_keys=True)}'.encode()
+  ).hexdigest()
+
+
+def contents(checkpoint: pathlib.Path) -> str:
+  """Hashes the arrays and the data state of a checkpoint."""
+  hashed = hashlib.sha256((checkpoint / 'data' / 'metadata').read_bytes())
   for item in ('params', 'optimizer', 'router'):
     handler = ocp.PyTreeCheckpointHandler()
     path = epath.Path(checkpoint / item)
@@ -216,7 +223,6 @@ def digest(workdir: pathlib.Path, steps: int) -> str:
     for name, array in jax.tree.leaves_with_path(arrays):
       hashed.update(f'{item}{name}{array.dtype}{array.shape}'.encode())
       hashed.update(array.tobytes())
-  hashed.update((checkpoint / 'data' / 'metadata').read_bytes())
   return hashed.hexdigest()
 
 
