@@ -111,13 +111,13 @@ class Trial:
   def complete(self, *faults: str) -> str:
     """Runs to the end, which must be a good one; returns `digest`."""
     program = self.run(*faults)
-    assert program.code == 0, program.said()
+    assert program.code == 0, program.tail()
     return digest(self.workdir, (OPTIONS | self.options)['steps'])
 
   def stop_in(self, phase: str, number: int = 1) -> 'Program':
     """Runs until a phase begins for the `number`th time, then SIGKILL."""
     with self.started() as program:
-      assert program.reach(phase, number), program.said()
+      assert program.reach(phase, number), program.tail()
       program.process.kill()
       program.finish()
       return program
@@ -138,6 +138,11 @@ class Program:
   def said(self) -> str:
     return self._said.read_text(errors='replace')
 
+  def tail(self) -> str:
+    """Returns the exit code and what it said last, for messages."""
+    lines = [line[:200] for line in self.said().splitlines()[-25:]]
+    return '\n'.join([f'exit code {self.process.poll()}', *lines])
+
   def reach(self, phase: str, number: int = 1, what: str = 'begin') -> bool:
     """Waits for a mark; False if the program came to its end before it."""
     deadline = time.monotonic() + LIMIT
@@ -156,7 +161,7 @@ class Program:
   def _read(self, deadline: float) -> bool:
     left = deadline - time.monotonic()
     if left <= 0 or not select.select([self.pipe], [], [], left)[0]:
-      raise TimeoutError(f'after {self.marks[-1:]}: {self.said()}')
+      raise TimeoutError(f'after {self.marks[-1:]}: {self.tail()}')
     data = os.read(self.pipe, 1 << 16)
     *lines, self._rest = (self._rest + data).split(b'\n')
     for line in lines:

@@ -162,7 +162,7 @@ def kill(trial, target, occurrence, part, lengths, report) -> bool:
       lengths['all'] = time.monotonic() - began
       return False
     if program.code != -9:
-      report.wrong.append(f'exit code {program.code}: {program.said()}')
+      report.wrong.append(program.tail())
   report.hits.append(program.phase())
   report.lost.append(harness.lost_steps(trial.workdir))
   return True

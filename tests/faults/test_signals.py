@@ -24,11 +24,11 @@ def expected(tmp_path_factory, text, cache):
 def test_saves_and_goes_on(trial, expected, signal, phase, number):
   stopped = trial()
   with stopped.started() as program:
-    assert program.reach(phase, number), program.said()
+    assert program.reach(phase, number), program.tail()
     program.process.send_signal(signal)
     began = time.monotonic()
     program.finish()
-  assert program.code == 75, program.said()
+  assert program.code == 75, program.tail()
   assert 'Traceback' not in program.said()
   saved = [at for at, *mark in program.marks if mark == ['end', 'save']]
   print(
@@ -41,8 +41,15 @@ def test_saves_and_goes_on(trial, expected, signal, phase, number):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('phase', ['start', 'data preparation', 'restore'])
-@pytest.mark.parametrize('signal', SIGNALS)
+@pytest.mark.parametrize(
+  ('signal', 'phase'),
+  [
+    # No SIGINT: a KeyboardInterrupt while modules are imported can be swallowed
+    # by a callback of jax's, or crash what is written in C.
+    (SIGNALS[0], 'start'),
+    *((s, p) for s in SIGNALS for p in ('data preparation', 'restore')),
+  ],
+)
 def test_before_there_is_anything_to_save(trial, expected, signal, phase):
   """However it ends, nothing is harmed; but it does end."""
   stopped = trial()
@@ -52,7 +59,7 @@ def test_before_there_is_anything_to_save(trial, expected, signal, phase):
     if phase == 'start':
       time.sleep(0.5)
     else:
-      assert program.reach(phase), program.said()
+      assert program.reach(phase), program.tail()
     program.process.send_signal(signal)
     program.finish()
   print(f'{signal.name} in {phase}: exit code {program.code}')
@@ -64,7 +71,7 @@ def second_signal(trial, signal) -> harness.Trial:
   """In a compilation that takes a minute, and in which no Python runs."""
   stopped = trial()
   with stopped.started('long_compilation') as program:
-    assert program.reach('compilation'), program.said()
+    assert program.reach('compilation'), program.tail()
     time.sleep(0.5)
     program.process.send_signal(signal)
     time.sleep(0.5)
@@ -74,7 +81,7 @@ def second_signal(trial, signal) -> harness.Trial:
     program.finish()
   seconds = time.monotonic() - began
   print(f'second {signal.name} in compilation: ended after {seconds:.2f} s')
-  assert program.code == harness.SIGNALS[signal], program.said()
+  assert program.code == harness.SIGNALS[signal], program.tail()
   assert seconds < 10  # Far less, but this machine may be busy.
   return stopped
 
@@ -94,11 +101,11 @@ def test_after_a_second_signal_it_goes_on(trial, expected, signal):
 def test_a_second_signal_in_a_save(trial, expected, signal):
   stopped = trial()
   with stopped.started() as program:
-    assert program.reach('step', 4), program.said()  # Saved: step 3.
+    assert program.reach('step', 4), program.tail()  # Saved: step 3.
     program.process.send_signal(signal)
-    assert program.reach('save', 2), program.said()
+    assert program.reach('save', 2), program.tail()
     program.process.send_signal(signal)
     program.finish()
-  assert program.code == harness.SIGNALS[signal], program.said()
+  assert program.code == harness.SIGNALS[signal], program.tail()
   assert stopped.complete() == expected
   assert not harness.leftovers(stopped.workdir)

@@ -16,10 +16,10 @@ def test_nothing_grows(trial):
   found = []
   with trial(**options).started('count_compilations') as program:
     for i in range(1, STEPS // EVERY):
-      assert program.reach('save', i, 'end'), program.said()
+      assert program.reach('save', i, 'end'), program.tail()
       found.append(measure(program))
     program.finish()
-  assert program.code == 0, program.said()
+  assert program.code == 0, program.tail()
   columns = dict(
     zip(found[0], np.array([[*f.values()] for f in found]).T, strict=True)
   )
