@@ -1,0 +1,52 @@
+"""A run that is killed, and killed again, ends as if nothing had happened."""
+
+from concurrent import futures
+import functools
+
+import pytest
+
+from tests.faults import harness
+from tests.faults import kills
+
+CASES = 25
+
+
+@pytest.fixture(scope='module')
+def expected(tmp_path_factory, text, cache):
+  """Returns the digest of an undisturbed run of a case."""
+
+  @functools.cache
+  def digest(method):
+    place = tmp_path_factory.mktemp('alone')
+    return kills.of_method(method, place, text, cache).complete()
+
+  return lambda number: digest(number % len(kills.METHODS))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('number', range(CASES))
+def test_kills(number, expected, tmp_path, text, cache):
+  """200 kills in all; `python -m tests.faults.kills` has the summary."""
+  report = kills.case(
+    *(number, 0, kills.KILLS_OF_A_CASE, expected(number)),
+    *(tmp_path, text, cache),
+  )
+  print(report.table())
+  assert not report.wrong
+  assert not report.leftovers
+  # What was not saved, and no more: a kill in a save loses an interval.
+  assert max(report.lost) <= harness.OPTIONS['checkpoint_every'] + 1
+
+
+def test_three_kills(trial):
+  """In a save, in an evaluation, in a restore."""
+  options = {'model.layers': 1, 'eval_every': 2, 'checkpoint_every': 2}
+  options |= {'steps': 6, 'model.shared_experts': 0}
+  killed = trial('killed', 'loss_free', **options)
+  alone = trial('alone', 'loss_free', **options)
+  with futures.ThreadPoolExecutor(1) as pool:
+    expected = pool.submit(alone.complete)
+    for phase, number in [('save', 2), ('evaluation', 1), ('restore', 1)]:
+      assert killed.stop_in(phase, number).phase() == phase
+    assert killed.complete() == expected.result()
+  assert not harness.leftovers(killed.workdir)
