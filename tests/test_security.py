@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterator
 import ipaddress
+import json
 import pathlib
 import pickle
 import re
@@ -132,9 +133,7 @@ def unpickled():
   def hook(event, arguments):
     if watching and event == 'pickle.find_class':
       who = sys._getframe(1).f_globals['__name__']
-      # tensorboardX hands events to its own thread through a queue of pickles.
-      if who != 'multiprocessing.queues':
-        lookups.append((who, '.'.join(arguments)))
+      lookups.append((who, '.'.join(arguments)))
 
   sys.addaudithook(hook)  # It cannot be removed.
   yield lookups
@@ -167,8 +166,10 @@ def test_a_run_unpickles_nothing_and_listens_on_nothing(
 
   again = loop.Run(config, tmp_path / 'run')  # Tokenizer and tokens.
   directory = tmp_path / 'run' / 'checkpoints'
-  with checkpoint.Checkpoints(directory, config) as checkpoints:
-    checkpoints.restore(2, again.training.abstract)
+  name = json.loads((tmp_path / 'run' / 'run.json').read_text())['run']
+  checkpoint.restore_newest(
+    directory, name, lambda config: again.training.abstract
+  )
   assert unpickled == []
   files = [path for path in directory.rglob('*') if path.is_file()]
   assert files

@@ -268,7 +268,14 @@ class _JsonLines:
   """One object a step; flushed, so that a reader sees whole lines."""
 
   def __init__(self, path: pathlib.Path, step: int):
-    lines = _lines_of(path)[:step]
+    lines = _lines_of(path)
+    if len(lines) > step:
+      print(
+        f'{path}: what was recorded after step {step}, the last one saved, is '
+        f'computed again',
+        file=sys.stderr,
+      )
+    lines = lines[:step]
     numbers = [_parse(path, i, line)['step'] for i, line in enumerate(lines)]
     if numbers != list(range(1, step + 1)):
       raise ValueError(

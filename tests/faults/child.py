@@ -91,12 +91,12 @@ def small_files(save):
   """Fails to write files of over 8 KB, also from C++: EFBIG, not a mock."""
   import resource
 
-  def call(self, step, *args):
+  def call(self, state, position, **arguments):
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if step > 3:
+    if position.step > 3:
       resource.setrlimit(resource.RLIMIT_FSIZE, (8192, most))
     try:
-      return save(self, step, *args)
+      return save(self, state, position, **arguments)
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
