@@ -68,6 +68,20 @@ class Run:
       rows.append({k: math.nan if v is None else v for k, v in row.items()})
     return pd.DataFrame(rows or {'step': []}).set_index('step')
 
+  @functools.cached_property
+  def not_finite(self) -> dict[int, dict[str, Any]]:
+    """What is known of the steps after which the run gave up; by step.
+
+    There, too many steps in a row had a loss, gradient or router logits that
+    were not finite. Keys: `cause`, `sequences` (indices of the training
+    sequences), `record` (the step's metrics, with the loads), `norms` (of the
+    `gradient` and the `parameters`, by array, and by layer in a stack), ...;
+    None is what was not finite.
+    """
+    dumps = sorted(self.workdir.glob('not_finite_step_*.json'))
+    read = (self._read_json(path.name) for path in dumps)
+    return {dump['step']: dump for dump in read}
+
   @property
   def finished(self) -> bool:
     """Whether the last of the configured steps was completed."""

@@ -133,7 +133,7 @@ class Checkpoints:
       'position': position._asdict(),
       'config': to_dict(self._config),
       'loss': loss,
-      'checksums': facts.checksums(_arrays_of(state)),
+      'checksums': facts.checksums(arrays_of(state)),
     }
     data = {'next_sequence': position.next_sequence}
     items = ocp.args.Composite(
@@ -279,7 +279,7 @@ def _read(path: epath.Path, step: int, run: str, plan) -> Saved:
             item, ocp.checkpoint_utils.construct_restore_args(item)
           ),
         )
-        for name, item in _arrays_of(abstract).items()
+        for name, item in arrays_of(abstract).items()
       },
       step=jax.device_put(np.int32(step), abstract.step.sharding),
     )
@@ -287,14 +287,15 @@ def _read(path: epath.Path, step: int, run: str, plan) -> Saved:
     failure = error
   if why := processes.first_error(failure):
     raise _Damaged(why) from failure
-  now = facts.checksums(_arrays_of(state))
+  now = facts.checksums(arrays_of(state))
   if now != meta['checksums']:
     wrong = [name for name in now if now[name] != meta['checksums'].get(name)]
     raise _Damaged(f'values changed since it was written: {", ".join(wrong)}')
   return Saved(state, Position(**meta['position']), meta['config'])
 
 
-def _arrays_of(state: TrainState) -> dict[str, Any]:
+def arrays_of(state: TrainState) -> dict[str, Any]:
+  """Returns the items of a checkpoint that are arrays."""
   return {name: getattr(state, name) for name in _ARRAYS}
 
 

@@ -116,7 +116,10 @@ def _object(path: epath.Path) -> Iterator[Callable[[], None]]:
     if read() not in ('', seen):
       raise _in_use(path, seen)
     path.unlink(missing_ok=True)
-    if not create():
+    mine = create()
+    # Who came at the same time may just have removed what was created here.
+    time.sleep(_SECONDS_BETWEEN_BEATS)
+    if not mine or owner['token'] not in read():
       raise _in_use(path, read())
 
   ended, lost = threading.Event(), threading.Event()

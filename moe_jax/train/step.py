@@ -131,7 +131,7 @@ def make_train_step(
       'train/gradient_norm': gradient_norm,
       'train/learning_rate': schedule(state.step),
       **_router_metrics(sums, config.model.round_to_capacity),
-      telemetry.NORMS: _norms_unless(finite, gradient, state.params),
+      telemetry.NORMS: norms_unless(finite, gradient, state.params),
     }
     new = TrainState(
       step=state.step,
@@ -157,7 +157,7 @@ def keep_if(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
   return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
 
-def _norms_unless(
+def norms_unless(
   finite: jax.Array, gradient: Any, params: Any
 ) -> dict[str, dict[str, jax.Array]]:
   """Computes the norm of every array, or zeros where nobody will ask.

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax import analysis
 from moe_jax import config as config_lib
 from moe_jax.parallel import preemption
 from moe_jax.train import checkpoint as checkpoint_lib
@@ -279,7 +280,7 @@ def test_many_steps_in_a_row_that_are_not_finite_end_the_run(
   with pytest.raises(FloatingPointError, match=f'step 4: .*{what}'):
     run.train()
   assert checkpoint_lib.steps(run.workdir / 'checkpoints') == [2]
-  dump = json.loads((run.workdir / 'not_finite_step_00000004.json').read_text())
+  (dump,) = analysis.Run(run.workdir).not_finite.values()
   assert (dump['step'], dump['cause'], dump['skipped_in_a_row']) == (4, what, 3)
   assert dump['sequences'] == list(range(24, 32))
   loads = dump['record']['router/load/layer_01']

@@ -5,7 +5,6 @@ import json
 
 from etils import epath
 import fsspec
-from fsspec.implementations.memory import MemoryFileSystem
 import numpy as np
 import pytest
 
@@ -13,25 +12,6 @@ from moe_jax.train import loop
 from moe_jax.train import telemetry as telemetry_lib
 from moe_jax.train import workdir as workdirs
 from tests.train import tiny
-
-
-class Bucket(MemoryFileSystem):
-  """Stands in for gcsfs."""
-
-  protocol = ('gcs', 'gs')
-  store, pseudo_dirs = {}, ['']
-
-  @classmethod
-  def _strip_protocol(cls, path):
-    return super()._strip_protocol(path.removeprefix('gs://'))
-
-
-@pytest.fixture
-def workdir():
-  for name in Bucket.protocol:
-    fsspec.register_implementation(name, Bucket, clobber=True)
-  Bucket.store.clear()
-  return workdirs.open_workdir('gs://bucket/run')
 
 
 def push(directory, step):
@@ -46,32 +26,32 @@ def steps(path):
   return [json.loads(line)['step'] for line in lines]
 
 
-def test_metrics_go_on_from_what_was_uploaded(workdir):
-  with workdirs.local_log(workdir) as (first, upload):
+def test_metrics_go_on_from_what_was_uploaded(bucket):
+  with workdirs.local_log(bucket) as (first, upload):
     push(first, 1)
-    assert not (workdir / 'metrics.jsonl').exists()
+    assert not (bucket / 'metrics.jsonl').exists()
     upload()
-    assert steps(workdir / 'metrics.jsonl') == [1]
+    assert steps(bucket / 'metrics.jsonl') == [1]
   assert not first.exists()
-  with workdirs.local_log(workdir) as (second, _):
+  with workdirs.local_log(bucket) as (second, _):
     push(second, 2)
-    assert steps(workdir / 'metrics.jsonl') == [1]
-  assert steps(workdir / 'metrics.jsonl') == [1, 2]
-  assert any('tfevents' in path.name for path in workdir.iterdir())
+    assert steps(bucket / 'metrics.jsonl') == [1]
+  assert steps(bucket / 'metrics.jsonl') == [1, 2]
+  assert any('tfevents' in path.name for path in bucket.iterdir())
 
 
-def test_a_fault_loses_no_metrics(workdir):
-  with pytest.raises(KeyError), workdirs.local_log(workdir) as (directory, _):
+def test_a_fault_loses_no_metrics(bucket):
+  with pytest.raises(KeyError), workdirs.local_log(bucket) as (directory, _):
     push(directory, 1)
     raise KeyError
-  assert steps(workdir / 'metrics.jsonl') == [1]
+  assert steps(bucket / 'metrics.jsonl') == [1]
 
 
-def test_json_in_a_bucket(workdir):
+def test_json_in_a_bucket(bucket):
   for value in ({'steps': 1}, {'steps': 2}):
-    workdirs.write_json(workdir / 'config.json', value)
-    assert workdirs.read_json(workdir / 'config.json') == value
-  assert [path.name for path in workdir.iterdir()] == ['config.json']
+    workdirs.write_json(bucket / 'config.json', value)
+    assert workdirs.read_json(bucket / 'config.json') == value
+  assert [path.name for path in bucket.iterdir()] == ['config.json']
 
 
 def test_a_local_directory_holds_the_log_itself(tmp_path):
@@ -99,7 +79,7 @@ def test_a_place_that_cannot_be_reached_is_refused(path, message, monkeypatch):
 
 
 @pytest.mark.long
-def test_a_run_in_a_bucket_goes_on(text, tmp_path, workdir, monkeypatch):
+def test_a_run_in_a_bucket_goes_on(text, tmp_path, bucket, monkeypatch):
   """Killed in step 4; checkpoints apart: they have a client of their own."""
 
   def local(name):
@@ -109,15 +89,15 @@ def test_a_run_in_a_bucket_goes_on(text, tmp_path, workdir, monkeypatch):
   for name in ('Checkpoints', 'restore_newest', 'steps'):
     monkeypatch.setattr(loop, name, local(name))
   config = tiny.tiny_config(text, steps=4, checkpoint_every=2)
-  run = loop.Run(config, workdir)
+  run = loop.Run(config, bucket)
   batches = itertools.islice(run.training_batches(0), 3)
   monkeypatch.setattr(run, 'training_batches', lambda _: batches)
   with pytest.raises(StopIteration):
     run.train()
-  assert steps(workdir / 'metrics.jsonl') == [1, 2, 3]
+  assert steps(bucket / 'metrics.jsonl') == [1, 2, 3]
   loop.Run(config, 'gs://bucket/run').train()
-  assert steps(workdir / 'metrics.jsonl') == [1, 2, 3, 4]
-  assert {path.name for path in epath.Path(workdir).iterdir()} > {
+  assert steps(bucket / 'metrics.jsonl') == [1, 2, 3, 4]
+  assert {path.name for path in epath.Path(bucket).iterdir()} > {
     'config.json',
     'run.json',
   }
