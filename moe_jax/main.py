@@ -218,10 +218,23 @@ def main(argv: Sequence[str]) -> int:
     print(f'error: {error}', file=sys.stderr)
     print('The same command goes on from the last checkpoint.', file=sys.stderr)
     return 1
-  except Exception:
+  except Exception as error:
     processes.fail()
-    raise
+    if not _is_out_of_memory(error):
+      raise
+    print(
+      f'error: {one_line(error)}; a smaller batch_size, more accumulation or a '
+      'smaller model need less; --print_sharding lists the bytes of parameters',
+      file=sys.stderr,
+    )
+    return 1
   return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+  if isinstance(error, RuntimeError):  # That of jax is one.
+    return 'Out of memory' in str(error) or 'RESOURCE_EXHAUSTED' in str(error)
+  return isinstance(error, MemoryError)
 
 
 def _print_sharding(config) -> None:

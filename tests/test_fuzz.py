@@ -459,6 +459,31 @@ def test_any_config_is_refused_or_traced_long(options, devices):
   trace_or_refuse(options, devices)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize('end', ['least', 'most'])
+def test_each_end_of_a_range_is_refused_or_traced(end):
+  outcomes = {}
+  for group, kind in (
+    ('', config_lib.Config),
+    ('model', DecoderConfig),
+    ('mesh', config_lib.MeshConfig),
+    ('data', DataConfig),
+  ):
+    for name, allowed in kind.RANGES.items():
+      if name == 'layers' or (group == 'model' and name in config_lib._DERIVED):
+        continue  # 1024 layers are traced, but not in seconds.
+      field = {field.name: field for field in dataclasses.fields(kind)}[name]
+      value = getattr(allowed, end)
+      if end == 'least' and allowed.above:
+        value = 1e-323
+      options = config_lib.to_dict(config_lib.Config())
+      options['model'] |= {'width': 16, 'hidden': 16, 'layers': 1}
+      section = options[group] if group else options
+      section[name] = field.type(value)
+      outcomes[f'{group}.{name}'] = trace_or_refuse(options, 1)
+  assert sum(outcomes.values()) > len(outcomes) / 2, outcomes
+
+
 # --- Work directories --------------------------------------------------------
 
 
@@ -473,7 +498,7 @@ def refused_and_left_alone(argv):
   with tempfile.TemporaryDirectory() as parent:
     new, old = pathlib.Path(parent) / 'new', pathlib.Path(parent) / 'old'
     old.mkdir()
-    (old / 'config.json').write_text('{"steps": 1')  # Damaged, too.
+    (old / 'notes.txt').write_text('mine')
     (old / 'metrics.jsonl').write_bytes(b'\xff\x00')
     before = content(pathlib.Path(parent))
     for workdir in (new, old):
@@ -504,3 +529,27 @@ def test_refused_flags_leave_work_directories_alone(argv):
 @hypothesis.given(refused)
 def test_refused_flags_leave_work_directories_alone_long(argv):
   refused_and_left_alone(argv)
+
+
+@pytest.mark.parametrize(
+  'flag',
+  [
+    'mesh.data=77',
+    'batch_size=9',
+    'data.dataset=nothing_of_that_name',
+    'data.dataset=text_files',
+    'data.files=nothing_of_that_name.txt',
+    'data.cache_dir=Makefile/below',
+    'data.evaluation_sets=nothing_of_that_name',
+  ],
+)
+def test_what_is_refused_late_leaves_work_directories_alone(flag):
+  files = 'data.dataset=text_files' if 'files' in flag else 'steps=1'
+  refused_and_left_alone(
+    [
+      f'--config={DEMO}:bip',
+      '--config.mesh.data=8',
+      f'--config.{files}',
+      f'--config.{flag}',
+    ]
+  )

@@ -64,6 +64,31 @@ def test_overrides_keep_their_type():
   assert options.data.files == 'a,b'
 
 
+@pytest.mark.long
+def test_too_big_a_model_is_told_in_one_line(tmp_path, capfd):
+  (tmp_path / 'a.jsonl').write_text('{"text": "aaaa"}\n{"text": "bbbb"}\n')
+  options = {
+    'batch_size': 8,
+    'sequence_length': 2,
+    'warmup_steps': 0,
+    'model.width': 2**17,
+    'model.hidden': 2**20,
+    'model.experts': 2**14,
+    'model.layers': 1,
+    'data.dataset': 'text_files',
+    'data.files': tmp_path / 'a.jsonl',
+    'data.cache_dir': tmp_path / 'cache',
+    'data.evaluation_sets': '',
+    'data.vocabulary': 300,
+  }
+  flags = [f'--config.{name}={value}' for name, value in options.items()]
+  arguments = ['main', DEMO, f'--workdir={tmp_path / "run"}', *flags]
+  assert command_line.main(arguments) == 1
+  lines = capfd.readouterr().err.splitlines()
+  assert 'Out of memory' in lines[-1] and lines[-1].startswith('error: ')
+  assert not any('Traceback' in line for line in lines)
+
+
 def test_help_shows_worked_examples(capsys):
   assert command_line.main(['main', '--help']) == 0
   assert '--config=experiments/demo.py:bip' in capsys.readouterr().out

@@ -159,15 +159,23 @@ def check_directory(path: pathlib.Path) -> None:
     raise DamagedError(f'{path}: a checksum differs')
 
 
-def remove(path: pathlib.Path) -> None:
-  """Removes a directory at one stroke, then its content."""
-  with _writing(path):
-    aside = tempfile.mkdtemp(dir=path.parent, prefix='.incomplete-')
+def remove_damaged(path: pathlib.Path) -> None:
+  """Removes a directory that is not as it was written.
+
+  Where another process was faster, and has made it again, it stays.
+  """
+  with (
+    _writing(path),
+    tempfile.TemporaryDirectory(dir=path.parent, prefix='.incomplete-') as made,
+  ):
+    aside = pathlib.Path(made) / 'damaged'
+    with contextlib.suppress(FileNotFoundError):
+      path.rename(aside)
     try:
-      with contextlib.suppress(FileNotFoundError):  # Somebody was faster.
-        path.rename(aside)
-    finally:
-      shutil.rmtree(aside, ignore_errors=True)
+      check_directory(aside)
+      aside.rename(path)
+    except (FileNotFoundError, DamagedError):
+      pass
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:

@@ -299,10 +299,11 @@ def _prepared(
     try:
       cache.check_directory(root)
     except FileNotFoundError:
-      prepare()
+      pass
     except cache.DamagedError:
       log(f'data: {root} is damaged; making it again')
-      cache.remove(root)
+      cache.remove_damaged(root)
+    if not root.is_dir():
       prepare()
     with catalog.quiet():
       source = builder(data_dir=str(root)).as_data_source(split)

@@ -52,3 +52,28 @@ def test_the_faster_of_two_directories_stays(tmp_path):
       (fast / 'file').write_text('fast')
   assert (path / 'file').read_text() == 'fast'
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_damage_is_found(tmp_path):
+  path = tmp_path / 'file'
+  with cache.atomic_file(path) as file:
+    file.write(b'content')
+  assert cache.check_file(path) == len(b'content')
+  for content in (b'', b'content', path.read_bytes().replace(b'c', b'C', 1)):
+    path.write_bytes(content)
+    with pytest.raises(cache.DamagedError, match=str(path)):
+      cache.check_file(path)
+
+
+def test_damaged_directory_goes_and_a_whole_one_stays(tmp_path):
+  path = tmp_path / 'directory'
+  with cache.atomic_directory(path) as folder:
+    (folder / 'file').write_text('content')
+  cache.remove_damaged(path)
+  cache.check_directory(path)
+  (path / 'more').write_text('')
+  with pytest.raises(cache.DamagedError, match=str(path)):
+    cache.check_directory(path)
+  cache.remove_damaged(path)
+  cache.remove_damaged(path)
+  assert list(tmp_path.iterdir()) == []

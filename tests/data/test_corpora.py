@@ -478,6 +478,19 @@ def test_processes_may_start_together_and_after_a_killed_one(tmp_path):
   assert output == [expected, expected]  # And stdout has nothing else.
 
 
+@pytest.mark.long
+def test_processes_may_find_damage_together(tmp_path):
+  write(tmp_path / 'a.jsonl', [f'document {i}' * 9 for i in range(500)])
+  text = load(tmp_path, str(tmp_path / 'a.jsonl'))
+  expected = f'{text.fingerprint} {text.train_tokens.sum()}\n'
+  for path in [*(tmp_path / 'cache').rglob('*')]:
+    if path.is_file():
+      flip(path)
+  together = [run(tmp_path, 'live') for _ in range(4)]
+  output = [process.communicate(timeout=120)[0] for process in together]
+  assert output == [expected] * 4
+
+
 # --- Other TFDS data sets ----------------------------------------------------
 
 
