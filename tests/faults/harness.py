@@ -10,8 +10,6 @@ import os
 import pathlib
 import random
 import select
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -27,13 +25,13 @@ from tests.train import tiny
 ROOT = pathlib.Path(__file__).parents[2]
 LIMIT = 300.0  # Seconds; nothing here may take longer.
 OPTIONS = {'steps': 12, 'eval_every': 4, 'checkpoint_every': 3}
-# Compiled in half the time; small entries of the cache are kept as well.
+# One device. Compiled in half the time; what was quickly compiled is kept, too.
 ENVIRONMENT = {
   'JAX_PLATFORMS': 'cpu',
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   'PYTHONPATH': str(ROOT),
+  'XLA_FLAGS': '--xla_backend_optimization_level=0',
 }
-FLAGS = '--xla_backend_optimization_level=0'
 # What a finished run may leave; TensorBoard's files besides.
 EXPECTED = ('checkpoints', 'config.json', 'lock', 'metrics.jsonl', 'run.json')
 
@@ -65,14 +63,15 @@ class Trial:
     self.workdir = self.workdir or self.place / 'run'
     self.starts = 0
 
-  def start(self, *faults: str) -> 'Program':
-    """Gives the command; see child.py for the faults."""
+  @contextlib.contextmanager
+  def started(self, *faults: str) -> Iterator['Program']:
+    """Gives the command, with faults of child.py; ends it with the block."""
     self.starts += 1
     options = OPTIONS | tiny.of_text(self.text)
     options |= {'data.cache_dir': self.place / 'tokens'} | self.options
     read, write = os.pipe()
     said = self.place / f'said_{self.starts:03d}'
-    with said.open('wb') as stderr:
+    with said.open('wb') as output:
       process = subprocess.Popen(
         [
           *(*self.prefix, sys.executable, f'{ROOT}/tests/faults/child.py'),
@@ -80,27 +79,19 @@ class Trial:
           f'--config={ROOT}/tests/train/tiny.py:{self.method}',
           *(f'--config.{name}={value}' for name, value in options.items()),
         ],
-        env=os.environ
-        | {'XDG_CACHE_HOME': str(self.cache), 'XLA_FLAGS': FLAGS}
-        | ENVIRONMENT,
+        env={**os.environ, **ENVIRONMENT, 'XDG_CACHE_HOME': str(self.cache)},
         cwd=ROOT,
-        stderr=stderr,
-        stdout=stderr,
+        stdout=output,
+        stderr=output,
         pass_fds=[write],
       )
     os.close(write)
-    return Program(process, read, said)
-
-  @contextlib.contextmanager
-  def started(self, *faults: str) -> Iterator['Program']:
-    """The same; whatever happens, it does not outlive the block."""
-    program = self.start(*faults)
     try:
-      yield program
+      yield Program(process, read, said)
     finally:
-      program.process.kill()
-      program.process.wait()
-      os.close(program.pipe)
+      process.kill()
+      process.wait()
+      os.close(read)
 
   def run(self, *faults: str) -> 'Program':
     """Gives the command and waits for its end."""
@@ -181,22 +172,6 @@ class Program:
         inside.pop()
     return inside[-1] if inside else 'between' if self.marks else 'start'
 
-  def lengths(self) -> dict[tuple[str, int], float]:
-    """Returns the seconds that a phase lasted the first time, the second..."""
-    seconds: dict[tuple[str, int], float] = {}
-    for i, (begin, what, phase) in enumerate(self.marks):
-      if what == 'begin':
-        number = 1 + sum(key[0] == phase for key in seconds)
-        seconds[phase, number] = next(
-          (
-            mark[0] - begin
-            for mark in self.marks[i + 1 :]
-            if phase == 'step' or mark[1:] == ('end', phase)
-          ),
-          0.0,
-        )
-    return seconds
-
 
 def digest(workdir: pathlib.Path, steps: int) -> str:
   """Hashes what a finished run computed: last checkpoint and metrics.
@@ -267,12 +242,3 @@ def generator(*seed: object) -> random.Random:
   """Returns random numbers that can be had again; prints how."""
   print('seed', *seed, flush=True)
   return random.Random(repr(seed))
-
-
-def fresh(path: pathlib.Path) -> pathlib.Path:
-  """Removes a directory."""
-  shutil.rmtree(path, ignore_errors=True)
-  return path
-
-
-SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}

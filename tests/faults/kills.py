@@ -2,8 +2,8 @@
 
   python -m tests.faults.kills --kills=200 --seed=0
 
-prints a summary: where the kills fell, and what was lost. A case can be
-repeated by its number and the seed: --case=3.
+prints a summary: where the kills fell, and what was lost; the one so far is in
+summary.md. A case can be repeated by its number and the seed: --case=3.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from concurrent import futures
 import dataclasses
 import datetime
 import pathlib
+import shutil
 import sys
 import tempfile
 import time
@@ -123,7 +124,7 @@ def case(
       if target in ('start', 'data preparation', 'restore', 'compilation'):
         occurrence = 1
       if target == 'data preparation':
-        harness.fresh(trial.place / 'tokens')
+        shutil.rmtree(trial.place / 'tokens', ignore_errors=True)
       done = not kill(trial, target, occurrence, part, lengths, report)
     report.runs += 1
     report.starts += trial.starts
@@ -157,15 +158,34 @@ def kill(trial, target, occurrence, part, lengths, report) -> bool:
     program.process.kill()
     program.finish()
     # Of those that were cut short, the length is not known.
-    lengths.update({k: s for k, s in program.lengths().items() if s})
+    lengths.update({k: s for k, s in lengths_of(program.marks).items() if s})
     if program.code == 0:
       lengths['all'] = time.monotonic() - began
       return False
     if program.code != -9:
       report.wrong.append(program.tail())
   report.hits.append(program.phase())
-  report.lost.append(harness.lost_steps(trial.workdir))
+  # Before that, the records are those that the last kill left.
+  stepped = any(mark[2] == 'compilation' for mark in program.marks)
+  report.lost.append(harness.lost_steps(trial.workdir) if stepped else 0)
   return True
+
+
+def lengths_of(marks) -> dict[tuple[str, int], float]:
+  """Returns the seconds that a phase lasted the first time, the second..."""
+  seconds: dict[tuple[str, int], float] = {}
+  for i, (begin, what, phase) in enumerate(marks):
+    if what == 'begin':
+      number = 1 + sum(key[0] == phase for key in seconds)
+      seconds[phase, number] = next(
+        (
+          mark[0] - begin
+          for mark in marks[i + 1 :]
+          if phase == 'step' or mark[1:] == ('end', phase)
+        ),
+        0.0,
+      )
+  return seconds
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -196,6 +216,7 @@ def main(arguments: argparse.Namespace) -> int:
       [pool.submit(of_number, i) for i in numbers]
     ):
       total.add(done.result())
+      (place / 'summary.md').write_text(total.table())
       print(
         f'{len(total.hits)} kills, {len(total.wrong)} wrong, '
         f'{time.monotonic() - began:.0f} s',
