@@ -28,7 +28,8 @@ class MoEConfig:
       have to solve by themselves.
     ragged_exchange: whether rows without capacity travel by ragged all-to-all.
       False pads them, as CPUs do anyway; some slices cannot do without: v5e of
-      16 x 16, if a whole side lies along the mesh axis `expert`.
+      16 x 16, if a whole side lies along the mesh axis `expert`. Evaluation is
+      without capacity, so there it matters in any case.
     dtype: compute dtype of experts, 'float32' or 'bfloat16'. Parameters and
       the router are float32.
   """
