@@ -172,10 +172,14 @@ def compile_step(lowered, topology: Topology) -> Compiled:
   Raises:
     ValueError: the compiler refuses the step for another reason.
   """
+  # Late, as it imports jax.
+  from moe_jax.parallel import exchange
+
   chip = CHIPS[topology.chip]
   options = _SPARSECORE_OPTIONS if topology.chip in ('v5p', 'v6e') else {}
   try:
-    compiled = lowered.compile(compiler_options=options)
+    with exchange.refusal_explained():
+      compiled = lowered.compile(compiler_options=options)
   except Exception as error:  # jax's, whose type is not public.
     sizes = _amounts(str(error)) if 'HbmOom' in str(error) else []
     if len(sizes) < 2:

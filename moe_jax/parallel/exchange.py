@@ -19,12 +19,17 @@ one device, P devices along the axis, C capacity.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
 import functools
+import re
 from typing import NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+
+from moe_jax.parallel.processes import Refused
 
 
 def static(
@@ -77,6 +82,28 @@ def ragged(
   load_L = jnp.sum(back.send_sizes.reshape(len(load_PxE), -1), axis=0)
   y_MxD = apply(rows_MxD, load_L)
   return _move(y_MxD, back, there, len(rows_NxD), axis_name, pad)
+
+
+@contextlib.contextmanager
+def refusal_explained() -> Iterator[None]:
+  """Says which option helps where a compiler refuses the ragged exchange.
+
+  Put it around what compiles a step, an evaluation among them: that is always
+  dropless. Other errors pass as they are.
+
+  Raises:
+    Refused: a ragged all-to-all was refused.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    reason = str(error).partition('\n')[0]
+    if not re.search('ragged.?all.?to.?all', str(error), re.IGNORECASE):
+      raise
+    raise Refused(
+      'model.ragged_exchange=True: the compiler of these devices refuses it; '
+      f'False sends padded rows instead ({reason})'
+    ) from error
 
 
 class _Route(NamedTuple):

@@ -19,6 +19,7 @@ from moe_jax.config import Config
 from moe_jax.config import flatten
 from moe_jax.config import to_dict
 from moe_jax.data.cache import open_cache
+from moe_jax.parallel import exchange
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import preemption
 from moe_jax.parallel import processes
@@ -143,7 +144,8 @@ class Run:
         )
         telemetry.restart_clock()
 
-      self._steps(state, position, telemetry, save, preempted_after)
+      with exchange.refusal_explained():
+        self._steps(state, position, telemetry, save, preempted_after)
 
   def _steps(
     self,

@@ -68,6 +68,7 @@ def frozen():
   return model
 
 
+@pytest.mark.long
 def test_gradient_says_logits_depend_on_no_later_token(frozen):
   """Of the logit of a token that is not in the text, at each position."""
   # Each token occurs once, so its row of the embedding is its place; the row

@@ -40,7 +40,10 @@ def tokens(batch=4, sequence=10, seed=1):
 @pytest.mark.parametrize(
   ('sequence', 'violation'),
   # 40 tokens x 2 / 8 experts = 10; 25 x 2 / 8 = 6.25.
-  [((4, 10), 0.0), ((5, 5), 7 / 6.25 - 1)],
+  [
+    pytest.param((4, 10), 0.0, marks=pytest.mark.long),
+    ((5, 5), 7 / 6.25 - 1),
+  ],
 )
 @pytest.mark.parametrize(
   'capacity_factor', [pytest.param(0.0, marks=pytest.mark.long), 1.0]
@@ -115,12 +118,13 @@ def test_each_shard_rounds_by_itself():
 @pytest.mark.parametrize(
   'balancer',
   [
-    COUNTING,
-    routing.midpoint(2, lag=True),
-    routing.quantile(),
-    routing.quantile(estimator='histogram'),
+    pytest.param(COUNTING, id='bip'),
+    pytest.param(routing.quantile(estimator='histogram'), id='histogram'),
+    pytest.param(
+      routing.midpoint(2, lag=True), id='midpoint_lag', marks=pytest.mark.long
+    ),
+    pytest.param(routing.quantile(), id='quantile', marks=pytest.mark.long),
   ],
-  ids=['bip', 'midpoint_lag', 'quantile', 'histogram'],
 )
 def test_global_rules_do_not_see_the_shards(balancer, masked):
   x, mask = tokens(), None

@@ -194,7 +194,7 @@ def assert_equal_step(actual, reference):
   [
     'dropless',
     'capacity',
-    'rounding',
+    pytest.param('rounding', marks=pytest.mark.long),
     pytest.param('histogram', marks=pytest.mark.long),
     pytest.param('auxiliary loss', marks=pytest.mark.long),
   ],
@@ -209,7 +209,9 @@ def test_weights_split_over_data_change_nothing(layer):
   assert_equal_step(actual, expected(layer))
 
 
-@pytest.mark.parametrize('shape', [(4, 2), (1, 8)])
+@pytest.mark.parametrize(
+  'shape', [(4, 2), pytest.param((1, 8), marks=pytest.mark.long)]
+)
 def test_shards_solve_and_round_by_themselves(shape):
   """As one device does for 8 shards; q is a mean, so sums may differ."""
   actual = layer_step('rounding', make_mesh(*shape), by_shard=True)
@@ -227,6 +229,28 @@ def test_shards_solve_and_round_by_themselves(shape):
   for expert in range(EXPERTS):
     assert np.sum((experts == expert) & (gates > 0), axis=1).max() <= share
   assert output.dropped == 0
+
+
+def test_a_compiler_without_the_ragged_exchange_is_explained():
+  """That of CPUs, for one; there, `ragged` never asks for it."""
+
+  @functools.partial(
+    jax.shard_map,
+    mesh=make_mesh(1, 2),
+    in_specs=P('expert'),
+    out_specs=P('expert'),
+  )
+  def send(rows_NxD, sizes_P):
+    route = exchange._Route(*[sizes_P] * 4)
+    return exchange._move_ragged(rows_NxD, route, rows=4, axis_name='expert')
+
+  arguments = jnp.ones((8, 3)), jnp.ones(4, jnp.int32)
+  with pytest.raises(ValueError, match='^model.ragged_exchange=True: .*False'):
+    with exchange.refusal_explained():
+      jax.jit(send).lower(*arguments).compile()
+  with pytest.raises(jax.errors.JaxRuntimeError, match='memory'):
+    with exchange.refusal_explained():
+      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')
 
 
 def test_a_batch_that_does_not_divide_is_refused():
@@ -251,19 +275,18 @@ def test_groups_have_buffers_of_their_own(capacity):
   mask = jnp.asarray(random.random(24) < 0.8)
   skew = jnp.linspace(0, -1, EXPERTS)
 
-  def run(rows, groups):
-    choice = routing.choose(scores[rows] + skew, skew * 0, k=K)
+  @functools.partial(jax.jit, static_argnames='groups')
+  def run(x, scores, mask, *, groups):
+    choice = routing.choose(scores + skew, skew * 0, k=K)
     return dispatch.capacity(
-      x[rows],
-      choice,
-      weights,
-      mask_T=mask[rows],
-      capacity=capacity,
-      groups=groups,
+      x, choice, weights, mask_T=mask, capacity=capacity, groups=groups
     )
 
-  together = run(slice(None), 3)
-  parts = [run(slice(i, i + 8), 1) for i in (0, 8, 16)]
+  together = run(x, scores, mask, groups=3)
+  parts = [
+    run(x[i : i + 8], scores[i : i + 8], mask[i : i + 8], groups=1)
+    for i in (0, 8, 16)
+  ]
   np.testing.assert_allclose(
     together.y,
     np.concatenate([part.y for part in parts]),

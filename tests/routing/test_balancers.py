@@ -327,6 +327,7 @@ def test_loss_free_by_hand():
   np.testing.assert_array_equal(state.q, [0.0, 0.0, -0.25])
 
 
+@pytest.mark.long
 def test_loss_free_moves_once_a_step_from_summed_loads(scores):
   balancer = routing.loss_free(1e-2)
 

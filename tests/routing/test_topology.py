@@ -18,7 +18,16 @@ from tests.routing import rules
 
 TOKENS, EXPERTS, K = 96, 8, 3
 
-counting_rule = pytest.mark.parametrize('name', rules.BY_COUNTING)
+
+def counting_rule(*long):
+  """Tries all rules that count; in the long suite, those that are named."""
+  return pytest.mark.parametrize(
+    'name',
+    [
+      pytest.param(name, marks=pytest.mark.long if name in long else [])
+      for name in rules.BY_COUNTING
+    ],
+  )
 
 
 def batches():
@@ -58,7 +67,15 @@ def assert_same(actual, reference):
 
 
 @pytest.mark.parametrize('count', [pytest.param(2, marks=pytest.mark.long), 8])
-@counting_rule
+# Neither clip nor lag, nor what a rule does with loads, moves between devices.
+@counting_rule(
+  'bip_unclipped',
+  'bip_lag',
+  'midpoint_lag',
+  'loss_free_proportional',
+  'loss_controlled',
+  'unbalanced',
+)
 def test_compiler_sharding_leaves_every_bit(name, count):
   mesh = meshes.make_mesh(count // 2, 2, devices=jax.devices()[:count])
   sharding = NamedSharding(mesh, P(None, meshes.AXES))
@@ -70,7 +87,7 @@ def test_compiler_sharding_leaves_every_bit(name, count):
 @pytest.mark.parametrize(
   'count', [pytest.param(n, marks=pytest.mark.long) for n in (2, 4)] + [8]
 )
-@counting_rule
+@counting_rule('bip_unclipped', 'bip_lag')  # As midpoint and midpoint_lag.
 def test_shard_map_leaves_every_bit(name, count):
   mesh = meshes.make_mesh(count // 2, 2, devices=jax.devices()[:count])
   token, all_ = P(meshes.AXES), P()
@@ -137,7 +154,10 @@ def test_shards_solve_by_themselves_and_share_their_mean(lag):
   np.testing.assert_allclose(after.q, np.mean(solved, axis=0), atol=1e-6)
 
 
-@pytest.mark.parametrize('parts', [2, 4, 8])
+@pytest.mark.parametrize(
+  'parts',
+  [pytest.param(n, marks=pytest.mark.long) for n in (2, 8)] + [4],
+)
 @pytest.mark.parametrize(
   'name', ['loss_free', 'loss_free_proportional', 'quantile_histogram']
 )

@@ -61,22 +61,31 @@ def test_pending_prices_and_histograms_come_back(method, tmp_path):
   assert saved.config == config_lib.to_dict(config)
 
 
-def test_checkpoints_move_between_meshes(tmp_path):
+MESHES = (
+  (1, 1, False),
+  (2, 1, False),
+  (1, 2, False),
+  (4, 2, True),
+  (2, 4, False),
+  (1, 8, False),
+  (8, 1, True),
+  (1, 1, False),
+)
+
+
+@pytest.mark.parametrize(
+  'path',
+  [
+    # Fewer and more devices, both axes, with and without fsdp.
+    pytest.param([MESHES[i] for i in (0, 3, 5, 7)], id='quick'),
+    pytest.param(MESHES, id='all', marks=pytest.mark.long),
+  ],
+)
+def test_checkpoints_move_between_meshes(path, tmp_path):
   """Saved on one mesh, restored on the next, every bit and every sharding."""
   first = None
   directory = tmp_path / 'saved'
-  for step, (data, expert, fsdp) in enumerate(
-    [
-      (1, 1, False),
-      (2, 1, False),
-      (1, 2, False),
-      (4, 2, True),
-      (2, 4, False),
-      (1, 8, False),
-      (8, 1, True),
-      (1, 1, False),
-    ]
-  ):
+  for step, (data, expert, fsdp) in enumerate(path):
     config = tiny.tiny_config(
       tmp_path, **{'mesh.fsdp': fsdp, 'model.remat': fsdp}
     )

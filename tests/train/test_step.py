@@ -213,6 +213,7 @@ def test_choices_on_a_mesh_differ_between_near_equals_only(shape, config):
   assert np.mean(near) < 0.1
 
 
+@pytest.mark.long
 def test_masked_tokens_change_nothing(config):
   mesh = meshes.make_mesh(1, 1, devices=jax.devices()[:1])
   training = state_lib.make_training(
