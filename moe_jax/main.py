@@ -109,7 +109,12 @@ def parse(
 
 
 def load_experiment(path: str, method: str = '') -> ConfigDict:
-  """Calls `get_config` of an experiment file, given as FILE.py[:METHOD]."""
+  """Calls `get_config` of an experiment file, given as FILE.py[:METHOD].
+
+  Raises:
+    ValueError: there is no such file, or it fails in whatever way; the message
+      has its name.
+  """
   path, _, given = path.partition(':')
   if not path:
     raise ValueError('--config=FILE.py:METHOD: missing')

@@ -540,6 +540,10 @@ def test_refused_flags_leave_work_directories_alone_long(argv):
     'data.dataset=text_files',
     'data.files=nothing_of_that_name.txt',
     'data.cache_dir=Makefile/below',
+    'data.cache_dir=' + 'x' * 300,
+    'data.cache_dir=~nobody_of_that_name/cache',
+    'data.files=~nobody_of_that_name/a.txt',
+    'data.dataset=lm1b --config.data.tfds_dir=~nobody_of_that_name/x',
     'data.evaluation_sets=nothing_of_that_name',
   ],
 )
@@ -550,6 +554,6 @@ def test_what_is_refused_late_leaves_work_directories_alone(flag):
       f'--config={DEMO}:bip',
       '--config.mesh.data=8',
       f'--config.{files}',
-      f'--config.{flag}',
+      *f'--config.{flag}'.split(),
     ]
   )

@@ -33,19 +33,18 @@ def open_cache(cache_dir: str) -> pathlib.Path:
   Raises:
     ValueError: the directory cannot be made.
   """
-  if cache_dir:
-    path = pathlib.Path(cache_dir).expanduser().absolute()
-  else:
-    home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-    path = pathlib.Path(home).expanduser().absolute() / 'moe_jax'
+  home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  path = pathlib.Path(cache_dir or f'{home}/moe_jax')
   try:
+    path = path.expanduser().absolute()
     # mkdir(parents=True) would give the parents the default mode.
     for part in (*reversed(path.parents), path):
       if not part.is_dir():
         part.mkdir(mode=0o700, exist_ok=True)
-  except OSError as error:
+  except (OSError, RuntimeError) as error:  # The latter of ~somebody.
     raise ValueError(
-      f'data.cache_dir={cache_dir}: cannot make {path} ({error.strerror}); '
+      f'data.cache_dir={cache_dir}: cannot make {path} '
+      f'({getattr(error, "strerror", error)}); '
       'give a directory that you may write to'
     ) from error
   return path

@@ -112,7 +112,10 @@ def _find_builder(name: str, tfds_dir: str) -> tfds.core.DatasetBuilder:
     raise ValueError(f'data.dataset={name}: not a data set name; {hint}')
   # Without TensorFlow, TFDS leaves its older text data sets unregistered.
   importlib.import_module('tensorflow_datasets.text')
-  data_dir = str(pathlib.Path(tfds_dir).expanduser()) if tfds_dir else None
+  try:
+    data_dir = str(pathlib.Path(tfds_dir).expanduser()) if tfds_dir else None
+  except RuntimeError as error:  # ~somebody, who is not here.
+    raise ValueError(f'data.tfds_dir={tfds_dir}: {error}') from error
   try:
     with quiet(), known_features():
       return tfds.builder(name, data_dir=data_dir)
@@ -166,8 +169,9 @@ def _choose_splits(name: str, splits: list[str]) -> dict[str, str]:
 
 def _check_place(name: str, builder, split: str) -> None:
   """Raises ValueError where prepared data name files that are elsewhere."""
+  folder = os.path.normpath(builder.data_path)
   for path in builder.info.splits[split.partition('[')[0]].filepaths:
-    if os.path.dirname(os.path.normpath(path)) != str(builder.data_path):
+    if os.path.dirname(os.path.normpath(path)) != folder:
       raise ValueError(
         f'data.dataset={name}: prepared in {builder.data_path}, but its split '
         f'{split} is in {shown(str(path))}'

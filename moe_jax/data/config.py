@@ -38,7 +38,7 @@ class DataConfig:
   """
 
   RANGES: ClassVar[dict[str, Range]] = {
-    # 256 bytes and the end-of-document token; `nn` has ids of 24 bits.
+    # At least 256 bytes and the end-of-document token.
     'vocabulary': Range(SMALLEST_VOCABULARY, 2**24),
     'maximum_documents': Range(0, 2**62),
   }

@@ -61,7 +61,7 @@ def load_text(
   """Reads, tokenizes and caches the text that a config asks for.
 
   The first call for a text takes seconds per 10 MB; later ones only hash the
-  source files. Any number of processes may call it at once.
+  source files and what is cached. Any number of processes may call it at once.
 
   Args:
     config: what to read.

@@ -140,7 +140,8 @@ def load_tokenizer(
     log: takes a line about work that was not cached.
   """
   try:
-    text = path.read_bytes()[: cache.check_file(path)].decode()
+    size = cache.check_file(path)
+    text = path.read_bytes()[:size].decode()
     return Tokenizer.from_json(text, vocabulary)
   except FileNotFoundError:
     pass
