@@ -3,6 +3,8 @@
 import pytest
 
 from moe_jax import main as command_line
+from moe_jax.train import loop
+from tests.train import tiny
 
 DEMO = '--config=experiments/demo.py:bip'
 
@@ -64,29 +66,47 @@ def test_overrides_keep_their_type():
   assert options.data.files == 'a,b'
 
 
-@pytest.mark.long
-def test_too_big_a_model_is_told_in_one_line(tmp_path, capfd):
-  (tmp_path / 'a.jsonl').write_text('{"text": "aaaa"}\n{"text": "bbbb"}\n')
-  options = {
-    'batch_size': 8,
-    'sequence_length': 2,
-    'warmup_steps': 0,
-    'model.width': 2**17,
-    'model.hidden': 2**20,
-    'model.experts': 2**14,
-    'model.layers': 1,
-    'data.dataset': 'text_files',
-    'data.files': tmp_path / 'a.jsonl',
-    'data.cache_dir': tmp_path / 'cache',
-    'data.evaluation_sets': '',
-    'data.vocabulary': 300,
-  }
+@pytest.fixture
+def arguments(tmp_path):
+  """Of a run that could begin at once."""
+  (tmp_path / 'text').mkdir()
+  options = tiny.of_text(tiny.write_text(tmp_path / 'text'))
   flags = [f'--config.{name}={value}' for name, value in options.items()]
-  arguments = ['main', DEMO, f'--workdir={tmp_path / "run"}', *flags]
+  experiment = f'--config={tiny.__file__}:bip'
+  return ['main', experiment, f'--workdir={tmp_path / "run"}', *flags]
+
+
+def test_too_big_a_model_is_refused_before_it_is_made(
+  arguments, tmp_path, capsys
+):
+  sizes = {'width': 2**17, 'hidden': 2**20, 'experts': 2**14}
+  flags = [f'--config.model.{name}={value}' for name, value in sizes.items()]
+  assert command_line.main([*arguments, *flags]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith('error: model: parameters, optimizer and router take')
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  ('error', 'said'),
+  [
+    (
+      RuntimeError('RESOURCE_EXHAUSTED: Out of memory'),
+      'batch_size',
+    ),
+    (OSError('No space left'), 'goes on from the last checkpoint'),
+  ],
+)
+def test_what_ends_a_run_is_told_in_a_line(
+  arguments, capsys, monkeypatch, error, said
+):
+  def fail(self):
+    raise error
+
+  monkeypatch.setattr(loop.Run, 'train', fail)
   assert command_line.main(arguments) == 1
-  lines = capfd.readouterr().err.splitlines()
-  assert 'Out of memory' in lines[-1] and lines[-1].startswith('error: ')
-  assert not any('Traceback' in line for line in lines)
+  output = capsys.readouterr().err
+  assert f'error: {" ".join(str(error).split())}' in output and said in output
 
 
 def test_help_shows_worked_examples(capsys):

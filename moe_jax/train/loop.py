@@ -35,6 +35,7 @@ from moe_jax.train.optimizer import make_optimizer
 from moe_jax.train.state import Training
 from moe_jax.train.state import TrainState
 from moe_jax.train.state import carry_prices
+from moe_jax.train.state import check_memory
 from moe_jax.train.state import make_training
 from moe_jax.train.state import shards_of
 from moe_jax.train.step import Batch
@@ -72,6 +73,7 @@ class Run:
       self.config = config = _with_shards(config, self.mesh)
       workdirs.check_same_config(self.workdir, config, allow_config_change)
       self.training = make_training(config, make_optimizer(config), self.mesh)
+      check_memory(self.training.abstract)
       self.text = data.load_text(config.data)
       if config.sequence_length >= len(self.text.train_tokens):
         raise ValueError(

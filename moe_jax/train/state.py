@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import math
+import os
 from typing import Any
 from typing import NamedTuple
 
@@ -191,12 +192,34 @@ def shards_of(config: Config, mesh: Mesh) -> int:
   return config.model.shards or mesh.size
 
 
+def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:
+  shard = leaf.sharding.shard_shape(leaf.shape)
+  return math.prod(shard) * leaf.dtype.itemsize
+
+
+def check_memory(abstract: TrainState) -> None:
+  """Raises ValueError if a device cannot even hold its part of the state."""
+  leaves = jax.tree.leaves(abstract)
+  size = sum(_bytes_per_device(leaf) for leaf in leaves)
+  device = jax.local_devices()[0]
+  if device.platform == 'cpu':  # Virtual devices share what there is.
+    room = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    room //= len(abstract.step.sharding.addressable_devices)
+  else:
+    room = (device.memory_stats() or {}).get('bytes_limit', size)
+  if size > room:
+    raise ValueError(
+      f'model: parameters, optimizer and router take {size / 1e9:.1f} GB on '
+      f'each device, which has {room / 1e9:.1f} GB; take a smaller model, more '
+      'devices along mesh.expert, or mesh.fsdp=True'
+    )
+
+
 def sharding_table(abstract: TrainState) -> str:
   """Lists name, shape, dtype, spec and bytes per device of every array."""
   rows, total = [], 0
   for path, leaf in jax.tree.leaves_with_path(abstract):
-    shard = leaf.sharding.shard_shape(leaf.shape)
-    size = math.prod(shard) * leaf.dtype.itemsize
+    size = _bytes_per_device(leaf)
     total += size
     name = jax.tree_util.keystr(path, simple=True, separator='.')
     spec = ', '.join(str(axis) for axis in leaf.sharding.spec)
