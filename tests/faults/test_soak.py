@@ -35,7 +35,9 @@ def test_nothing_grows(trial):
       f'{steps[half]}, {column[-1]} after {steps[-1]}; {slopes[name]:+.4f} a '
       'step in the second half'
     )
-  assert slopes['KB'] < 2
+  # Steps cost nothing. orbax keeps about 100 KB of each checkpoint saved, 75
+  # Python objects and what C++ has; an evaluation keeps about 5 KB.
+  assert slopes['KB'] < 1 + 200 / EVERY
   assert abs(slopes['threads']) < 1e-3
   assert abs(slopes['files']) < 1e-3
   # After the first checkpoint and the first two evaluations.
