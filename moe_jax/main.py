@@ -219,12 +219,10 @@ def main(argv: Sequence[str]) -> int:
     print(f'error: {error}', file=sys.stderr)
     return 1
   except OSError as error:
-    processes.fail()
     print(f'error: {error}', file=sys.stderr)
     print('The same command goes on from the last checkpoint.', file=sys.stderr)
     return 1
   except Exception as error:
-    processes.fail()
     if not _is_out_of_memory(error):
       raise
     print(
@@ -253,4 +251,4 @@ def _print_sharding(config) -> None:
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv))
+  processes.end(main)

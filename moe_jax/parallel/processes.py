@@ -11,6 +11,7 @@ JAX_LOCAL_DEVICE_IDS=0,1,... names the GPUs of a process. Without it, processes
 under SLURM have one each, others all that they see.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
@@ -22,6 +23,7 @@ import sys
 import time
 import traceback
 from typing import Any
+from typing import NoReturn
 
 import jax
 from jax._src import clusters
@@ -193,16 +195,24 @@ def _in_a_line(error: Exception) -> str:
   return ' '.join(''.join(traceback.format_exception_only(error)).split())
 
 
-def fail() -> None:
-  """Ends this process with its error if others wait for it in a computation.
+def end(main: Callable[[Sequence[str]], int]) -> NoReturn:
+  """Calls a program and ends the process with its exit code.
 
-  They end as soon as it is missed: at once if it was process 0, else after 100
-  s. An ordinary exit would first wait 300 s for them to come to theirs.
+  After a failure, at once: a thread may wait for what will never come, and an
+  ordinary exit would wait 300 s for the other processes to come to theirs. They
+  end as soon as this one is missed: at once if it was process 0, else after 100
+  s.
   """
-  if distributed.global_state.client is not None:
+  try:
+    code = main(sys.argv)
+  except Exception:
     traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(1)
+    code = 1
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if code == 1:
+    os._exit(code)
+  sys.exit(code)
 
 
 def _verdict(answer: dict[str, Any]) -> str:

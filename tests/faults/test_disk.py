@@ -261,7 +261,7 @@ def assert_skipped(command, expected):
   program = command.run()
   assert program.code == 0, program.tail()
   assert harness.digest(command.workdir, 12) == expected
-  warning = [x for x in program.said().splitlines() if 'damaged' in x]
+  warning = [x for x in program.said().splitlines() if ' moved to ' in x]
   assert len(warning) == 1 and re.search(r'\b9\b', warning[0]), program.tail()
   assert 'Traceback' not in program.said(), program.tail()
   assert len(list((command.workdir / 'damaged').iterdir())) == 1
