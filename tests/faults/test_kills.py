@@ -44,9 +44,10 @@ def test_three_kills(trial):
   options |= {'steps': 6, 'model.shared_experts': 0}
   killed = trial('killed', 'loss_free', **options)
   alone = trial('alone', 'loss_free', **options)
-  with futures.ThreadPoolExecutor(1) as pool:
-    expected = pool.submit(alone.complete)
-    for phase, number in [('save', 2), ('evaluation', 1), ('restore', 1)]:
-      assert killed.stop_in(phase, number).phase() == phase
-    assert killed.complete() == expected.result()
+  for phase, number in [('save', 2), ('evaluation', 1), ('restore', 1)]:
+    assert killed.stop_in(phase, number).phase() == phase
+  # Both find most of what was compiled.
+  with futures.ThreadPoolExecutor(2) as pool:
+    digests = pool.map(harness.Trial.complete, [killed, alone])
+  assert len(set(digests)) == 1
   assert not harness.leftovers(killed.workdir)
