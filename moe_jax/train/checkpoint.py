@@ -70,7 +70,8 @@ class Checkpoints:
   Args:
     directory: absolute or remote; it need not exist.
     config: of the run.
-    run: its name; `restore_newest` takes no other run's checkpoints.
+    run: its name, in the first process; `restore_newest` takes no other run's
+      checkpoints.
   """
 
   def __init__(self, directory: epath.PathLike, config: Config, run: str):

@@ -187,7 +187,9 @@ class Run:
         raise preemption.Preempted(f'saved after step {step} of {config.steps}')
 
   def _checkpoints(self) -> Checkpoints:
-    run = workdirs.read_json(self.workdir / 'run.json')['run']
+    run = ''
+    if jax.process_index() == 0:  # Who writes all that is no array.
+      run = workdirs.read_json(self.workdir / 'run.json')['run']
     return Checkpoints(self.workdir / 'checkpoints', self.config, run)
 
   def _open(self) -> tuple[TrainState, Position]:

@@ -216,7 +216,7 @@ def patiently(write: Callable[[], None], what: str) -> None:
   for pause in PAUSES:
     try:
       return write()
-    except OSError as error:
+    except Exception as error:  # Buckets have errors of their own.
       print(
         f'warning: {what}: {error}; tries again in {pause:.0f} s',
         file=sys.stderr,

@@ -1,5 +1,6 @@
 """Remote work directories, in a bucket that is kept in memory."""
 
+import collections
 import itertools
 import json
 
@@ -8,6 +9,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from moe_jax.parallel import processes
 from moe_jax.train import loop
 from moe_jax.train import telemetry as telemetry_lib
 from moe_jax.train import workdir as workdirs
@@ -101,3 +103,32 @@ def test_a_run_in_a_bucket_goes_on(text, tmp_path, bucket, monkeypatch):
     'config.json',
     'run.json',
   }
+
+
+def test_room_for_checkpoints_is_asked_for_before_the_first_step(
+  text, tmp_path, monkeypatch
+):
+  usage = collections.namedtuple('usage', 'total used free')
+  monkeypatch.setattr(
+    workdirs.shutil, 'disk_usage', lambda path: usage(10**9, 0, 10**5)
+  )
+  run = loop.Run(tiny.tiny_config(text), tmp_path / 'run')
+  with pytest.raises(processes.Refused, match='0.0 GB are free, but 3 more'):
+    run.train()
+  assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+def test_a_file_system_is_asked_three_times(monkeypatch, capsys):
+  monkeypatch.setattr(workdirs, 'PAUSES', (0.0, 0.0))
+  answers = iter(
+    [OSError('full'), KeyError('odd'), None, *[OSError('gone')] * 3]
+  )
+
+  def write():
+    if answer := next(answers):
+      raise answer
+
+  workdirs.patiently(write, 'upload')
+  assert capsys.readouterr().err.count('warning: upload: ') == 2
+  with pytest.raises(OSError, match='gone'):
+    workdirs.patiently(write, 'upload')
