@@ -14,9 +14,12 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 from typing import BinaryIO
 
 _DIGEST = 64  # Hex digits of SHA-256, at the end of a sealed file.
+_INCOMPLETE = '.incomplete-'
+_SECONDS_UNTIL_ABANDONED = 7 * 24 * 3600.0
 _MANIFEST = 'sha256.json'  # In a sealed directory: file name -> digest.
 
 
@@ -47,7 +50,16 @@ def open_cache(cache_dir: str) -> pathlib.Path:
       f'({getattr(error, "strerror", error)}); '
       'give a directory that you may write to'
     ) from error
+  _sweep(path)
   return path
+
+
+def _sweep(cache_dir: pathlib.Path) -> None:
+  """Removes what processes that were killed had not completed."""
+  for path in cache_dir.glob(f'{_INCOMPLETE}*'):
+    with contextlib.suppress(OSError):  # Another process sweeps, too.
+      if time.time() - path.stat().st_mtime > _SECONDS_UNTIL_ABANDONED:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def content_key(*parts: object) -> str:
@@ -72,7 +84,7 @@ def atomic_file(path: pathlib.Path) -> Iterator[BinaryIO]:
   """
   with _writing(path):
     file = tempfile.NamedTemporaryFile(
-      'w+b', dir=path.parent, prefix='.incomplete-', delete=False
+      'w+b', dir=path.parent, prefix=_INCOMPLETE, delete=False
     )
     try:
       with file:
@@ -125,9 +137,7 @@ def atomic_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     ValueError: the directory cannot be written.
   """
   with _writing(path):
-    made = pathlib.Path(
-      tempfile.mkdtemp(dir=path.parent, prefix='.incomplete-')
-    )
+    made = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=_INCOMPLETE))
     try:
       yield made
       (made / _MANIFEST).write_text(json.dumps(_digests(made)))
@@ -165,7 +175,7 @@ def remove_damaged(path: pathlib.Path) -> None:
   """
   with (
     _writing(path),
-    tempfile.TemporaryDirectory(dir=path.parent, prefix='.incomplete-') as made,
+    tempfile.TemporaryDirectory(dir=path.parent, prefix=_INCOMPLETE) as made,
   ):
     aside = pathlib.Path(made) / 'damaged'
     with contextlib.suppress(FileNotFoundError):

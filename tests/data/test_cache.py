@@ -1,5 +1,8 @@
 """What is cached is whole, private, and found again."""
 
+import os
+import time
+
 import pytest
 
 from moe_jax.data import cache
@@ -42,6 +45,20 @@ def test_interrupted_file_leaves_the_old_one(tmp_path):
       raise KeyboardInterrupt
   assert path.read_bytes() == b'old'
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_removed_after_a_week(tmp_path):
+  week = 7 * 24 * 3600
+  for name, age in (('old', week + 60), ('new', week - 60)):
+    (tmp_path / f'.incomplete-{name}').mkdir()
+    (tmp_path / f'.incomplete-{name}.npy').write_text('')
+    for path in tmp_path.glob(f'*{name}*'):
+      os.utime(path, times=(time.time() - age,) * 2)
+  (tmp_path / 'kept').write_text('')
+  os.utime(tmp_path / 'kept', times=(0, 0))
+  cache.open_cache(str(tmp_path))
+  left = {path.name for path in tmp_path.iterdir()}
+  assert left == {'.incomplete-new', '.incomplete-new.npy', 'kept'}
 
 
 def test_the_faster_of_two_directories_stays(tmp_path):

@@ -64,7 +64,7 @@ class Report:
     every = harness.OPTIONS['checkpoint_every']
     return '\n'.join(
       [
-        '| killed in | kills | steps lost | at most |',
+        '| killed in | kills | steps computed again | at most |',
         '| --- | ---: | ---: | ---: |',
         *rows,
         f'| all | {len(self.hits)} | {sum(self.lost)} | '
