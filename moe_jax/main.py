@@ -34,6 +34,7 @@ Exit codes: 0 done, 2 refused (bad config or input), 75 preempted (SIGTERM or
 Ctrl-C) and saved, 128 + N ended by signal N unsaved, 1 anything else.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import difflib
@@ -187,6 +188,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
   try:
     processes.start()
+  except ValueError as error:
+    print(f'error: {one_line(error)}', file=sys.stderr)
+    return 2
+  with preemption.notice() as preempted_after:
+    return _train(argv, preempted_after)
+
+
+def _train(argv: Sequence[str], preempted_after: Callable[[int], bool]) -> int:
+  try:
     with processes.agreement():
       options, values = parse(argv, others=_FLAGS)
       if not values.workdir and not values.print_sharding:
@@ -204,11 +214,8 @@ def main(argv: Sequence[str]) -> int:
   except (ValueError, OSError) as error:
     print(f'error: {one_line(error)}', file=sys.stderr)
     return 2
-  except KeyboardInterrupt:
-    print('interrupted: nothing was begun', file=sys.stderr)
-    return 130
   try:
-    run.train()
+    run.train(preempted_after)
   except processes.Refused as error:
     print(f'error: {error}', file=sys.stderr)
     return 2

@@ -36,7 +36,7 @@ def notice() -> Iterator[Callable[[int], bool]]:
   several = jax.distributed.is_initialized()
   if threading.current_thread() is not threading.main_thread():
     # Python leaves signals to the main thread.
-    yield multihost_utils.reached_preemption_sync_point if several else _never
+    yield multihost_utils.reached_preemption_sync_point if several else never
     return
   # jax took SIGTERM over when the processes met, so that one tells all.
   signals = (signal.SIGINT,) if several else _SIGNALS
@@ -59,7 +59,8 @@ def notice() -> Iterator[Callable[[int], bool]]:
     yield after
 
 
-def _never(step: int) -> bool:
+def never(step: int) -> bool:
+  """Where signals mean what they mean to Python, as in a notebook."""
   del step
   return False
 

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import os
 import sys
 import time
@@ -192,7 +193,8 @@ def first_error(error: Exception | None) -> str:
 
 
 def _in_a_line(error: Exception) -> str:
-  return ' '.join(''.join(traceback.format_exception_only(error)).split())
+  text = ' '.join(''.join(traceback.format_exception_only(error)).split())
+  return text if len(text) <= 250 else f'{text[:250]} ...'
 
 
 def end(main: Callable[[Sequence[str]], int]) -> NoReturn:
@@ -203,6 +205,10 @@ def end(main: Callable[[Sequence[str]], int]) -> NoReturn:
   end as soon as this one is missed: at once if it was process 0, else after 100
   s.
   """
+  # orbax raises the error that many of its background tasks end with: pages of
+  # what they have to say would hide the line that explains it.
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+  sys.unraisablehook = lambda unraisable: None
   try:
     code = main(sys.argv)
   except Exception:

@@ -91,18 +91,23 @@ class Run:
         },
       }
 
-  def train(self) -> None:
+  def train(
+    self, preempted_after: Callable[[int], bool] = preemption.never
+  ) -> None:
     """Trains from the newest checkpoint, or from scratch, to the last step.
+
+    Args:
+      preempted_after: asked after each step whether to save and end now; see
+        `preemption.notice`.
 
     Raises:
       Refused: the work directory cannot be used after all, or no checkpoint in
         it.
       FloatingPointError: too many steps in a row were not finite.
-      Preempted: SIGTERM or SIGINT came to one of the processes.
+      Preempted: `preempted_after` said so.
     """
     _use_compilation_cache()
     with contextlib.ExitStack() as stack:
-      preempted_after = stack.enter_context(preemption.notice())
       with processes.agreement():
         if jax.process_index() == 0:
           self.workdir.mkdir(parents=True, exist_ok=True)
@@ -159,6 +164,8 @@ class Run:
   ) -> None:
     """Trains from `position` to the last step, evaluates and saves."""
     config, step = self.config, position.step
+    if preempted_after(step):  # While text or checkpoint were read.
+      raise preemption.Preempted(f'before step {step + 1} of {config.steps}')
     train_step = make_train_step(config, self.training)
     evaluation_step = evaluation.make_evaluation_step(
       self.training, self.text.tokenizer.token_bytes_V

@@ -50,7 +50,7 @@ def assert_says(what, program):
   """There is a line that says why, whatever libraries say besides."""
   lines = program.said().splitlines()
   print(f'{len(lines)} lines about {what}')
-  assert any(re.match(f'error: .*{what}', line) for line in lines), (
+  assert any(re.search(f'error: .*{what}', line) for line in lines), (
     program.tail()
   )
 
