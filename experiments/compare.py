@@ -96,8 +96,8 @@ def main(argv: Sequence[str]) -> int:
   runs, failed = {}, False
   for (method, name), run in plans.items():
     try:
-      with preemption.notice() as preempted_after:
-        run.train(preempted_after)
+      with preemption.notice() as preempted:
+        run.train(preempted)
     except preemption.Preempted as error:
       print(f'preempted: {error}; the same command continues', file=sys.stderr)
       return 75

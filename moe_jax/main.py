@@ -191,11 +191,11 @@ def main(argv: Sequence[str]) -> int:
   except ValueError as error:
     print(f'error: {one_line(error)}', file=sys.stderr)
     return 2
-  with preemption.notice() as preempted_after:
-    return _train(argv, preempted_after)
+  with preemption.notice() as preempted:
+    return _train(argv, preempted)
 
 
-def _train(argv: Sequence[str], preempted_after: Callable[[int], bool]) -> int:
+def _train(argv: Sequence[str], preempted: Callable[[], bool]) -> int:
   try:
     with processes.agreement():
       options, values = parse(argv, others=_FLAGS)
@@ -215,7 +215,7 @@ def _train(argv: Sequence[str], preempted_after: Callable[[int], bool]) -> int:
     print(f'error: {one_line(error)}', file=sys.stderr)
     return 2
   try:
-    run.train(preempted_after)
+    run.train(preempted)
   except processes.Refused as error:
     print(f'error: {error}', file=sys.stderr)
     return 2

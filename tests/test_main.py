@@ -100,7 +100,7 @@ def test_too_big_a_model_is_refused_before_it_is_made(
 def test_what_ends_a_run_is_told_in_a_line(
   arguments, capsys, monkeypatch, error, said
 ):
-  def fail(self, preempted_after):
+  def fail(self, preempted):
     raise error
 
   monkeypatch.setattr(loop.Run, 'train', fail)

@@ -35,8 +35,8 @@ from moe_jax.train import step as step_lib
 def bare_step(config, tokens_BxS):
   """Builds the step that takes a result however it is."""
   with (
-    mock.patch.object(step_lib, 'keep_if', lambda finite, new, old: new),
-    mock.patch.object(step_lib, 'norms_unless', lambda *arguments: {}),
+    mock.patch.object(step_lib, 'apply_if', lambda _, update, old: update(old)),
+    mock.patch.object(step_lib, 'squares_unless', lambda *arguments: {}),
   ):
     return our_step(config, tokens_BxS)[0]
 
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
     f'(quartiles of the pairs {quartiles[0]:.4f}, {quartiles[2]:.4f})'
   )
   with preemption.notice() as told:
-    asking = seconds(lambda: [told(i) for i in range(10_000)]) / 10_000
+    asking = seconds(lambda: [told() for _ in range(10_000)]) / 10_000
   print(f'asking for signals: {1e6 * asking:.2f} us a step')
   share = ratio - 1 + asking / step
   for name, value in each_checkpoint(config, options.repeats).items():

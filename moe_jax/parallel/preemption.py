@@ -9,6 +9,7 @@ have come to the step after which they save.)
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -25,43 +26,44 @@ class Preempted(Exception):
 
 
 @contextlib.contextmanager
-def notice() -> Iterator[Callable[[int], bool]]:
+def notice() -> Iterator[Callable[[], bool]]:
   """Takes the first SIGTERM or SIGINT for a notice, not for the end.
 
   Yields:
-    A function that all processes call after every step, with its number. It
-    says whether to save and end now: after the same step in all of them, once
-    any was told.
+    A function that all processes call equally often: after every step. It says
+    whether to save and end now: in the same call in all of them, once any was
+    told.
   """
   several = jax.distributed.is_initialized()
-  if threading.current_thread() is not threading.main_thread():
-    # Python leaves signals to the main thread.
-    yield multihost_utils.reached_preemption_sync_point if several else never
-    return
-  # jax took SIGTERM over when the processes met, so that one tells all.
-  signals = (signal.SIGINT,) if several else _SIGNALS
-  told = threading.Event()
+  told, reached = threading.Event(), threading.Event()
+  # Not the run's steps: jax counts from 0, and would wait for ever for step 1
+  # if the notice came before the first call of a run that goes on.
+  calls = itertools.count()
+
+  def preempted() -> bool:
+    if not several:
+      return told.is_set()
+    if multihost_utils.reached_preemption_sync_point(next(calls)):
+      reached.set()
+      if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return reached.is_set()
 
   def tell() -> None:
     told.set()
-    if several:
+    if several and not reached.is_set():
       os.kill(os.getpid(), signal.SIGTERM)
 
-  def after(step: int) -> bool:
-    if not several:
-      return told.is_set()
-    reached = multihost_utils.reached_preemption_sync_point(step)
-    if reached:
-      signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return reached
-
-  with _watch(signals, tell):
-    yield after
+  if threading.current_thread() is not threading.main_thread():
+    yield preempted  # Python leaves signals to the main thread.
+    return
+  # jax took SIGTERM over when the processes met, so that one tells all.
+  with _watch((signal.SIGINT,) if several else _SIGNALS, tell):
+    yield preempted
 
 
-def never(step: int) -> bool:
+def never() -> bool:
   """Where signals mean what they mean to Python, as in a notebook."""
-  del step
   return False
 
 

@@ -10,6 +10,8 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import math
+import re
 import sys
 import time
 from typing import Any
@@ -29,6 +31,13 @@ from moe_jax.train import workdir
 from moe_jax.train.state import TrainState
 
 _ARRAYS = ('params', 'optimizer', 'router')
+
+# Types of errors, and what tensorstore and buckets call theirs.
+_MAY_PASS = re.compile(
+  r'\b(OSError|PermissionError|TimeoutError|ConnectionError|MemoryError|HttpError'
+  r'|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED'
+  r'|UNAUTHENTICATED|ABORTED)\b'
+)
 
 
 class Position(NamedTuple):
@@ -76,16 +85,19 @@ class Checkpoints:
 
   def __init__(self, directory: epath.PathLike, config: Config, run: str):
     self._directory, self._config, self._run = directory, config, run
-    self._losses = _saved_losses(directory)
+    self._losses = {}
+    if config.checkpoints_kept_best:
+      self._losses = _saved_losses(directory)
     self._manager = self._open()
 
-  def _open(self) -> ocp.CheckpointManager:
+  def _open(self) -> '_Manager':
     config = self._config
     policies = [keep.LatestN(config.checkpoints_kept)]
     if config.checkpoints_kept_every:
       policies.append(keep.EveryNSteps(config.checkpoints_kept_every))
-    policies.append(_Best(self._losses, config.checkpoints_kept_best))
-    return ocp.CheckpointManager(
+    if config.checkpoints_kept_best:
+      policies.append(_Best(self._losses, config.checkpoints_kept_best))
+    return _Manager(
       epath.Path(self._directory),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=keep.AnyPreservationPolicy(policies),
@@ -142,10 +154,12 @@ class Checkpoints:
       data=ocp.args.JsonSave(data),
       meta=ocp.args.JsonSave(meta | {'sha256': _sha256(meta, data)}),
     )
-    self._losses[position.step] = loss
+    if loss is not None:
+      self._losses[position.step] = loss
     for pause in (*workdir.PAUSES, None):
       try:
-        self._manager.save(position.step, args=items)
+        if not self._manager.save(position.step, args=items):
+          raise OSError('there is one of this step or of a later one')
         if wait or jax.default_backend() == 'cpu':
           self._manager.wait_until_finished()
         break
@@ -169,10 +183,17 @@ class Checkpoints:
       _return_free_memory()
 
 
+class _Manager(ocp.CheckpointManager):
+  def reached_preemption(self, step: int) -> bool:
+    """Leaves jax's count of steps to `preemption.notice`."""
+    del step
+    return False
+
+
 class _Best(keep.PreservationPolicy):
   """Preserves the `count` checkpoints of the least loss."""
 
-  def __init__(self, losses: dict[int, float | None], count: int):
+  def __init__(self, losses: dict[int, float], count: int):
     self._losses, self._count = losses, count
 
   def should_preserve(self, checkpoints, *, context):
@@ -180,18 +201,18 @@ class _Best(keep.PreservationPolicy):
     known = [
       (loss, checkpoint.step)
       for checkpoint in checkpoints
-      if (loss := self._losses.get(checkpoint.step)) is not None
+      if math.isfinite(loss := self._losses.get(checkpoint.step, math.nan))
     ]
     best = {step for _, step in sorted(known)[: self._count]}
     return [checkpoint.step in best for checkpoint in checkpoints]
 
 
-def _saved_losses(directory: epath.PathLike) -> dict[int, float | None]:
+def _saved_losses(directory: epath.PathLike) -> dict[int, float]:
   losses = {}
   for step in steps(directory):
     path = epath.Path(directory) / str(step) / 'meta' / 'metadata'
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-      losses[step] = json.loads(path.read_text())['loss']
+      losses[step] = float(json.loads(path.read_text())['loss'])
   return losses
 
 
@@ -225,6 +246,7 @@ def restore_newest(
 
   Raises:
     Refused: there are checkpoints, but none is of use. All stay where they are.
+    OSError: a checkpoint cannot be read now.
   """
   directory = epath.Path(directory)
   damaged = {}
@@ -250,6 +272,9 @@ def restore_newest(
         f'step {saved.position.step} is used',
         file=sys.stderr,
       )
+  if damaged:
+    with processes.agreement() as seen:  # Some file systems are slow to tell.
+      seen['checkpoints in --workdir'] = str(steps(directory))
   return saved
 
 
@@ -258,41 +283,81 @@ class _Damaged(Exception):
 
 
 def _read(path: epath.Path, step: int, run: str, plan) -> Saved:
-  """Reads a checkpoint; raises _Damaged in all processes or in none."""
-  failure = meta = state = None
-  try:
-    meta, data = (
-      json.loads((path / item / 'metadata').read_text())
-      for item in ('meta', 'data')
-    )
-    if meta.pop('sha256', '') != _sha256(meta, data):
-      raise ValueError('the items meta and data are not as they were written')
-    if meta['run'] != run or meta['position']['step'] != step:
-      raise ValueError(
-        f'it is of step {meta["position"]["step"]} of another run'
-      )
-    abstract = plan(meta['config'])
-    state = abstract._replace(
-      **{
-        name: _array_handler().restore(
-          path / name,
-          args=ocp.args.PyTreeRestore(
-            item, ocp.checkpoint_utils.construct_restore_args(item)
-          ),
-        )
-        for name, item in arrays_of(abstract).items()
-      },
-      step=jax.device_put(np.int32(step), abstract.step.sharding),
-    )
-  except Exception as error:  # What damage leads to is not foreseeable.
-    failure = error
-  if why := processes.first_error(failure):
-    raise _Damaged(why) from failure
+  """Reads a checkpoint; raises _Damaged in all processes or in none.
+
+  Raises:
+    OSError: it cannot be read now, which does not mean that it is damaged.
+  """
+  meta = _agreed(lambda: _read_meta(path, step, run))
+  abstract = plan(meta['config'])
+  read = _agreed(lambda: _read_arrays(path, abstract))
+  # Together: one process waits for the others in these.
+  state = abstract._replace(
+    **read, step=jax.device_put(np.int32(step), abstract.step.sharding)
+  )
   now = facts.checksums(arrays_of(state))
   if now != meta['checksums']:
     wrong = [name for name in now if now[name] != meta['checksums'].get(name)]
     raise _Damaged(f'values changed since it was written: {", ".join(wrong)}')
   return Saved(state, Position(**meta['position']), meta['config'])
+
+
+def _read_meta(path: epath.Path, step: int, run: str) -> dict[str, Any]:
+  meta, data = (
+    json.loads((path / item / 'metadata').read_text())
+    for item in ('meta', 'data')
+  )
+  if meta.pop('sha256', '') != _sha256(meta, data):
+    raise ValueError('the items meta and data are not as they were written')
+  saved = meta['position']['step']
+  if meta['run'] != run or saved != step:
+    raise ValueError(f'it is of step {saved} of another run')
+  return meta
+
+
+def _read_arrays(path: epath.Path, abstract: TrainState) -> dict[str, Any]:
+  return {
+    name: _array_handler().restore(
+      path / name,
+      args=ocp.args.PyTreeRestore(
+        item, ocp.checkpoint_utils.construct_restore_args(item)
+      ),
+    )
+    for name, item in arrays_of(abstract).items()
+  }
+
+
+def _agreed(read: Callable[[], Any]) -> Any:
+  """Reads in every process; what one of them cannot read, none has read."""
+  failure = result = None
+  for pause in (*workdir.PAUSES, None):
+    try:
+      failure, result = None, read()
+      break
+    except Exception as error:  # What damage leads to is not foreseeable.
+      failure = _root(error)
+      if pause is None or not _may_pass(_named(failure)):
+        break
+      time.sleep(pause)
+  if why := processes.first_error(failure):
+    raise (OSError if _may_pass(why) else _Damaged)(why) from failure
+  return result
+
+
+def _root(error: BaseException) -> BaseException:
+  """Returns what orbax wraps into an `Exception` of its own."""
+  while type(error) is Exception and (cause := error.__cause__):
+    error = cause
+  return error
+
+
+def _named(error: BaseException) -> str:
+  return f'{type(error).__name__}: {error}'
+
+
+def _may_pass(why: str) -> bool:
+  """Whether an error tells of the disk, network or memory, not of the data."""
+  return bool(_MAY_PASS.search(why))
 
 
 def arrays_of(state: TrainState) -> dict[str, Any]:

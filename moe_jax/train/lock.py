@@ -123,18 +123,24 @@ def _object(path: epath.Path) -> Iterator[Callable[[], None]]:
       raise _in_use(path, read())
 
   ended, lost = threading.Event(), threading.Event()
+  alive = time.monotonic()
 
   def beat() -> None:
+    nonlocal alive
     while not ended.wait(_SECONDS_BETWEEN_BEATS):
-      with contextlib.suppress(OSError):  # The network comes back, or not.
+      with contextlib.suppress(Exception):  # The network comes back, or not.
+        began = time.monotonic()
         if owner['token'] not in read():
           lost.set()
           return
         owner['beat'] += 1
         path.write_text(json.dumps(owner))
+        alive = began
 
   def check() -> None:
-    if lost.is_set():
+    # Who was not heard of for so long may be taken for dead by now.
+    silent = time.monotonic() - alive
+    if lost.is_set() or silent > _SECONDS_UNTIL_DEAD - _SECONDS_BETWEEN_BEATS:
       raise RuntimeError(f'{path}: another run took this work directory over')
 
   thread = threading.Thread(target=beat, daemon=True)
@@ -144,5 +150,6 @@ def _object(path: epath.Path) -> Iterator[Callable[[], None]]:
   finally:
     ended.set()
     thread.join()
-    if owner['token'] in read():
-      path.unlink(missing_ok=True)
+    with contextlib.suppress(Exception):  # A newcomer waits a minute, then.
+      if owner['token'] in read():
+        path.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import numpy as np
 from moe_jax import data
 from moe_jax.config import Config
 from moe_jax.config import flatten
+from moe_jax.config import freeze
 from moe_jax.config import to_dict
 from moe_jax.data.cache import open_cache
 from moe_jax.parallel import exchange
@@ -71,6 +72,7 @@ class Run:
       self.workdir = workdirs.open_workdir(workdir)
       self.mesh = meshes.make_mesh(config.mesh.data, config.mesh.expert)
       self.config = config = _with_shards(config, self.mesh)
+      self._allowed = allow_config_change
       workdirs.check_same_config(self.workdir, config, allow_config_change)
       self.training = make_training(config, make_optimizer(config), self.mesh)
       check_memory(self.training.abstract)
@@ -80,7 +82,7 @@ class Run:
           f'sequence_length={config.sequence_length}: the training text has '
           f'{len(self.text.train_tokens)} tokens only'
         )
-      workdirs.check_same_text(self.workdir, self.text.fingerprint)
+      self._check_workdir()
       facts |= {
         'text': self.text.fingerprint,
         'devices of each process': jax.local_device_count(),
@@ -91,20 +93,23 @@ class Run:
         },
       }
 
-  def train(
-    self, preempted_after: Callable[[int], bool] = preemption.never
-  ) -> None:
+  def _check_workdir(self) -> None:
+    """Raises ValueError if the work directory is that of another run."""
+    workdirs.check_same_config(self.workdir, self.config, self._allowed)
+    workdirs.check_same_text(self.workdir, self.text.fingerprint)
+
+  def train(self, preempted: Callable[[], bool] = preemption.never) -> None:
     """Trains from the newest checkpoint, or from scratch, to the last step.
 
     Args:
-      preempted_after: asked after each step whether to save and end now; see
+      preempted: asked after each step whether to save and end now; see
         `preemption.notice`.
 
     Raises:
       Refused: the work directory cannot be used after all, or no checkpoint in
         it.
       FloatingPointError: too many steps in a row were not finite.
-      Preempted: `preempted_after` said so.
+      Preempted: `preempted` said so.
     """
     _use_compilation_cache()
     with contextlib.ExitStack() as stack:
@@ -112,6 +117,7 @@ class Run:
         if jax.process_index() == 0:
           self.workdir.mkdir(parents=True, exist_ok=True)
         still_ours = stack.enter_context(lock.hold(self.workdir))
+        self._check_workdir()  # Another run may have come first.
       state, position = self._open()
       if position.step >= self.config.steps:
         print(
@@ -121,7 +127,7 @@ class Run:
       with processes.agreement():
         checkpoints = stack.enter_context(self._checkpoints())
         directory, upload = stack.enter_context(
-          workdirs.local_log(self.workdir)
+          workdirs.local_log(self.workdir, still_ours)
         )
         telemetry = stack.enter_context(
           Telemetry(
@@ -136,23 +142,22 @@ class Run:
           )
         )
 
-      def save(state: TrainState, position: Position, **arguments) -> None:
+      def save(
+        state: TrainState, position: Position, loss: float | None, wait: bool
+      ) -> None:
         still_ours()
         telemetry.flush(sync=True)
         # First: a checkpoint without its metrics could not be continued.
         workdirs.patiently(upload, f'{self.workdir}: upload')
-        checkpoints.save(
-          state,
-          position._replace(
-            skipped=telemetry.skipped,
-            skipped_in_a_row=telemetry.skipped_in_a_row,
-          ),
-          **arguments,
+        position = position._replace(
+          skipped=telemetry.skipped,
+          skipped_in_a_row=telemetry.skipped_in_a_row,
         )
+        checkpoints.save(state, position, loss=loss, wait=wait)
         telemetry.restart_clock()
 
       with exchange.refusal_explained():
-        self._steps(state, position, telemetry, save, preempted_after)
+        self._steps(state, position, telemetry, save, preempted)
 
   def _steps(
     self,
@@ -160,11 +165,11 @@ class Run:
     position: Position,
     telemetry: Telemetry,
     save: Callable[..., None],
-    preempted_after: Callable[[int], bool],
+    preempted: Callable[[], bool],
   ) -> None:
     """Trains from `position` to the last step, evaluates and saves."""
     config, step = self.config, position.step
-    if preempted_after(step):  # While text or checkpoint were read.
+    if preempted():  # While text or checkpoint were read.
       raise preemption.Preempted(f'before step {step + 1} of {config.steps}')
     train_step = make_train_step(config, self.training)
     evaluation_step = evaluation.make_evaluation_step(
@@ -186,11 +191,10 @@ class Run:
         telemetry.add(evaluated)
         telemetry.flush()
         telemetry.restart_clock()
-      preempted = preempted_after(step)
-      if last or preempted or step % config.checkpoint_every == 0:
-        ends = last or preempted
-        save(state, Position(step, sequence), loss=loss, wait=ends)
-      if preempted and not last:
+      ends = preempted() or last
+      if ends or step % config.checkpoint_every == 0:
+        save(state, Position(step, sequence), loss, ends)
+      if ends and not last:
         raise preemption.Preempted(f'saved after step {step} of {config.steps}')
 
   def _checkpoints(self) -> Checkpoints:
@@ -212,6 +216,10 @@ class Run:
       facts['checkpoints in --workdir'] = str(found)
       missing = self.config.checkpoints_kept + 1 - len(found)
       workdirs.check_space(self.workdir, size, max(1, missing))
+      if not found:
+        workdirs.check_nothing_is_lost(
+          self.workdir, 2 * self.config.checkpoint_every
+        )
     saved = self._restore() if found else None
     options = to_dict(self.config)
     with processes.agreement():
@@ -246,11 +254,9 @@ class Run:
     def training_under(config: dict[str, Any]) -> Training:
       if config['balancer'] == self.config.balancer:
         return self.training
-      before = dataclasses.replace(
-        self.config,
-        method=config['method'],
-        balancer=config['balancer'],
-      )
+      # All of the old options: they agree with each other.
+      mesh = dataclasses.asdict(self.config.mesh)
+      before = freeze(config | {'mesh': mesh})
       return make_training(before, make_optimizer(before), self.mesh)
 
     state, position, config = restore_newest(

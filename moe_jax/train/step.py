@@ -116,30 +116,35 @@ def make_train_step(
 
   def train_step(state, batch):
     gradient, sums, router = gradients(state.params, state.router, batch)
-    with jax.named_scope('optimizer'):
-      updates, optimizer_state = optimizer.update(
-        gradient, state.optimizer, state.params
-      )
-      params = optax.apply_updates(state.params, updates)
-    gradient_norm = optax.tree.norm(gradient)
+    gradient_squares = squares(gradient)
+    gradient_norm = jnp.sqrt(sum(map(jnp.sum, gradient_squares.values())))
     loss = sums.loss + sums.auxiliary_loss
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     finite &= ~jnp.any(sums.infinite_L)
+
+    def update(state):
+      with jax.named_scope('optimizer'):
+        updates, optimizer_state = optimizer.update(
+          gradient, state.optimizer, state.params
+        )
+        params = optax.apply_updates(state.params, updates)
+      router_state = update_router(state.params, router)
+      return state._replace(
+        params=params, optimizer=optimizer_state, router=router_state
+      )
+
+    new = apply_if(finite, update, state)
     metrics = {
       'train/loss': sums.loss,
       'train/aux_loss': sums.auxiliary_loss,
       'train/gradient_norm': gradient_norm,
-      'train/learning_rate': schedule(state.step),
+      'train/learning_rate': schedule(_updates(state.optimizer)),
       **_router_metrics(sums, config.model.round_to_capacity),
-      telemetry.NORMS: norms_unless(finite, gradient, state.params),
+      telemetry.SQUARES: {
+        'gradient': gradient_squares,
+        'parameters': squares_unless(finite, new.params),
+      },
     }
-    new = TrainState(
-      step=state.step,
-      params=params,
-      optimizer=optimizer_state,
-      router=update_router(state.params, router),
-    )
-    new = keep_if(finite, new, state)
     return new._replace(step=state.step + 1), metrics
 
   shardings = jax.tree.map(lambda x: x.sharding, training.abstract)
@@ -152,41 +157,45 @@ def make_train_step(
   )
 
 
-def keep_if(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-  """Returns `new`, or `old` where the step was not finite."""
-  return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+def _updates(optimizer: Any) -> jax.Array:
+  """Returns how many updates an optimizer has made; steps may be skipped."""
+  _, count = optax.tree.get_all_with_path(optimizer, 'count')[0]
+  return count
 
 
-def norms_unless(
-  finite: jax.Array, gradient: Any, params: Any
-) -> dict[str, dict[str, jax.Array]]:
-  """Computes the norm of every array, or zeros where nobody will ask.
+def apply_if(
+  condition: jax.Array, update: Callable[[Any], Any], state: Any
+) -> Any:
+  """Returns `update(state)` where `condition` holds, else `state`.
+
+  A loop of one turn or of none: XLA updates in place what a loop carries.
+  `lax.cond` and `jnp.where` copied, which took 2 to 4 % of the demo's steps.
+  """
+  turns = condition.astype(jnp.int32)
+  return lax.fori_loop(0, turns, lambda _, state: update(state), state)
+
+
+def squares_unless(finite: jax.Array, params: Any) -> dict[str, jax.Array]:
+  """Computes `squares`, or zeros where nobody will ask for them."""
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(squares, params)
+  )
+  return apply_if(~finite, lambda _: squares(params), zeros)
+
+
+def squares(tree: Any) -> dict[str, jax.Array]:
+  """Sums the squares of every array, by its name.
 
   Returns:
-    'gradient' and 'parameters', each a dict from the array's name to its norm;
-    [L] of an array of stacked layers.
+    Scalars; [L] of an array of stacked layers.
   """
-  trees = {'gradient': gradient, 'parameters': params}
-
-  def norms():
-    return {key: _norm_by_array(tree) for key, tree in trees.items()}
-
-  shapes = jax.eval_shape(norms)
-  return lax.cond(
-    finite,
-    lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
-    norms,
-  )
-
-
-def _norm_by_array(tree: Any) -> dict[str, jax.Array]:
-  norms = {}
+  sums = {}
   for path, leaf in jax.tree.leaves_with_path(tree):
     name = jax.tree_util.keystr(path, simple=True, separator='.')
     stacked = name.partition('.')[0].endswith('_blocks')
     axes = tuple(range(int(stacked), leaf.ndim))
-    norms[name] = jnp.sqrt(jnp.sum(jnp.square(leaf), axis=axes))
-  return norms
+    sums[name] = jnp.sum(jnp.square(leaf), axis=axes)
+  return sums
 
 
 def _router_metrics(sums: _Sums, rounded: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Metrics stay on the device until the next step is under way: a step never waits
 for the host.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -26,10 +27,10 @@ from tensorboardX.proto import event_pb2
 
 from moe_jax.train import workdir
 
-# Counts, per layer, that must be 0, and norms for when they are not; not
-# written with the other metrics.
+# Counts, per layer, that must be 0, and sums of squares for when they are not;
+# not written with the other metrics.
 INFINITE = 'router/infinite'
-NORMS = 'norms'
+SQUARES = 'squares'
 
 _PER_LAYER = '/layer'
 _SECONDS_BETWEEN_LINES = 10.0
@@ -109,9 +110,10 @@ class Telemetry:
     return self
 
   def __exit__(self, *exception):
-    self.flush()
-    for output in self._outputs:
-      output.close()
+    with contextlib.ExitStack() as stack:
+      for output in self._outputs:
+        stack.callback(output.close)
+      self.flush()
 
   def restart_clock(self) -> None:
     """Leaves the time since the last record out of the next step's."""
@@ -128,8 +130,8 @@ class Telemetry:
       sequences: indices of its training sequences.
     """
     self.flush()
-    norms = metrics.pop(NORMS, {})
-    self._pending = _Step(step, metrics, norms, sequences)
+    squares = metrics.pop(SQUARES, {})
+    self._pending = _Step(step, metrics, squares, sequences)
 
   def add(self, metrics: dict[str, float]) -> None:
     """Adds host values, such as an evaluation, to the last step pushed."""
@@ -203,8 +205,11 @@ class Telemetry:
           'sequences': list(pending.sequences),
           'record': _finite(record),
           'norms': {
-            kind: {k: _finite(np.asarray(x).tolist()) for k, x in norms.items()}
-            for kind, norms in pending.norms.items()
+            kind: {
+              name: _finite(np.sqrt(np.asarray(x)).tolist())
+              for name, x in squares.items()
+            }
+            for kind, squares in pending.squares.items()
           },
         },
       )
@@ -220,7 +225,7 @@ class _Step:
 
   step: int
   metrics: dict[str, Any]
-  norms: dict[str, Any]
+  squares: dict[str, Any]
   sequences: range
   extra: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -287,11 +292,11 @@ class _JsonLines:
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
-    self._path, self._file = path, path.open('ab')
+    # A record fits: what the disk has no room for can wait in the buffer.
+    self._path, self._file = path, path.open('ab', buffering=1 << 22)
 
   def show(self, record):
     self._file.write(_line(record))
-    # What the disk had no room for stays in the buffer.
     workdir.patiently(self._file.flush, str(self._path))
 
   def sync(self):

@@ -157,6 +157,17 @@ def check_space(workdir: epath.Path, size: int, count: int) -> None:
     )
 
 
+def check_nothing_is_lost(workdir: epath.Path, most: int) -> None:
+  """Raises ValueError if there are more steps than a run has unsaved."""
+  path = workdir / 'metrics.jsonl'
+  count = path.read_bytes().count(b'\n') if path.exists() else 0
+  if count > most:
+    raise ValueError(
+      f'{path}: has {count} steps, but there is no checkpoint beside it; bring '
+      'the checkpoints back, or choose another --workdir to begin anew'
+    )
+
+
 def check_shared(workdir: epath.Path, options: dict[str, Any]) -> None:
   """Raises Disagreement unless this process sees what the first one wrote.
 
@@ -178,7 +189,7 @@ def check_shared(workdir: epath.Path, options: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def local_log(
-  workdir: epath.Path,
+  workdir: epath.Path, still_ours: Callable[[], None]
 ) -> Iterator[tuple[pathlib.Path | None, Callable[[], None]]]:
   """Yields a local directory for files that grow, and how to upload them.
 
@@ -186,6 +197,10 @@ def local_log(
   one in the user's cache, with the metrics so far; a process that is killed
   loses what was not uploaded, which a continued run computes again. All but the
   first process have nothing to write: None.
+
+  Args:
+    workdir: the work directory.
+    still_ours: raises where another run has taken it over: nothing is uploaded.
   """
   if jax.process_index() > 0:
     yield None, lambda: None
@@ -208,7 +223,11 @@ def local_log(
     try:
       yield pathlib.Path(scratch), upload
     finally:
-      upload()
+      try:
+        still_ours()
+        patiently(upload, f'{workdir}: upload')
+      except Exception as error:  # How the run itself ended says more.
+        print(f'warning: {workdir}: not uploaded: {error}', file=sys.stderr)
 
 
 def patiently(write: Callable[[], None], what: str) -> None:
@@ -236,5 +255,9 @@ def read_json(path: epath.Path) -> Any:
 def write_json(path: epath.Path, value: Any) -> None:
   """Writes a JSON file whole or not at all."""
   temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(value, indent=2) + '\n')
+  with temporary.open('w') as file:
+    file.write(json.dumps(value, indent=2) + '\n')
+    file.flush()
+    with contextlib.suppress(AttributeError, OSError):  # A bucket has no disk.
+      os.fsync(file.fileno())
   temporary.replace(path)

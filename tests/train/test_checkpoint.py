@@ -1,5 +1,6 @@
 """A checkpoint holds everything that a router remembers."""
 
+import math
 import shutil
 from unittest import mock
 
@@ -203,6 +204,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
   assert (directory.parent / 'damaged' / '3').is_dir()
 
 
+@pytest.mark.parametrize(
+  'error', [PermissionError('no'), ValueError('UNAVAILABLE: bucket')]
+)
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(
+  saved, monkeypatch, error
+):
+  directory, training = saved
+  monkeypatch.setattr(workdirs, 'PAUSES', (0.0, 0.0))
+  errors = [error] * 3
+  restore_item = ocp.PyTreeCheckpointHandler.restore
+
+  def fail(self, path, args):
+    if errors:
+      raise Exception('wrapped') from errors.pop()
+    return restore_item(self, path, args=args)
+
+  monkeypatch.setattr(ocp.PyTreeCheckpointHandler, 'restore', fail)
+  with pytest.raises(OSError, match=str(error)):
+    restore(directory, training)
+  assert checkpoint_lib.steps(directory) == [3, 2, 1]
+  errors += [error] * 2  # Good again when asked for the third time.
+  assert restore(directory, training).position.step == 3
+
+
 def test_values_that_changed_are_named(saved, capsys):
   """As if they had changed on their way to the disk."""
   directory, training = saved
@@ -265,7 +290,7 @@ def test_a_half_written_checkpoint_is_none(saved):
 
 
 def test_newest_best_and_every_so_many_are_kept(trained, tmp_path):
-  """Losses 9, 1, 8, 2, 7 ...: the second is the best."""
+  """The second is the best; NaN is not."""
   config = tiny.tiny_config(
     tmp_path,
     checkpoints_kept=2,
@@ -273,7 +298,7 @@ def test_newest_best_and_every_so_many_are_kept(trained, tmp_path):
     checkpoints_kept_best=1,
   )
   state = restore(*trained).state
-  losses = [9.0, 1.0, 8.0, 2.0, 7.0, None, 6.0, 5.0, 3.0]
+  losses = [math.nan, 1.0, 8.0, 2.0, 7.0, None, 6.0, 5.0, 3.0]
   for part in (losses[:5], losses[5:]):  # The best is known again later.
     with checkpoint_lib.Checkpoints(
       tmp_path / 'saved', config, 'name'

@@ -135,8 +135,8 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_happened(
   monkeypatch.setattr(stopped, 'training_batches', with_signal)
   handler = signal.getsignal(number)
   with pytest.raises(preemption.Preempted, match='saved after step 4 of 6'):
-    with preemption.notice() as preempted_after:
-      stopped.train(preempted_after)
+    with preemption.notice() as preempted:
+      stopped.train(preempted)
   assert signal.getsignal(number) == handler
   assert checkpoint_lib.steps(stopped.workdir / 'checkpoints')[0] == 4
   assert records(stopped.workdir) == records(finished.workdir)[:4]

@@ -29,21 +29,44 @@ def steps(path):
 
 
 def test_metrics_go_on_from_what_was_uploaded(bucket):
-  with workdirs.local_log(bucket) as (first, upload):
+  with workdirs.local_log(bucket, lambda: None) as (first, upload):
     push(first, 1)
     assert not (bucket / 'metrics.jsonl').exists()
     upload()
     assert steps(bucket / 'metrics.jsonl') == [1]
   assert not first.exists()
-  with workdirs.local_log(bucket) as (second, _):
+  with workdirs.local_log(bucket, lambda: None) as (second, _):
     push(second, 2)
     assert steps(bucket / 'metrics.jsonl') == [1]
   assert steps(bucket / 'metrics.jsonl') == [1, 2]
   assert any('tfevents' in path.name for path in bucket.iterdir())
 
 
+def test_who_lost_the_directory_leaves_it_alone(bucket, capsys):
+  def check():
+    raise RuntimeError('taken over')
+
+  with workdirs.local_log(bucket, check) as (directory, _):
+    push(directory, 1)
+  assert not (bucket / 'metrics.jsonl').exists()
+  assert 'not uploaded: taken over' in capsys.readouterr().err
+
+
+def test_steps_without_a_checkpoint_are_not_thrown_away(text, tmp_path):
+  config = tiny.tiny_config(text, checkpoint_every=2)
+  (tmp_path / 'run').mkdir()
+  lines = ''.join(f'{{"step": {i}}}\n' for i in range(1, 6))
+  (tmp_path / 'run' / 'metrics.jsonl').write_text(lines)
+  with pytest.raises(processes.Refused, match='has 5 steps, but there is no'):
+    loop.Run(config, tmp_path / 'run').train()
+  assert (tmp_path / 'run' / 'metrics.jsonl').read_text() == lines
+
+
 def test_a_fault_loses_no_metrics(bucket):
-  with pytest.raises(KeyError), workdirs.local_log(bucket) as (directory, _):
+  with (
+    pytest.raises(KeyError),
+    workdirs.local_log(bucket, lambda: None) as (directory, _),
+  ):
     push(directory, 1)
     raise KeyError
   assert steps(bucket / 'metrics.jsonl') == [1]
@@ -58,7 +81,7 @@ def test_json_in_a_bucket(bucket):
 
 def test_a_local_directory_holds_the_log_itself(tmp_path):
   workdir = workdirs.open_workdir(tmp_path)
-  with workdirs.local_log(workdir) as (directory, upload):
+  with workdirs.local_log(workdir, lambda: None) as (directory, upload):
     upload()
     assert directory == tmp_path
   assert not list(tmp_path.iterdir())
