@@ -214,12 +214,13 @@ class Run:
     with processes.agreement() as facts:
       found = steps(self.workdir / 'checkpoints')
       facts['checkpoints in --workdir'] = str(found)
-      missing = self.config.checkpoints_kept + 1 - len(found)
-      workdirs.check_space(self.workdir, size, max(1, missing))
-      if not found:
-        workdirs.check_nothing_is_lost(
-          self.workdir, 2 * self.config.checkpoint_every
-        )
+      if jax.process_index() == 0:
+        missing = self.config.checkpoints_kept + 1 - len(found)
+        workdirs.check_space(self.workdir, size, max(1, missing))
+        if not found:
+          workdirs.check_nothing_is_lost(
+            self.workdir, 2 * self.config.checkpoint_every
+          )
     saved = self._restore() if found else None
     options = to_dict(self.config)
     with processes.agreement():

@@ -130,7 +130,7 @@ def test_one_that_cannot_read_its_text_stops_all(text, tmp_path):
 
 @pytest.mark.long
 def test_a_preempted_run_is_saved_by_all_and_goes_on(text, tmp_path):
-  """SIGTERM to the second process, when the first has recorded a step."""
+  """SIGTERM to the second process: after a step, then before the next one."""
   workdir = tmp_path / 'run'
 
   def preempt(running):
@@ -145,6 +145,20 @@ def test_a_preempted_run_is_saved_by_all_and_goes_on(text, tmp_path):
   saved, *_ = checkpoint.steps(workdir / 'checkpoints')
   steps = telemetry.read_steps(workdir / 'metrics.jsonl')
   assert 0 < saved == len(steps) == steps[-1]['step']
+
+  def preempt_while_it_is_restored(running):
+    before = (workdir / 'lock').stat().st_mtime_ns
+    while (workdir / 'lock').stat().st_mtime_ns == before:
+      assert all(process.poll() is None for process in running)
+      time.sleep(0.01)
+    running[1].terminate()
+
+  for code, output in launch(
+    text, workdir, [], [], during=preempt_while_it_is_restored, **options
+  ):
+    assert code == 75, output
+  again, *_ = checkpoint.steps(workdir / 'checkpoints')
+  assert saved <= again <= saved + 2
 
 
 @pytest.mark.long
