@@ -179,6 +179,8 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # The same error once more.
           self._manager.close()
         self._manager = self._open()
+        if position.step in steps(self._directory):
+          break  # It is there: what failed came after it.
     if jax.default_backend() == 'cpu':
       _return_free_memory()
 
