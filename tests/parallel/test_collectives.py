@@ -98,6 +98,7 @@ def test_static_capacity(data, expert):
   assert_nothing_else(found, {'all-reduce', 'all-to-all'})
 
 
+@pytest.mark.long
 @on_meshes
 def test_shards_solve_without_communication(data, expert):
   """With rounding, all pairs of devices exchange equal amounts, undropped."""
@@ -170,6 +171,7 @@ def test_only_the_exchange_grows_with_the_tokens():
   }
 
 
+@pytest.mark.long
 def test_weights_split_over_data_are_gathered_layer_by_layer():
   training, found = compiled(
     4, 2, mesh__fsdp=True, model__remat=True, capacity_factor=1.0

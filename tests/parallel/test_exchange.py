@@ -203,7 +203,9 @@ def test_a_layer_on_a_mesh_equals_one_device(layer, shape):
   assert_equal_step(layer_step(layer, make_mesh(*shape)), expected(layer))
 
 
-@pytest.mark.parametrize('layer', ['dropless', 'capacity'])
+@pytest.mark.parametrize(
+  'layer', ['dropless', pytest.param('capacity', marks=pytest.mark.long)]
+)
 def test_weights_split_over_data_change_nothing(layer):
   actual = layer_step(layer, make_mesh(4, 2), fsdp=True)
   assert_equal_step(actual, expected(layer))

@@ -26,7 +26,7 @@ SCORES = arrays.arrays(
   ),
 )
 PRICES = arrays.arrays(np.float32, EXPERTS, elements=st.floats(-1, 1, width=32))
-PROPERTY = settings(deadline=None, max_examples=25)
+PROPERTY = settings(deadline=None, max_examples=10)
 # HiGHS calls a solution feasible and optimal within 1e-7.
 TOLERANCE = 1e-6
 

@@ -34,7 +34,13 @@ def restore(directory, training, run='name'):
   )
 
 
-@pytest.mark.parametrize('method', ['midpoint_lag', 'quantile_histogram'])
+@pytest.mark.parametrize(
+  'method',
+  [
+    pytest.param('midpoint_lag', marks=pytest.mark.long),
+    'quantile_histogram',
+  ],
+)
 def test_pending_prices_and_histograms_come_back(method, tmp_path):
   config = tiny.tiny_config(tmp_path, method)
   mesh = meshes.make_mesh(1, 1, devices=jax.devices()[:1])

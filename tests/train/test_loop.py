@@ -87,6 +87,7 @@ def test_the_same_command_again_does_nothing(finished):
   assert records(finished.workdir) == before
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_bit_for_bit(
   finished, tmp_path, monkeypatch
 ):
@@ -306,11 +307,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
   assert not list(run.workdir.glob('not_finite*'))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('name', 'bad', 'what'),
   [
     ('router', np.nan, 'logits of the router of MoE layer 01'),
-    pytest.param('scale', np.inf, 'train/loss', marks=pytest.mark.long),
+    ('scale', np.inf, 'train/loss'),
   ],
 )
 def test_many_steps_in_a_row_that_are_not_finite_end_the_run(

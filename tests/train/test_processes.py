@@ -67,6 +67,7 @@ def assert_same_training(workdir, expected):
         assert not first or record[name] == value
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one(text, tmp_path):
   train(text, tmp_path / 'two', 2, **QUICK)
   run_alone(text, tmp_path / 'one', **QUICK)

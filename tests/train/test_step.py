@@ -135,6 +135,7 @@ def test_every_rule_trains_with_everything_else(method, rounding, tmp_path):
       assert record['router/max_violation_unrounded'] > 0
 
 
+@pytest.mark.long
 def test_q_of_loss_free_moves_once_a_step(tmp_path):
   config = tiny.tiny_config(tmp_path, 'loss_free', accumulation=4)
   _, _, state, _ = run_steps(config, count=1)
@@ -167,6 +168,7 @@ def test_many_devices_equal_one(shape, config, one_device):
       assert leaf.sharding.shard_shape(leaf.shape)[1] == 8 // shape[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'shape',
   [
@@ -236,6 +238,7 @@ def test_masked_tokens_change_nothing(config):
   )
 
 
+@pytest.mark.long
 def test_a_dead_capacity_drops_and_counts(tmp_path):
   config = tiny.tiny_config(tmp_path, 'unbalanced', capacity_factor=0.5)
   *_, history = run_steps(config, count=1)
