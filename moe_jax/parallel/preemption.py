@@ -79,13 +79,13 @@ def _watch(signals, tell: Callable[[], None]) -> Iterator[None]:
 
   def watch() -> None:
     came = False
-    while number := os.read(reader, 1):
-      if number[0] not in signals:
+    while number := os.read(reader, 1)[0]:
+      if number not in signals:
         continue
-      name = signal.Signals(number[0]).name
+      name = signal.Signals(number).name
       if came:
         print(f'{name} again: ends now, unsaved', file=sys.stderr, flush=True)
-        os._exit(128 + number[0])
+        os._exit(128 + number)
       came = True
       tell()
       print(
@@ -104,6 +104,7 @@ def _watch(signals, tell: Callable[[], None]) -> Iterator[None]:
     signal.set_wakeup_fd(wakeup)
     for s, handler in before.items():
       signal.signal(s, handler)
-    os.close(writer)  # Ends the thread.
+    os.write(writer, b'\0')  # Ends the thread. A child may hold the pipe open.
     thread.join()
+    os.close(writer)
     os.close(reader)
