@@ -76,6 +76,7 @@ MAY_CHANGE = (
   'checkpoints_kept_every',
   'checkpoints_kept_best',
   'skipped_steps',
+  'experts_every',
   'model.ragged_exchange',
 )
 
@@ -155,6 +156,8 @@ class Config:
       kept, too, of those that were saved at a step with an evaluation.
     skipped_steps: a step whose loss, gradient or router logits are not finite
       changes nothing; that many in a row end the run.
+    experts_every: steps between records of every expert's load and price, the
+      greater part of the metrics where there are many experts.
     balancer: its name and the arguments of its function.
     model: sizes of the language model.
     mesh: the devices.
@@ -171,6 +174,7 @@ class Config:
     'checkpoints_kept_every': Range(0, 10**9),
     'checkpoints_kept_best': Range(0, 10**6),
     'skipped_steps': Range(1, 10**9),
+    'experts_every': Range(1, 10**9),
     'seed': Range(0, 2**32 - 1),  # jax would take it modulo 2^32.
     'warmup_steps': Range(0, 10**9),
     'learning_rate': Range(0, 1e3, above=True),
@@ -199,6 +203,7 @@ class Config:
   checkpoints_kept_every: int = 0
   checkpoints_kept_best: int = 0
   skipped_steps: int = 10
+  experts_every: int = 1
   balancer: Mapping[str, Any] = dataclasses.field(
     default_factory=lambda: balancer_options('bip')
   )

@@ -95,9 +95,9 @@ def load_heatmap_figure(
       worst = run.layer_max_violation.mean().idxmax()
       chosen, why = int(worst.removeprefix('layer_')), ' (its least balanced)'
     loads = run.loads(chosen)
-    steps, experts = run.metrics.index, loads.shape[1]
+    steps, experts = loads.index, loads.shape[1]
     image = axes.imshow(
-      (loads / loads.mean(axis=1, keepdims=True)).T,
+      loads.div(loads.mean(axis='columns'), axis='index').T,
       aspect='auto',
       cmap='cividis',
       vmin=0.0,

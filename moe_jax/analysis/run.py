@@ -7,7 +7,6 @@ import os
 import pathlib
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 
@@ -105,17 +104,35 @@ class Run:
     keys = sorted(key for key in self.metrics if key.startswith(prefix))
     return self.metrics[keys].rename(columns=lambda k: k.removeprefix(prefix))
 
-  def loads(self, layer: int) -> np.ndarray:
-    """Tokens that each expert of a layer got, int64 [steps, experts].
+  def loads(self, layer: int) -> pd.DataFrame:
+    """Tokens that each expert of a layer got; a column an expert.
+
+    A row for each step that they were recorded of, see `experts_every`.
 
     Raises:
       ValueError: the run has no loads of that layer.
     """
-    key = f'router/load/layer_{layer:02d}'
+    return self._by_expert('load', layer)
+
+  def prices(self, layer: int) -> pd.DataFrame:
+    """q of each expert of a layer, as it was after a step; as `loads`.
+
+    Raises:
+      ValueError: the run has no prices of that layer; runs before version 0.2
+        recorded none.
+    """
+    return self._by_expert('q', layer)
+
+  def _by_expert(self, what: str, layer: int) -> pd.DataFrame:
+    key = f'router/{what}/layer_{layer:02d}'
     if key not in self.metrics:
-      has = sorted(k for k in self.metrics if k.startswith('router/load/'))
-      raise ValueError(f'layer {layer}: {self} has no {key}; it has {has}')
-    return np.array(self.metrics[key].tolist(), dtype=np.int64)
+      group = key.removesuffix(f'{layer:02d}')
+      has = sorted(k for k in self.metrics if k.startswith(group))
+      raise ValueError(
+        f'layer {layer}: {self} has no {key}, but {has or "none of these"}'
+      )
+    rows = self.metrics[key].dropna()
+    return pd.DataFrame(rows.tolist(), index=rows.index)
 
   def _path(self, name: str) -> pathlib.Path:
     path = self.workdir / name

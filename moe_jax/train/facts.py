@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
+import moe_jax
 from moe_jax.config import Config
 from moe_jax.data import TextData
 from moe_jax.train import evaluate as evaluation
@@ -52,7 +53,8 @@ def of_run(
 
 def versions() -> dict[str, str]:
   """Returns the versions of the packages that results may depend on."""
-  return {name: importlib.metadata.version(name) for name in _PACKAGES}
+  packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  return {'moe_jax': moe_jax.__version__, **packages}
 
 
 def digest(tree: Any) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 from typing import Any
@@ -139,6 +140,7 @@ class Run:
             * self.config.sequence_length,
             skipped=(position.skipped, position.skipped_in_a_row),
             allowed=self.config.skipped_steps,
+            experts_every=self.config.experts_every,
           )
         )
 
@@ -226,6 +228,9 @@ class Run:
     with processes.agreement():
       if jax.process_index() == 0:
         workdirs.write_json(self.workdir / 'config.json', options)
+        # Who has the work directory can read and write the model's tokens.
+        tokenizer = json.loads(self.text.tokenizer.to_json())
+        workdirs.write_json(self.workdir / 'tokenizer.json', tokenizer)
     with processes.agreement():
       workdirs.check_shared(self.workdir, options)
     return saved or self._begin()

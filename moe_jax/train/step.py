@@ -134,12 +134,14 @@ def make_train_step(
       )
 
     new = apply_if(finite, update, state)
+    q_LxE = new.router['moe_blocks']['feed_forward']['state'].q
     metrics = {
       'train/loss': sums.loss,
       'train/aux_loss': sums.auxiliary_loss,
       'train/gradient_norm': gradient_norm,
       'train/learning_rate': schedule(_updates(state.optimizer)),
       **_router_metrics(sums, config.model.round_to_capacity),
+      'router/q/layer': q_LxE,
       telemetry.SQUARES: {
         'gradient': gradient_squares,
         'parameters': squares_unless(finite, new.params),

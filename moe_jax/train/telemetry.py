@@ -76,6 +76,7 @@ class Telemetry:
     skipped: steps before that were not finite: how many, and how many of them
       came last, in a row.
     allowed: so many in a row end the run.
+    experts_every: steps between records of what is known of every expert.
     quiet: whether to leave out the progress bar.
   """
 
@@ -89,12 +90,13 @@ class Telemetry:
     tokens_per_step: int,
     skipped: tuple[int, int] = (0, 0),
     allowed: int = 1,
+    experts_every: int = 1,
     quiet: bool = False,
   ):
     self._directory = directory
     self._tokens_per_step = tokens_per_step
     self.skipped, self.skipped_in_a_row = skipped
-    self._allowed = allowed
+    self._allowed, self._experts_every = allowed, experts_every
     self._outputs = []
     if directory is not None:
       self._outputs += [
@@ -181,8 +183,11 @@ class Telemetry:
     self.skipped += bool(cause)
     self.skipped_in_a_row = self.skipped_in_a_row + 1 if cause else 0
     record['train/skipped_steps'] = self.skipped
+    shown = record
+    if pending.step % self._experts_every:
+      shown = {k: v for k, v in record.items() if not isinstance(v, list)}
     for output in self._outputs:
-      output.show(record)
+      output.show(shown)
     if cause:
       self._report(cause, record, pending)
 

@@ -23,12 +23,25 @@ def test_layers(write_run):
   assert list(run.layer_max_violation) == ['layer_00', 'layer_01']
   assert run.layer_max_violation['layer_01'].tolist() == [0.5, 1.0, 0.5]
   loads = run.loads(0)
-  assert np.issubdtype(loads.dtype, np.integer)
+  assert loads.index.tolist() == [1, 2, 3]
+  assert all(np.issubdtype(dtype, np.integer) for dtype in loads.dtypes)
   np.testing.assert_array_equal(
     loads, [[10, 4, 2, 0], [4, 4, 4, 4], [4, 4, 4, 4]]
   )
   with pytest.raises(ValueError, match=r'layer 2: .*layer_00.*layer_01'):
     run.loads(2)
+  with pytest.raises(ValueError, match='layer 0: .*no router/q/layer_00'):
+    run.prices(0)
+
+
+def test_prices_of_the_steps_that_have_them(write_run, records):
+  del records[1]['router/load/layer_01']
+  records[0]['router/q/layer_01'] = [0.0, 1.0, 2.0, 3.0]
+  records[2]['router/q/layer_01'] = [4.0, 5.0, 6.0, 7.0]
+  run = Run(write_run(records=records))
+  assert run.prices(1).loc[3, 2] == 6
+  assert run.prices(1).index.tolist() == [1, 3]
+  assert run.loads(1).index.tolist() == [1, 3]
 
 
 def test_finished_is_the_last_configured_step(write_run, records):

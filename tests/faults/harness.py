@@ -33,7 +33,14 @@ ENVIRONMENT = {
   'XLA_FLAGS': '--xla_backend_optimization_level=0',
 }
 # What a finished run may leave; TensorBoard's files besides.
-EXPECTED = ('checkpoints', 'config.json', 'lock', 'metrics.jsonl', 'run.json')
+EXPECTED = (
+  'checkpoints',
+  'config.json',
+  'lock',
+  'metrics.jsonl',
+  'run.json',
+  'tokenizer.json',
+)
 
 
 @dataclasses.dataclass

@@ -27,7 +27,7 @@ def metrics(value=1.5):
   }
 
 
-def open_telemetry(workdir, step=0):
+def open_telemetry(workdir, step=0, **options):
   return telemetry_lib.Telemetry(
     workdir,
     label='test',
@@ -35,6 +35,7 @@ def open_telemetry(workdir, step=0):
     steps=9,
     tokens_per_step=100,
     quiet=True,
+    **options,
   )
 
 
@@ -75,6 +76,18 @@ def test_record(tmp_path):
   assert record['eval/validation/perplexity'] == 7.0
   seconds = record['time/step_seconds']
   assert record['time/tokens_per_second'] == pytest.approx(100 / seconds)
+
+
+def test_records_of_experts_may_be_rarer(tmp_path):
+  with open_telemetry(tmp_path, experts_every=2) as telemetry:
+    for step in (1, 2, 3):
+      telemetry.push(step, ready())
+  first, second, third = telemetry_lib.read_steps(tmp_path / 'metrics.jsonl')
+  assert set(second) - set(first) == {
+    'router/load/layer_00',
+    'router/load/layer_01',
+  }
+  assert set(first) == set(third)
 
 
 def test_not_a_number_is_null_in_json(tmp_path):
