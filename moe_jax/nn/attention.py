@@ -1,28 +1,49 @@
 """Causal grouped-query attention with rotary positions.
 
 Shape letters: B batch, S sequence, D model, H query heads, G key/value heads,
-W head width.
+W head width, C tokens that a cache has room for.
 """
+
+from typing import NamedTuple
 
 from flax import nnx
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from moe_jax.nn.feed_forward import linear
 
 
-def rotate(x_BxSxHxW: jax.Array, *, theta: float) -> jax.Array:
+class KeyValueCache(NamedTuple):
+  """Keys and values of the tokens so far.
+
+  Attributes:
+    key: [B, C, G, W], rotated.
+    value: [B, C, G, W].
+    length: int32 scalar, tokens in it.
+  """
+
+  key: jax.Array
+  value: jax.Array
+  length: jax.Array
+
+
+def rotate(
+  x_BxSxHxW: jax.Array, *, theta: float, start: jax.Array | int = 0
+) -> jax.Array:
   """Rotates each pair of neighbouring entries by its position's angle.
 
   Entries (2j, 2j+1) of position s turn by s * theta^(-2j/W), in float32. The
   pairs are interleaved, as in the paper, not the two halves of a head.
+  Positions count from `start`.
 
   References:
     Su et al., arXiv 2104.09864, equation 34.
   """
   sequence, width = x_BxSxHxW.shape[1], x_BxSxHxW.shape[-1]
   frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-  angle = jnp.arange(sequence, dtype=jnp.float32)[:, None] * frequency
+  position = start + jnp.arange(sequence)
+  angle = position.astype(jnp.float32)[:, None] * frequency
   cos, sin = (f(angle)[:, None, :] for f in (jnp.cos, jnp.sin))
   pairs = x_BxSxHxW.astype(jnp.float32).reshape(*x_BxSxHxW.shape[:-1], -1, 2)
   even, odd = pairs[..., 0], pairs[..., 1]
@@ -59,14 +80,46 @@ class Attention(nnx.Module):
     self.out = linear(width, width, dtype=dtype, rngs=rngs)
 
   @jax.named_scope('attention')
-  def __call__(self, x_BxSxD: jax.Array) -> jax.Array:
+  def __call__(
+    self, x_BxSxD: jax.Array, cache: KeyValueCache | None = None
+  ) -> tuple[jax.Array, KeyValueCache | None]:
+    """Attends to the tokens before, those of the cache first.
+
+    Returns:
+      [B, S, D], and the cache with these tokens added.
+    """
+    start = 0 if cache is None else cache.length
+
     def split(y, heads):
       return y.reshape(*x_BxSxD.shape[:2], heads, -1)
 
-    query = rotate(
-      split(self.query(x_BxSxD), self.heads), theta=self.rope_theta
-    )
-    key = rotate(split(self.key(x_BxSxD), self.kv_heads), theta=self.rope_theta)
+    def rotated(y, heads):
+      return rotate(split(y, heads), theta=self.rope_theta, start=start)
+
+    query = rotated(self.query(x_BxSxD), self.heads)
+    key = rotated(self.key(x_BxSxD), self.kv_heads)
     value = split(self.value(x_BxSxD), self.kv_heads)
-    y = _attend(query, key, value)
-    return self.out(y.reshape(x_BxSxD.shape))
+    if cache is None:
+      y = _attend(query, key, value)
+    else:
+      cache = _add(cache, key, value)
+      y = _attend_to_cache(query, cache)
+    return self.out(y.reshape(x_BxSxD.shape)), cache
+
+
+def _add(cache: KeyValueCache, key, value) -> KeyValueCache:
+  def add(old, new):
+    return lax.dynamic_update_slice_in_dim(old, new, cache.length, axis=1)
+
+  length = cache.length + key.shape[1]
+  return KeyValueCache(add(cache.key, key), add(cache.value, value), length)
+
+
+def _attend_to_cache(query_BxSxHxW, cache: KeyValueCache):
+  """Attends from the last S tokens of the cache to all up to each of them."""
+  sequence, room = query_BxSxHxW.shape[1], cache.key.shape[1]
+  position_S = cache.length - sequence + jnp.arange(sequence)
+  mask_SxC = jnp.arange(room) <= position_S[:, None]
+  return jax.nn.dot_product_attention(
+    query_BxSxHxW, cache.key, cache.value, mask=mask_SxC[None, None]
+  )

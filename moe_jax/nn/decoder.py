@@ -5,6 +5,7 @@ Shape letters: B batch, S sequence, D model, V vocabulary, L layers.
 
 from collections.abc import Callable
 import functools
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import routing
 from moe_jax.nn.attention import Attention
+from moe_jax.nn.attention import KeyValueCache
 from moe_jax.nn.config import DecoderConfig
 from moe_jax.nn.feed_forward import SwiGLU
 from moe_jax.nn.feed_forward import rms_norm
@@ -64,15 +66,28 @@ class Block(nnx.Module):
     )
 
   def __call__(
-    self, x_BxSxD: jax.Array, mask_BxS: jax.Array | None, *, train: bool
-  ) -> tuple[jax.Array, MoEOutput | None]:
-    x_BxSxD += self.attention(self.attention_norm(x_BxSxD))
+    self,
+    x_BxSxD: jax.Array,
+    mask_BxS: jax.Array | None,
+    cache: KeyValueCache | None = None,
+    *,
+    train: bool,
+  ) -> tuple[jax.Array, MoEOutput | None, KeyValueCache | None]:
+    y_BxSxD, cache = self.attention(self.attention_norm(x_BxSxD), cache)
+    x_BxSxD += y_BxSxD
     y_BxSxD = self.feed_forward_norm(x_BxSxD)
     if isinstance(self.feed_forward, MoE):
       y_BxSxD, output = self.feed_forward(y_BxSxD, mask_BxS, train=train)
     else:
       y_BxSxD, output = self.feed_forward(y_BxSxD), None
-    return x_BxSxD + y_BxSxD, output
+    return x_BxSxD + y_BxSxD, output, cache
+
+
+class DecoderCache(NamedTuple):
+  """What attention remembers of a text, stacked along a leading layer axis."""
+
+  dense: KeyValueCache | None
+  moe: KeyValueCache
 
 
 def _stack(layers: int, rngs: nnx.Rngs, build: Callable[..., Block]) -> Block:
@@ -161,17 +176,57 @@ class Decoder(nnx.Module):
       Logits, float32 [B, S, V], and what each MoE layer did, stacked along a
       leading layer axis.
     """
+    logits_BxSxV, outputs, _ = self._predict(
+      tokens_BxS, mask_BxS, DecoderCache(None, None), train
+    )
+    return logits_BxSxV, outputs
+
+  def extend(
+    self, tokens_BxS: jax.Array, cache: DecoderCache
+  ) -> tuple[jax.Array, MoEOutput, DecoderCache]:
+    """Predicts what follows each of the next tokens of a text; q is frozen.
+
+    Args:
+      tokens_BxS: int32 [batch, sequence], after those of the cache.
+      cache: of `init_cache` or of the call before. There must be room: tokens
+        beyond it overwrite the last ones.
+
+    Returns:
+      As `__call__`, of these tokens; and the cache with them.
+    """
+    return self._predict(tokens_BxS, None, cache, train=False)
+
+  def init_cache(self, batch: int, room: int) -> DecoderCache:
+    """Returns an empty cache for texts of up to `room` tokens."""
+    config = self.config
+
+    def empty(layers):
+      shape = layers, batch, room, config.kv_heads, config.width // config.heads
+      zeros = jnp.zeros(shape, config.dtype)
+      return KeyValueCache(zeros, zeros, jnp.zeros(layers, jnp.int32))
+
+    dense = config.dense_layers
+    return DecoderCache(
+      empty(dense) if dense else None, empty(config.layers - dense)
+    )
+
+  def _predict(self, tokens_BxS, mask_BxS, cache, train):
     table_VxD = self._gather(self.embedding.embedding)[...]
     table_VxD = table_VxD.astype(self.config.dtype)
     x_BxSxD = jnp.take(table_VxD, tokens_BxS, axis=0)
     if self.dense_blocks is not None:
-      x_BxSxD, _ = self._apply(self.dense_blocks, x_BxSxD, mask_BxS, train)
-    x_BxSxD, outputs = self._apply(self.moe_blocks, x_BxSxD, mask_BxS, train)
+      x_BxSxD, _, dense = self._apply(
+        self.dense_blocks, x_BxSxD, mask_BxS, cache.dense, train
+      )
+      cache = cache._replace(dense=dense)
+    x_BxSxD, outputs, moe = self._apply(
+      self.moe_blocks, x_BxSxD, mask_BxS, cache.moe, train
+    )
     x_BxSxD = self.norm(x_BxSxD)
     logits_BxSxV = jnp.einsum(
       'bsd,vd->bsv', x_BxSxD, table_VxD, preferred_element_type=jnp.float32
     )
-    return logits_BxSxV, outputs
+    return logits_BxSxV, outputs, cache._replace(moe=moe)
 
   def _gather(self, params):
     """Gathers parameters for their use, but for experts: `MoE` does those."""
@@ -187,26 +242,28 @@ class Decoder(nnx.Module):
 
     return jax.tree.map(gather, params, is_leaf=_is_variable)
 
-  def _apply(self, blocks, x_BxSxD, mask_BxS, train):
+  def _apply(self, blocks, x_BxSxD, mask_BxS, cache, train):
     """Scans over stacked blocks; this is where their router state changes."""
     graphdef, params, routers = nnx.split(blocks, nnx.Param, RouterState)
 
     def layer(x_BxSxD, variables):
-      params, routers = variables
+      params, routers, cache = variables
       params = self._gather(params)
       block = nnx.merge(graphdef, params, routers, copy=True)
-      x_BxSxD, output = block(x_BxSxD, mask_BxS, train=train)
-      return x_BxSxD, (nnx.state(block, RouterState), output)
+      x_BxSxD, output, cache = block(x_BxSxD, mask_BxS, cache, train=train)
+      return x_BxSxD, (nnx.state(block, RouterState), output, cache)
 
     if self.config.remat:
       layer = jax.checkpoint(
         layer,
         policy=jax.checkpoint_policies.save_only_these_names('q', 'experts'),
       )
-    x_BxSxD, (routers, outputs) = lax.scan(layer, x_BxSxD, (params, routers))
+    x_BxSxD, (routers, outputs, cache) = lax.scan(
+      layer, x_BxSxD, (params, routers, cache)
+    )
     if train:
       nnx.update(blocks, routers)
-    return x_BxSxD, outputs
+    return x_BxSxD, outputs, cache
 
   def update_router(self) -> None:
     """Moves every layer's router by the step's observations, once a step."""

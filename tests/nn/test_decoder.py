@@ -194,7 +194,8 @@ def test_layers_are_those_of_a_loop(tokens):
 
     x = model.embedding(tokens)
     dense = block(model.dense_blocks, 0)
-    x += dense.attention(dense.attention_norm(x))
+    y, _ = dense.attention(dense.attention_norm(x))
+    x += y
     y = dense.feed_forward_norm(x)
     y = jax.nn.silu(y @ dense.feed_forward.gate.kernel) * (
       y @ dense.feed_forward.up.kernel
@@ -203,7 +204,7 @@ def test_layers_are_those_of_a_loop(tokens):
     qs = []
     for layer in range(2):
       moe = block(model.moe_blocks, layer)
-      x, _ = moe(x, None, train=True)
+      x, _, _ = moe(x, None, train=True)
       qs.append(moe.feed_forward.state.get_value().q)
     x = model.norm(x)
     return x @ model.embedding.embedding.T, jnp.stack(qs)
