@@ -4,27 +4,35 @@ import functools
 import json
 import math
 import os
-import pathlib
 from typing import Any
 
+from etils import epath
+from jax.sharding import Mesh
 import pandas as pd
+
+from moe_jax.analysis.checkpoint import Checkpoint
+from moe_jax.analysis.routed_text import RoutedText
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.train import checkpoint
 
 
 class Run:
   """What one training run left in its work directory.
 
-  Files are read when first asked for and kept: open a new `Run` to see more of
-  a run that is still going.
+  It may be going on, or have been copied here from another machine. Files are
+  read when first asked for and kept: open a new `Run` to see more of a run that
+  is going on.
 
   Attributes:
-    workdir: the work directory.
+    workdir: the work directory, local or gs://...
   """
 
   def __init__(self, workdir: str | os.PathLike[str]):
-    self.workdir = pathlib.Path(workdir)
+    self.workdir = epath.Path(workdir)
+    self._checkpoint: Checkpoint | None = None
 
   def __repr__(self) -> str:
-    return f'Run({str(self.workdir)!r})'
+    return f'Run({os.fspath(self.workdir)!r})'
 
   @functools.cached_property
   def config(self) -> dict[str, Any]:
@@ -81,6 +89,77 @@ class Run:
     read = (self._read_json(path.name) for path in dumps)
     return {dump['step']: dump for dump in read}
 
+  @functools.cached_property
+  def tokenizer(self) -> Tokenizer:
+    """What made tokens of the text, from `tokenizer.json`.
+
+    Raises:
+      FileNotFoundError: there is none; runs before version 0.2 had none.
+    """
+    text = self._path('tokenizer.json').read_text()
+    return Tokenizer.from_json(text, self.config['data']['vocabulary'])
+
+  @property
+  def checkpoints(self) -> list[int]:
+    """Steps that there are whole checkpoints of now, ascending."""
+    return checkpoint.steps(self.workdir / 'checkpoints')[::-1]
+
+  def restore(
+    self, step: int | None = None, *, mesh: Mesh | None = None
+  ) -> Checkpoint:
+    """Opens a checkpoint; the last one opened is kept.
+
+    Reads little: `restore().q` reads no parameters, `restore().model` all.
+
+    Args:
+      step: one of `checkpoints`; None takes the newest.
+      mesh: where to put the model; None takes the first device.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint, or a part is missing.
+      ValueError: it is damaged, or of another version.
+    """
+    steps = self.checkpoints
+    step = steps[-1] if step is None and steps else step
+    if step not in steps:
+      raise FileNotFoundError(
+        f'{self}: no checkpoint of step {step}; there are {steps or "none"}'
+      )
+    kept = self._checkpoint
+    if kept is None or kept.step != step or mesh not in (None, kept.mesh):
+      self._checkpoint = Checkpoint(
+        _absolute(self.workdir) / 'checkpoints' / str(step),
+        tokenizer=lambda: self.tokenizer,
+        version=self.facts.get('versions', {}).get('moe_jax', 'before 0.2'),
+        mesh=mesh,
+      )
+    return self._checkpoint
+
+  def route(self, text: str, step: int | None = None) -> RoutedText:
+    """Tells where the model sends each token; see `Checkpoint.route`."""
+    return self.restore(step).route(text)
+
+  def generate(
+    self,
+    prompt: str,
+    *,
+    tokens: int = 100,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    seed: int = 0,
+    step: int | None = None,
+  ) -> str:
+    """Continues a text; see `Checkpoint.generate`."""
+    return self.restore(step).generate(
+      prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
+    )
+
+  def compare(self, other: 'Run') -> pd.DataFrame:
+    """Sets this run beside another one; see `tables.difference`."""
+    from moe_jax.analysis import tables  # Which reads runs.
+
+    return tables.difference(self, other)
+
   @property
   def finished(self) -> bool:
     """Whether the last of the configured steps was completed."""
@@ -134,7 +213,7 @@ class Run:
     rows = self.metrics[key].dropna()
     return pd.DataFrame(rows.tolist(), index=rows.index)
 
-  def _path(self, name: str) -> pathlib.Path:
+  def _path(self, name: str) -> epath.Path:
     path = self.workdir / name
     if not path.is_file():
       raise FileNotFoundError(f'{path} is missing: not a run, or not yet begun')
@@ -146,3 +225,7 @@ class Run:
       return json.loads(path.read_bytes())
     except ValueError as error:
       raise ValueError(f'{path}: not JSON: {error}') from error
+
+
+def _absolute(path: epath.Path) -> epath.Path:
+  return path if '://' in os.fspath(path) else epath.Path(os.path.abspath(path))

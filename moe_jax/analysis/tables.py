@@ -8,6 +8,7 @@ figure is the mean over its layers within a step.
 from collections.abc import Mapping
 from collections.abc import Sequence
 import math
+import os
 import statistics
 from typing import Any
 
@@ -138,6 +139,45 @@ def comparison(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
       for name, reason in run.facts.get('not_evaluated', {}).items()
     },
   }
+
+
+def difference(a: Run, b: Run) -> pd.DataFrame:
+  """Sets two runs side by side, whatever they are.
+
+  Returns:
+    A row for each option in which they differ, then one for each number of
+    their summaries; columns: the two runs, by the names of their work
+    directories, and `difference`, b minus a, NaN where there is none.
+
+  Raises:
+    ValueError: one of them has completed no step.
+  """
+  names = [run.workdir.name for run in (a, b)]
+  if names[0] == names[1]:
+    names = [os.fspath(run.workdir) for run in (a, b)]
+  configs = [flatten(run.config) for run in (a, b)]
+  options = {
+    f'config.{option}': (before, after)
+    for option in sorted(configs[0] | configs[1])
+    if (before := configs[0].get(option)) != (after := configs[1].get(option))
+  }
+  summaries = [summarize(run) for run in (a, b)]
+  results = {
+    name: [summary.get(name) for summary in summaries]
+    for name in dict.fromkeys(name for s in summaries for name in s)
+    if name not in ('method', 'balancer', 'seed')
+  }
+  rows = [
+    (*pair, _minus(*pair)) for pair in (*options.values(), *results.values())
+  ]
+  return pd.DataFrame(
+    rows, columns=[*names, 'difference'], index=[*options, *results]
+  )
+
+
+def _minus(a: Any, b: Any) -> float:
+  numbers = all(type(x) in (int, float) for x in (a, b))
+  return b - a if numbers else math.nan
 
 
 def _balance(run: Run) -> dict[str, Any]:

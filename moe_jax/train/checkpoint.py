@@ -227,6 +227,56 @@ def steps(directory: epath.PathLike) -> list[int]:
   return sorted((metadata.step for metadata in found), reverse=True)
 
 
+def read_meta(path: epath.PathLike) -> dict[str, Any]:
+  """Reads what a checkpoint says of itself: `run`, `position`, `config`, ...
+
+  Args:
+    path: of one checkpoint.
+
+  Raises:
+    FileNotFoundError: a file of it is missing.
+    ValueError: it is not as it was written.
+  """
+  meta, data = (
+    json.loads((epath.Path(path) / item / 'metadata').read_text())
+    for item in ('meta', 'data')
+  )
+  if meta.pop('sha256', '') != _sha256(meta, data):
+    raise ValueError('the items meta and data are not as they were written')
+  return meta
+
+
+def read_item(path: epath.PathLike, name: str, abstract: Any = None) -> Any:
+  """Reads one item of arrays of a checkpoint, unchecked.
+
+  Args:
+    path: of the checkpoint.
+    name: 'params', 'optimizer' or 'router'.
+    abstract: structure and shardings wanted; None gives nested dicts of NumPy
+      arrays as they were saved.
+  """
+  handler, place = _array_handler(), epath.Path(path) / name
+  if abstract is not None:
+    wanted = ocp.args.PyTreeRestore(
+      abstract, ocp.checkpoint_utils.construct_restore_args(abstract)
+    )
+    return handler.restore(place, args=wanted)
+  as_numpy = jax.tree.map(
+    lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+    handler.metadata(place).tree,
+  )
+  return handler.restore(
+    place, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
+  )
+
+
+def check_item(meta: dict[str, Any], name: str, item: Any) -> None:
+  """Raises ValueError unless arrays are those that were saved."""
+  for array, checksum in facts.checksums({name: item}).items():
+    if meta['checksums'].get(array) != checksum:
+      raise ValueError(f'values changed since it was written: {array}')
+
+
 def restore_newest(
   directory: epath.PathLike,
   run: str,
@@ -305,12 +355,7 @@ def _read(path: epath.Path, step: int, run: str, plan) -> Saved:
 
 
 def _read_meta(path: epath.Path, step: int, run: str) -> dict[str, Any]:
-  meta, data = (
-    json.loads((path / item / 'metadata').read_text())
-    for item in ('meta', 'data')
-  )
-  if meta.pop('sha256', '') != _sha256(meta, data):
-    raise ValueError('the items meta and data are not as they were written')
+  meta = read_meta(path)
   saved = meta['position']['step']
   if meta['run'] != run or saved != step:
     raise ValueError(f'it is of step {saved} of another run')
@@ -319,12 +364,7 @@ def _read_meta(path: epath.Path, step: int, run: str) -> dict[str, Any]:
 
 def _read_arrays(path: epath.Path, abstract: TrainState) -> dict[str, Any]:
   return {
-    name: _array_handler().restore(
-      path / name,
-      args=ocp.args.PyTreeRestore(
-        item, ocp.checkpoint_utils.construct_restore_args(item)
-      ),
-    )
+    name: read_item(path, name, item)
     for name, item in arrays_of(abstract).items()
   }
 

@@ -74,6 +74,20 @@ def make_model(config: Config, mesh: Mesh | None = None) -> nn.Decoder:
   )
 
 
+def dropless(config: Config) -> Config:
+  """Returns the config without capacity or rounding, for evaluation."""
+  # Who trains with static buffers shall not learn in the first evaluation that
+  # a compiler refuses the ragged exchange.
+  static = config.capacity_factor or config.model.round_to_capacity
+  model = dataclasses.replace(
+    config.model,
+    capacity_factor=0.0,
+    round_to_capacity=False,
+    ragged_exchange=config.model.ragged_exchange and not static,
+  )
+  return dataclasses.replace(config, model=model)
+
+
 def make_training(
   config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Training:
@@ -90,17 +104,7 @@ def make_training(
 
   # Splitting abstractly gives the graph once; `init` then makes the arrays.
   graphdef, params, _ = nnx.eval_shape(lambda: split(config))
-  # Who trains with static buffers shall not learn in the first evaluation that
-  # a compiler refuses the ragged exchange.
-  static = config.capacity_factor or config.model.round_to_capacity
-  model = dataclasses.replace(
-    config.model,
-    capacity_factor=0.0,
-    round_to_capacity=False,
-    ragged_exchange=config.model.ragged_exchange and not static,
-  )
-  dropless = dataclasses.replace(config, model=model)
-  dropless_graphdef, _, _ = nnx.eval_shape(lambda: split(dropless))
+  dropless_graphdef, _, _ = nnx.eval_shape(lambda: split(dropless(config)))
 
   def init() -> TrainState:
     _, params, router = split(config)

@@ -1,0 +1,225 @@
+"""One checkpoint of a run, on the devices that are here.
+
+Shape letters: B batch, S sequence, N all tokens, L layers, E experts, K chosen.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+from etils import epath
+from flax import nnx
+import jax
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+import numpy as np
+
+import moe_jax
+from moe_jax import config as config_lib
+from moe_jax import nn
+from moe_jax.analysis.routed_text import RoutedText
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.parallel import mesh as meshes
+from moe_jax.train import checkpoint
+from moe_jax.train import state as states
+
+_SEQUENCES_AT_ONCE = 8  # on each device
+
+
+class Checkpoint:
+  """A model as it was after a step; each part is read when first asked for.
+
+  `q` and `router` are small and quick to read, however large the model is.
+  What is read is checked against the checksums that were saved with it.
+
+  Args:
+    path: of the checkpoint.
+    tokenizer: gives that of the run.
+    version: of moe_jax that the run began with, for errors.
+    mesh: where to put the model: with axes 'data' and 'expert', whatever the
+      run's own was. None takes the first device.
+
+  Attributes:
+    path: of the checkpoint.
+    step: steps completed.
+    config: what it was saved under.
+    mesh: where the model is.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: it is damaged, or of another version.
+  """
+
+  def __init__(
+    self,
+    path: epath.Path,
+    *,
+    tokenizer: Callable[[], Tokenizer],
+    version: str,
+    mesh: Mesh | None = None,
+  ):
+    self.path, self._tokenizer, self._version = path, tokenizer, version
+    self.mesh = mesh or meshes.make_mesh(1, 1, devices=jax.devices()[:1])
+    self._meta = self._read(checkpoint.read_meta)
+    self.step = self._meta['position']['step']
+    self.config = self._read(lambda _: config_lib.freeze(self._meta['config']))
+
+  def __repr__(self) -> str:
+    return f'Checkpoint({str(self.path)!r})'
+
+  @functools.cached_property
+  def router(self) -> dict[str, Any]:
+    """State of all routers, nested dicts of arrays [L, ...] as NumPy's."""
+    return self._read(self._checked, 'router')
+
+  @property
+  def q(self) -> np.ndarray:
+    """Price of every expert of every MoE layer, float32 [L, E]."""
+    return self.router['moe_blocks']['feed_forward']['state']['q']
+
+  @functools.cached_property
+  def params(self) -> dict[str, Any]:
+    """All parameters, nested dicts of float32 arrays on the mesh."""
+    return self._read(self._checked, 'params', self._abstract[1])
+
+  @functools.cached_property
+  def model(self) -> nn.Decoder:
+    """The language model, dropless; it routes with this checkpoint's q."""
+    graphdef, _, router = self._abstract
+    saved = {
+      _name(path): leaf for path, leaf in jax.tree.leaves_with_path(self.router)
+    }
+    everywhere = NamedSharding(self.mesh, jax.P())
+    router = jax.tree.map_with_path(
+      lambda path, _: jax.device_put(saved[_name(path)], everywhere), router
+    )
+    return nnx.merge(graphdef, self.params, router)
+
+  def route(self, text: str) -> RoutedText:
+    """Runs the model on a text and tells where each token went; q is frozen.
+
+    Args:
+      text: of any length. Each `config.sequence_length` tokens of it are read
+        for themselves, as in training.
+
+    Raises:
+      ValueError: the text is empty.
+    """
+    tokenizer = self._tokenizer()
+    ids_N = tokenizer.encode(text).astype(np.int32)
+    if not len(ids_N):
+      raise ValueError("text='': must have at least one token")
+    length = min(self.config.sequence_length, len(ids_N))
+    batch = self.mesh.size * min(
+      _SEQUENCES_AT_ONCE, -(-len(ids_N) // (length * self.mesh.size))
+    )
+    size = batch * length
+    parts = []
+    for start in range(0, len(ids_N), size):
+      part = ids_N[start : start + size]
+      padded = np.zeros(size, np.int32)
+      padded[: len(part)] = part
+      routed = _route(
+        *nnx.split(self.model),
+        padded.reshape(batch, length),
+        (np.arange(size) < len(part)).reshape(batch, length),
+      )
+      parts.append([np.asarray(x)[:, : len(part)] for x in routed])
+    experts, gates, scores = (
+      np.concatenate(part, axis=1) for part in zip(*parts, strict=True)
+    )
+    return RoutedText(
+      tokens=[tokenizer.decode([i]) for i in ids_N],
+      ids=ids_N,
+      experts=experts,
+      gates=gates,
+      scores=scores,
+      q=self.q,
+    )
+
+  def generate(
+    self,
+    prompt: str,
+    *,
+    tokens: int = 100,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    seed: int = 0,
+  ) -> str:
+    """Continues a text; see `nn.generate`.
+
+    A model was never trained on more than `config.sequence_length` tokens.
+
+    Returns:
+      What follows the prompt.
+
+    Raises:
+      ValueError: the prompt is empty, or an option out of its range.
+    """
+    tokenizer = self._tokenizer()
+    # A row for each device; they are all alike.
+    prompt_BxS = np.tile(tokenizer.encode(prompt), (self.mesh.size, 1))
+    new_BxN = nn.generate(
+      self.model,
+      prompt_BxS.astype(np.int32),
+      tokens=tokens,
+      temperature=temperature,
+      top_k=top_k,
+      seed=seed,
+    )
+    return tokenizer.decode(np.asarray(new_BxN)[0])
+
+  @functools.cached_property
+  def _abstract(self) -> tuple[nnx.GraphDef, Any, Any]:
+    """The model's graph, and what its arrays are like and where."""
+    config = states.dropless(self.config)
+    config = dataclasses.replace(
+      config,
+      mesh=config_lib.MeshConfig(),
+      model=dataclasses.replace(config.model, shards=0),
+    )
+    mesh = self.mesh if self.mesh.size > 1 else None
+    graphdef, params, router = nnx.eval_shape(
+      lambda: nnx.split(
+        states.make_model(config, mesh), nnx.Param, nn.RouterState
+      )
+    )
+    specs = nn.parameter_specs(params, self.mesh, fsdp=False)
+    params = jax.tree.map(
+      lambda leaf, spec: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec)
+      ),
+      nnx.to_pure_dict(params),
+      nnx.to_pure_dict(specs),
+    )
+    return graphdef, params, nnx.to_pure_dict(router)
+
+  def _checked(self, path, name, abstract=None):
+    item = checkpoint.read_item(path, name, abstract)
+    checkpoint.check_item(self._meta, name, item)
+    return item
+
+  def _read(self, read, *arguments):
+    """Calls `read` of the path; errors name that and the run's version."""
+    try:
+      return read(self.path, *arguments)
+    except FileNotFoundError as error:
+      raise FileNotFoundError(f'{self.path}: {error}') from error
+    except Exception as error:  # What damage leads to is not foreseeable.
+      raise ValueError(
+        f'{self.path}: cannot be read ({error}); the run began with moe_jax '
+        f'{self._version}, this is {moe_jax.__version__}'
+      ) from error
+
+
+def _name(path) -> str:
+  """The same for the fields of a tuple and the keys of a dict."""
+  return jax.tree_util.keystr(path, simple=True, separator='.')
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _route(graphdef, state, tokens_BxS, mask_BxS):
+  model = nnx.merge(graphdef, state, copy=True)
+  _, outputs = model(tokens_BxS, mask_BxS, train=False)
+  return outputs.choice.experts, outputs.choice.gates, outputs.scores
