@@ -20,7 +20,6 @@ from moe_jax import config as config_lib
 from moe_jax import nn
 from moe_jax.analysis.routed_text import RoutedText
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.parallel import mesh as meshes
 from moe_jax.train import checkpoint
 from moe_jax.train import state as states
 
@@ -38,7 +37,7 @@ class Checkpoint:
     tokenizer: gives that of the run.
     version: of moe_jax that the run began with, for errors.
     mesh: where to put the model: with axes 'data' and 'expert', whatever the
-      run's own was. None takes the first device.
+      run's own was.
 
   Attributes:
     path: of the checkpoint.
@@ -57,10 +56,10 @@ class Checkpoint:
     *,
     tokenizer: Callable[[], Tokenizer],
     version: str,
-    mesh: Mesh | None = None,
+    mesh: Mesh,
   ):
-    self.path, self._tokenizer, self._version = path, tokenizer, version
-    self.mesh = mesh or meshes.make_mesh(1, 1, devices=jax.devices()[:1])
+    self.path, self.mesh = path, mesh
+    self._tokenizer, self._version = tokenizer, version
     self._meta = self._read(checkpoint.read_meta)
     self.step = self._meta['position']['step']
     self.config = self._read(lambda _: config_lib.freeze(self._meta['config']))

@@ -7,12 +7,14 @@ import os
 from typing import Any
 
 from etils import epath
+import jax
 from jax.sharding import Mesh
 import pandas as pd
 
 from moe_jax.analysis.checkpoint import Checkpoint
 from moe_jax.analysis.routed_text import RoutedText
 from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.parallel import mesh as meshes
 from moe_jax.train import checkpoint
 
 
@@ -125,8 +127,9 @@ class Run:
       raise FileNotFoundError(
         f'{self}: no checkpoint of step {step}; there are {steps or "none"}'
       )
+    mesh = mesh or meshes.make_mesh(1, 1, devices=jax.devices()[:1])
     kept = self._checkpoint
-    if kept is None or kept.step != step or mesh not in (None, kept.mesh):
+    if kept is None or (kept.step, kept.mesh) != (step, mesh):
       self._checkpoint = Checkpoint(
         _absolute(self.workdir) / 'checkpoints' / str(step),
         tokenizer=lambda: self.tokenizer,

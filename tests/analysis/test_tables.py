@@ -270,3 +270,16 @@ def test_text_from_runs_cannot_break_a_table(write_run):
   markdown = comparison_markdown(comparison({'bip': [run]}))
   assert '| device kind | a\\|b c |' in markdown
   assert '- Not evaluated: x, because one. two.\n' in markdown
+
+
+def test_difference_of_any_two_runs(write_run, records):
+  ours = Run(write_run('ours', records=records))
+  theirs = Run(write_run('theirs', records=records[:2], steps=2, seed=1))
+  table = ours.compare(theirs)
+  assert list(table) == ['ours', 'theirs', 'difference']
+  assert table.loc['config.steps'].tolist() == [3, 2, -1]
+  assert 'config.batch_size' not in table.index
+  assert table.loc['config.method', 'theirs'] == 'theirs'
+  assert table['difference'].isna()['config.method']
+  row = table.loc['average_max_violation']
+  assert row.tolist() == pytest.approx([1.75 / 3, 0.75, 0.75 - 1.75 / 3])
