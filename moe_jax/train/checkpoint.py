@@ -81,10 +81,19 @@ class Checkpoints:
     config: of the run.
     run: its name, in the first process; `restore_newest` takes no other run's
       checkpoints.
+    largest: bytes of the largest array that will be saved.
   """
 
-  def __init__(self, directory: epath.PathLike, config: Config, run: str):
+  def __init__(
+    self,
+    directory: epath.PathLike,
+    config: Config,
+    run: str,
+    *,
+    largest: int = 0,
+  ):
     self._directory, self._config, self._run = directory, config, run
+    self._largest = largest
     self._losses = {}
     if config.checkpoints_kept_best:
       self._losses = _saved_losses(directory)
@@ -107,7 +116,7 @@ class Checkpoints:
         lightweight_initialize=True,
       ),
       item_handlers={
-        **{name: _array_handler() for name in _ARRAYS},
+        **{name: _array_handler(self._largest) for name in _ARRAYS},
         'data': ocp.JsonCheckpointHandler(),
         'meta': ocp.JsonCheckpointHandler(),
       },
@@ -421,9 +430,12 @@ def _move_aside(path: epath.Path, directory: epath.Path) -> epath.Path:
   return path.rename(aside)
 
 
-def _array_handler() -> ocp.PyTreeCheckpointHandler:
-  # On CPU, what is being written takes memory that the step needs.
-  limit = 1 if jax.default_backend() == 'cpu' else None
+def _array_handler(largest: int = 0) -> ocp.PyTreeCheckpointHandler:
+  limit = None
+  if jax.default_backend() == 'cpu':
+    # What is being written takes memory that the step needs. An array above the
+    # limit could not be written at all.
+    limit = max(1, math.ceil(largest / 1e9))
   return ocp.PyTreeCheckpointHandler(
     save_concurrent_gb=limit, save_device_host_concurrent_gb=limit
   )

@@ -203,7 +203,13 @@ class Run:
     run = ''
     if jax.process_index() == 0:  # Who writes all that is no array.
       run = workdirs.read_json(self.workdir / 'run.json')['run']
-    return Checkpoints(self.workdir / 'checkpoints', self.config, run)
+    arrays = jax.tree.leaves(self.training.abstract)
+    return Checkpoints(
+      self.workdir / 'checkpoints',
+      self.config,
+      run,
+      largest=max(x.size * x.dtype.itemsize for x in arrays),
+    )
 
   def _open(self) -> tuple[TrainState, Position]:
     """Reads the state of the run that the work directory holds, or makes one.

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 
+from moe_jax import analysis
 from tests.faults import harness
 from tests.faults import kills
 
@@ -46,6 +47,11 @@ def test_three_kills(trial):
   alone = trial('alone', 'loss_free', **options)
   for phase, number in [('save', 2), ('evaluation', 1), ('restore', 1)]:
     assert killed.stop_in(phase, number).phase() == phase
+    # As it lies there, it can be looked at.
+    run = analysis.Run(killed.workdir)
+    assert run.restore().step == max(run.checkpoints) >= 2
+    assert run.restore().q.any()
+    assert len(run.metrics) >= 2
   # Both find most of what was compiled.
   with futures.ThreadPoolExecutor(2) as pool:
     digests = pool.map(harness.Trial.complete, [killed, alone])

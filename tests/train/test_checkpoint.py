@@ -339,3 +339,22 @@ def test_a_failed_save_is_tried_again(saved, monkeypatch, capsys):
   with pytest.raises(OSError, match='of step 5 cannot be written .disk full'):
     save(directory, config, state, checkpoint_lib.Position(5))
   assert restore(directory, training).position.step == 4
+
+
+@pytest.mark.long
+def test_an_array_of_more_than_a_gigabyte(tmp_path):
+  """orbax writes none that is larger than the memory it may take."""
+  config = tiny.tiny_config(tmp_path)
+  zeros = jnp.zeros((280, 10**6))
+  state = state_lib.TrainState(
+    step=jnp.int32(1),
+    params={'a': zeros},
+    optimizer={'b': zeros[0]},
+    router={'c': zeros[0]},
+  )
+  with checkpoint_lib.Checkpoints(
+    tmp_path / 'checkpoints', config, 'name', largest=zeros.nbytes
+  ) as checkpoints:
+    checkpoints.save(state, checkpoint_lib.Position(1))
+  read = checkpoint_lib.read_item(tmp_path / 'checkpoints/1', 'params')
+  assert read['a'].shape == zeros.shape
