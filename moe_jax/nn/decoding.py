@@ -27,7 +27,8 @@ def generate(
   Compiled for each length of the prompt and number of tokens.
 
   Args:
-    model: dropless, so that a token's experts depend on nothing after it.
+    model: its experts have room for all, so that what is chosen for a token
+      depends on nothing after it.
     prompt_BxS: int32 [batch, sequence], at least one token.
     tokens: N, how many to add.
     temperature: divides the logits before one token is drawn; 0 takes the
