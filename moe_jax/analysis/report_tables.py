@@ -110,7 +110,7 @@ def notes(
       step = summary['first_non_finite_step']
       said.append(f'{name} diverged: no finite loss at step {step:,}.')
     for evaluated, reason in run.facts.get('not_evaluated', {}).items():
-      said.append(f'{name} was not evaluated on {evaluated}: {reason}.')
+      said.append(f'Not evaluated on {evaluated}: {reason}.')
   if compared is None:
     said.append(f'Not comparable in every respect: {refusal}.')
   else:
@@ -124,7 +124,7 @@ def notes(
       'All have one seed: how much chance does is not known, and small '
       'differences in loss mean nothing.'
     )
-  return said
+  return list(dict.fromkeys(said))  # Runs say the same of evaluation sets.
 
 
 def sections(
