@@ -76,11 +76,16 @@ class Followed:
     if lines:
       self.total = Run(self.workdir).config['steps']
       self._offset += sum(map(len, lines))
-      records = [_parse(path, x) for x in lines[self._inside_line :]]
-      self._inside_line = False
-      if self.steps and records[0]['step'] != self.step + 1:
+      try:
+        records = [_parse(path, x) for x in lines[self._inside_line :]]
+        if self.steps and records[0]['step'] != self.step + 1:
+          raise ValueError(f'{path}: step {self.step + 1} is missing')
+      except ValueError:
+        if not self.steps:
+          raise
         self._forget(inode=0, size=0)
-        return self.look()
+        return self.look()  # It was written anew, in place.
+      self._inside_line = False
       for record in records:
         self._add(record)
 

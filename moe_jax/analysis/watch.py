@@ -129,11 +129,11 @@ def _sparklines(run: Followed, width: int, rows: int, blocks: str) -> Group:
     shown = {layer: layers[layer] for layer in sorted(by_mean[:most])}
   top = max((v for of in shown.values() for v in of), default=0.0)
   title = (
-    f'{run.name}: MaxVio from 0 to {_number(top)}, '
-    f'steps {run.steps[0]["step"]:,} to {run.step:,}'
+    f'{run.name[:20]}: steps {run.steps[0]["step"]:,} to {run.step:,}, '
+    f'MaxVio 0 to {_number(top)}'
   )
   if len(shown) < len(layers):
-    title += f', the {len(shown)} worst of {len(layers)} layers'
+    title += f', worst {len(shown)} of {len(layers)} layers'
   losses = [step['train/loss'] for step in run.steps]
   finite = [loss for loss in losses if math.isfinite(loss)]
   lowest, highest = min(finite, default=0.0), max(finite, default=0.0)
