@@ -208,9 +208,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     if out.is_dir() or not out.parent.is_dir():
       raise ValueError(f'--out={out}: must be a file in an existing directory')
-    workdirs = dict.fromkeys(map(os.path.abspath, arguments.workdir))
+    runs = [Run(path) for path in arguments.workdir]
     with _telling() as tell:
-      _write(out, report([Run(path) for path in workdirs], tell))
+      _write(out, report(runs, tell))
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2

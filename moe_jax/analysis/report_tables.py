@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import json
+import os
 import pathlib
 from typing import Any
 from typing import NamedTuple
@@ -58,7 +59,7 @@ def name_runs(runs: Sequence[Run]) -> dict[str, Run]:
   Raises:
     ValueError: a run is there twice.
   """
-  paths = [pathlib.Path(run.workdir).absolute().parts for run in runs]
+  paths = [_parts(os.fspath(run.workdir)) for run in runs]
   if len(set(paths)) < len(paths):
     raise ValueError(f'the same work directory twice: {runs}')
   ends = 1
@@ -70,6 +71,11 @@ def name_runs(runs: Sequence[Run]) -> dict[str, Run]:
     ' '.join(name.encode(errors='replace').decode().split()) for name in names
   )
   return dict(zip(clean, runs, strict=True))
+
+
+def _parts(path: str) -> tuple[str, ...]:
+  local = '://' not in path
+  return pathlib.PurePath(os.path.abspath(path) if local else path).parts
 
 
 def summarize(run: Run) -> dict[str, Any]:

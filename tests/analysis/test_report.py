@@ -167,6 +167,8 @@ def test_names_tell_runs_apart(write_run, tmp_path):
   runs = [Run(tmp_path / place) for place in ('a/x', 'b/x', 'b/y')]
   assert list(report_tables.name_runs(runs)) == ['a/x', 'b/x', 'b/y']
   assert list(report_tables.name_runs(runs[1:])) == ['x', 'y']
+  with pytest.raises(ValueError, match='the same work directory twice'):
+    report_tables.name_runs([runs[0], Run(f'{runs[0].workdir}/../x/')])
 
 
 def test_a_figure_that_cannot_be_drawn_says_why(write_run, records, page):
