@@ -9,7 +9,7 @@ RUNS ?= runs
 # instead of 13.9 s. Other systems ignore this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: setup demo test test-all check audit
+.PHONY: setup demo board test test-all check audit
 
 setup: .venv/installed
 
@@ -23,6 +23,10 @@ setup: .venv/installed
 
 demo: setup
 	$(BIN)/python -m experiments.compare --config=experiments/demo.py --workdir=$(RUNS)/demo
+
+# TensorBoard over all runs, for this machine only: http://127.0.0.1:6006
+board: setup
+	$(BIN)/tensorboard --logdir=$(RUNS) --host=127.0.0.1
 
 # Programs that run for seconds compile in half the time; test-all has them as
 # users do.

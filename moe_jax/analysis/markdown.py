@@ -5,107 +5,12 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
-from typing import NamedTuple
 
-from moe_jax.analysis.tables import COMPILING_STEPS
-from moe_jax.analysis.tables import LOSS_STEPS
-
-
-class _Column(NamedTuple):
-  key: str
-  heading: str
-  form: str  # of str.format
-  meaning: str
-
-
-_BALANCE = (
-  _Column(
-    'average_max_violation',
-    'AvgMaxVio',
-    '.3f',
-    "MaxVio, mean over the layers, then over the run's steps.",
-  ),
-  _Column(
-    'sup_max_violation',
-    'SupMaxVio',
-    '.3f',
-    'MaxVio, mean over the layers, at the worst step, the first included.',
-  ),
-  _Column(
-    'first_max_violation',
-    'first step',
-    '.3f',
-    'MaxVio, mean over the layers, at step 1.',
-  ),
-  _Column(
-    'last_max_violation',
-    'last fifth',
-    '.3f',
-    'MaxVio, mean over the layers, then over the last fifth of the steps.',
-  ),
-  _Column(
-    'worst_average_max_violation',
-    'AvgMaxVio, worst layer',
-    '.3f',
-    'AvgMaxVio of the layer where it is largest.',
-  ),
-  _Column('worst_average_layer', 'which', '', ''),
-  _Column(
-    'worst_sup_max_violation',
-    'SupMaxVio, worst layer',
-    '.3f',
-    'SupMaxVio of the layer where it is largest.',
-  ),
-  _Column('worst_sup_layer', 'which', '', ''),
-)
-
-_TRAINING = (
-  _Column(
-    'train_loss',
-    'train loss [nats/token]',
-    '.3f',
-    f'cross-entropy, mean over the last {LOSS_STEPS} steps.',
-  ),
-  _Column(
-    'gap_to_unigram',
-    'gap to unigram [bits/byte]',
-    '+.3f',
-    "validation bits per byte (q frozen) minus the validation set's unigram "
-    'entropy; below 0 the model has learnt more than how frequent tokens are.',
-  ),
-  _Column(
-    'tokens_to_unigram',
-    'tokens to unigram',
-    ',.0f',
-    'tokens trained on when an evaluation first found the validation '
-    "perplexity (q frozen) below the unigram model's; no finer than the "
-    'evaluations are apart.',
-  ),
-)
-
-_COST = (
-  _Column(
-    'step_seconds',
-    'step [s]',
-    '.3f',
-    f'median time of a step, without the first {COMPILING_STEPS} steps, '
-    'which compile.',
-  ),
-  _Column('step_seconds_25', '25 % [s]', '.3f', 'lower quartile of the same.'),
-  _Column('step_seconds_75', '75 % [s]', '.3f', 'upper quartile of the same.'),
-  _Column(
-    'tokens_per_second',
-    'tokens/s',
-    ',.0f',
-    'median over the same steps.',
-  ),
-  _Column(
-    'dropped',
-    'dropped',
-    '.2%',
-    'share of token-expert pairs that found no room, mean over all steps.',
-  ),
-)
+from moe_jax.analysis.columns import BALANCE
+from moe_jax.analysis.columns import COST
+from moe_jax.analysis.columns import TRAINING
+from moe_jax.analysis.columns import Column
+from moe_jax.analysis.columns import evaluation_columns
 
 
 def comparison_markdown(comparison: Mapping[str, Any]) -> str:
@@ -124,17 +29,17 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     '## Balance',
     'MaxVio of a layer in a step is the load of its fullest expert over the '
     'mean load, minus 1: no unit, 0 is perfect balance, 1 is twice the mean.',
-    _table(methods, _BALANCE, bold=True),
-    _legend(_BALANCE),
+    _table(methods, BALANCE, bold=True),
+    _legend(BALANCE),
     '### AvgMaxVio / SupMaxVio of each layer',
     _layer_table(methods),
     '## Training',
-    _table(methods, _TRAINING, bold=several),
-    _legend(_TRAINING),
+    _table(methods, TRAINING, bold=several),
+    _legend(TRAINING),
     *_evaluation_sections(comparison, bold=several),
     '## Cost',
-    _table(methods, _COST, bold=False),
-    _legend(_COST),
+    _table(methods, COST, bold=False),
+    _legend(COST),
   ]
   return '\n\n'.join(sections) + '\n'
 
@@ -228,16 +133,7 @@ def _evaluation_sections(
     return []
   sections = ['## Language quality']
   for name in sets:
-    columns = [
-      _Column(f'eval/{name}/perplexity', 'perplexity', '.2f', ''),
-      _Column(f'eval/{name}/bits_per_byte', 'bits/byte', '.3f', ''),
-      _Column(
-        f'eval/{name}/perplexity_solved', 'perplexity, q solved', '.2f', ''
-      ),
-      _Column(
-        f'eval/{name}/bits_per_byte_solved', 'bits/byte, q solved', '.3f', ''
-      ),
-    ]
+    columns = evaluation_columns(name)
     sections += [f'### {name}', _table(methods, columns, bold=bold)]
   return [
     *sections,
@@ -279,7 +175,7 @@ def _layer_table(methods: Mapping[str, Any]) -> str:
 
 def _table(
   methods: Mapping[str, Any],
-  columns: Sequence[_Column],
+  columns: Sequence[Column],
   *,
   bold: bool,
 ) -> str:
@@ -292,7 +188,7 @@ def _table(
   return _markdown_table(headings, zip(methods, *cells, strict=True))
 
 
-def _cell(method: Mapping[str, Any], column: _Column) -> str:
+def _cell(method: Mapping[str, Any], column: Column) -> str:
   key = column.key
   if key not in method['mean']:
     return _distinct(s.get(key, '–') for s in method['runs'])
@@ -303,9 +199,7 @@ def _cell(method: Mapping[str, Any], column: _Column) -> str:
   return cell
 
 
-def _lowest(
-  methods: Iterable[Mapping[str, Any]], column: _Column
-) -> int | None:
+def _lowest(methods: Iterable[Mapping[str, Any]], column: Column) -> int | None:
   """Index of the method whose value is clearly the lowest, if there is one."""
   known = []
   for index, method in enumerate(methods):
@@ -323,7 +217,7 @@ def _lowest(
   return best if clear else None
 
 
-def _legend(columns: Iterable[_Column]) -> str:
+def _legend(columns: Iterable[Column]) -> str:
   return '\n'.join(
     f'- **{column.heading}**: {column.meaning}'
     for column in columns

@@ -33,6 +33,7 @@ from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.checkpoint import Position
 from moe_jax.train.checkpoint import restore_newest
 from moe_jax.train.checkpoint import steps
+from moe_jax.train.events import describe
 from moe_jax.train.optimizer import make_optimizer
 from moe_jax.train.state import Training
 from moe_jax.train.state import TrainState
@@ -141,6 +142,7 @@ class Run:
             skipped=(position.skipped, position.skipped_in_a_row),
             allowed=self.config.skipped_steps,
             experts_every=self.config.experts_every,
+            text=self._description() if directory else '',
           )
         )
 
@@ -198,6 +200,10 @@ class Run:
         save(state, Position(step, sequence), loss, ends)
       if ends and not last:
         raise preemption.Preempted(f'saved after step {step} of {config.steps}')
+
+  def _description(self) -> str:
+    facts = workdirs.read_json(self.workdir / 'run.json')
+    return describe(to_dict(self.config), facts)
 
   def _checkpoints(self) -> Checkpoints:
     run = ''

@@ -21,11 +21,9 @@ from rich.progress import MofNCompleteColumn
 from rich.progress import Progress
 from rich.progress import TextColumn
 from rich.progress import TimeRemainingColumn
-from tensorboardX import event_file_writer
-from tensorboardX import summary
-from tensorboardX.proto import event_pb2
 
 from moe_jax.train import workdir
+from moe_jax.train.events import Events
 
 # Counts, per layer, that must be 0, and sums of squares for when they are not;
 # not written with the other metrics.
@@ -34,7 +32,6 @@ SQUARES = 'squares'
 
 _PER_LAYER = '/layer'
 _SECONDS_BETWEEN_LINES = 10.0
-_SECONDS_BETWEEN_EVENT_FLUSHES = 30.0
 
 
 def read_steps(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -77,6 +74,7 @@ class Telemetry:
       came last, in a row.
     allowed: so many in a row end the run.
     experts_every: steps between records of what is known of every expert.
+    text: what the run is, Markdown, for TensorBoard.
     quiet: whether to leave out the progress bar.
   """
 
@@ -91,6 +89,7 @@ class Telemetry:
     skipped: tuple[int, int] = (0, 0),
     allowed: int = 1,
     experts_every: int = 1,
+    text: str = '',
     quiet: bool = False,
   ):
     self._directory = directory
@@ -101,7 +100,7 @@ class Telemetry:
     if directory is not None:
       self._outputs += [
         _JsonLines(directory / 'metrics.jsonl', step),
-        _Events(directory, step),
+        Events(directory, step=step, steps=steps, text=text),
       ]
       if not quiet:
         self._outputs.append(_progress(label, step, steps))
@@ -309,50 +308,6 @@ class _JsonLines:
 
   def close(self):
     self._file.close()
-
-
-class _Events:
-  """TensorBoard's; it has no use for lists and what is not finite.
-
-  Written by this thread: tensorboardX's own would leave the run waiting for
-  ever if the disk were full.
-  """
-
-  def __init__(self, directory: pathlib.Path, step: int):
-    self._writer = event_file_writer.EventsWriter(str(directory / 'events'))
-    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._write(event_pb2.Event(step=step + 1, session_log=start))
-    self._due = time.monotonic()
-
-  def _write(self, event):
-    event.wall_time = time.time()
-    self._try(lambda: self._writer.write_event(event))
-
-  def _try(self, write):
-    """Gives up on a disk error: the metrics are in the other file, too."""
-    try:
-      if self._writer is not None:
-        write()
-    except OSError as error:
-      print(f'warning: no more TensorBoard events: {error}', file=sys.stderr)
-      self._writer = None
-
-  def show(self, record):
-    event = event_pb2.Event(step=record['step'])
-    for name, value in record.items():
-      if name != 'step' and not isinstance(value, list):
-        if math.isfinite(value):
-          event.summary.MergeFrom(summary.scalar(name, value))
-    self._write(event)
-    if time.monotonic() >= self._due:
-      self.sync()
-      self._due = time.monotonic() + _SECONDS_BETWEEN_EVENT_FLUSHES
-
-  def sync(self):
-    self._try(lambda: self._writer.flush())
-
-  def close(self):
-    self._try(lambda: self._writer.close())
 
 
 def _progress(label, step, steps):

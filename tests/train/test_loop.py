@@ -10,6 +10,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
 from moe_jax import analysis
 from moe_jax import config as config_lib
@@ -76,9 +77,19 @@ def test_what_a_run_leaves(finished):
     assert (record.keys() >= evaluated) == (record['step'] in (4, 6))
   options = json.loads((workdir / 'config.json').read_text())
   assert options['balancer']['iterations'] == 4
-  assert list(workdir.glob('events.out.tfevents.*'))
   for item in ('params', 'optimizer', 'router', 'data', 'meta'):
     assert (workdir / 'checkpoints' / '6' / item).is_dir()
+
+
+def test_tensorboard_shows_a_run(finished):
+  events = event_accumulator.EventAccumulator(str(finished.workdir)).Reload()
+  losses = [event.step for event in events.Scalars('train/loss')]
+  assert losses == [1, 2, 3, 4, 5, 6]
+  for name in ('router/load/layer_00', 'router/q/layer_01'):
+    (last,) = events.Histograms(name)
+    assert last.histogram_value.num == finished.config.model.experts
+  (text,) = events.Tensors('run/text_summary')
+  assert b'| balancer.name | bip |' in text.tensor_proto.string_val[0]
 
 
 def test_the_same_command_again_does_nothing(finished):

@@ -1,0 +1,362 @@
+"""The tables of the report page: what runs share, and how they differ."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import json
+import os
+import pathlib
+from typing import Any
+from typing import NamedTuple
+
+from moe_jax.analysis import tables
+from moe_jax.analysis.columns import BALANCE
+from moe_jax.analysis.columns import COST
+from moe_jax.analysis.columns import TRAINING
+from moe_jax.analysis.columns import Column
+from moe_jax.analysis.columns import evaluation_columns
+from moe_jax.analysis.run import Run
+from moe_jax.config import flatten
+
+_UNKNOWN = '–'
+
+
+class Cell(NamedTuple):
+  """A cell of a table.
+
+  Attributes:
+    text: what is read.
+    number: by what it is sorted; None where it is text, or unknown.
+    difference: of two numbers, below the text; '' if there is none.
+  """
+
+  text: str
+  number: float | None = None
+  difference: str = ''
+
+
+class Table(NamedTuple):
+  """A table; the first cell of a row says what the row is about."""
+
+  title: str
+  headings: Sequence[str]
+  rows: Sequence[Sequence[Cell]]
+  meanings: Mapping[str, str] = {}
+
+
+class Section(NamedTuple):
+  """Tables below a common heading."""
+
+  title: str
+  text: str
+  tables: Sequence[Table]
+
+
+def name_runs(runs: Sequence[Run]) -> dict[str, Run]:
+  """Names each run by as much of the end of its path as tells it from others.
+
+  Raises:
+    ValueError: a run is there twice.
+  """
+  paths = [_parts(os.fspath(run.workdir)) for run in runs]
+  if len(set(paths)) < len(paths):
+    raise ValueError(f'the same work directory twice: {runs}')
+  ends = 1
+  while len({path[-ends:] for path in paths}) < len(paths):
+    ends += 1
+  names = ('/'.join(path[-ends:]) for path in paths)
+  # Not every file name is Unicode, or one line.
+  clean = (
+    ' '.join(name.encode(errors='replace').decode().split()) for name in names
+  )
+  return dict(zip(clean, runs, strict=True))
+
+
+def _parts(path: str) -> tuple[str, ...]:
+  local = '://' not in path
+  return pathlib.PurePath(os.path.abspath(path) if local else path).parts
+
+
+def summarize(run: Run) -> dict[str, Any]:
+  """Sums a run up; errors say which run it is."""
+  try:
+    return tables.summarize(run)
+  except KeyError as error:
+    raise ValueError(
+      f'{run.workdir}: no run of this version: {error} is missing'
+    ) from error
+
+
+def compare(named: Mapping[str, Run]) -> tuple[dict[str, Any] | None, str]:
+  """Returns `tables.comparison` of the runs, or None and why there is none."""
+  methods = defaultdict(list)
+  for run in named.values():
+    methods[run.config['method']].append(run)
+  try:
+    return tables.comparison(methods), ''
+  except ValueError as error:
+    return None, str(error)
+
+
+def notes(
+  named: Mapping[str, Run],
+  summaries: Mapping[str, Mapping[str, Any]],
+  compared: Mapping[str, Any] | None,
+  refusal: str,
+) -> list[str]:
+  """Returns what a reader must know before believing the tables."""
+  said = []
+  for name, run in named.items():
+    summary = summaries[name]
+    steps, total = summary['steps'], run.config['steps']
+    if not summary['finished']:
+      said.append(f'{name} is not finished: step {steps:,} of {total:,}.')
+    if summary['first_non_finite_step'] is not None:
+      step = summary['first_non_finite_step']
+      said.append(f'{name} diverged: no finite loss at step {step:,}.')
+    for evaluated, reason in run.facts.get('not_evaluated', {}).items():
+      said.append(f'Not evaluated on {evaluated}: {reason}.')
+  if compared is None:
+    said.append(f'Not comparable in every respect: {refusal}.')
+  else:
+    said += [
+      f'{fact} differs between runs of one seed.'
+      for fact in compared['differing_facts']
+    ]
+  seeds = {summary['seed'] for summary in summaries.values()}
+  if len(named) > 1 and len(seeds) == 1:
+    said.append(
+      'All have one seed: how much chance does is not known, and small '
+      'differences in loss mean nothing.'
+    )
+  return list(dict.fromkeys(said))  # Runs say the same of evaluation sets.
+
+
+def sections(
+  named: Mapping[str, Run],
+  summaries: Mapping[str, Mapping[str, Any]],
+  compared: Mapping[str, Any] | None,
+) -> list[Section]:
+  """Returns the tables of the page, those that these runs have."""
+  sets = _sets(summaries)
+  found = [Section('Runs', '', [_overview(named, summaries)])]
+  if len(named) > 1:
+    found.append(_differences(summaries, _flats(named)))
+  if compared and any(
+    m['standard_deviation'] for m in compared['methods'].values()
+  ):
+    found.append(_methods(compared['methods'], sets))
+  return [
+    *found,
+    Section(
+      'Balance',
+      'MaxVio of a layer in a step is the load of its fullest expert over the '
+      'mean load, minus 1: no unit, 0 is perfect balance, 1 is twice the mean.',
+      [_results('', BALANCE, summaries), _layers(summaries)],
+    ),
+    Section(
+      'Quality',
+      'Perplexity and bits per byte are those of the last evaluation, with the '
+      'q that training left; “q solved” finds q anew in each batch.',
+      [
+        _results('Training', TRAINING, summaries),
+        *(
+          _results(f'On {name}', evaluation_columns(name), summaries)
+          for name in sets
+        ),
+      ],
+    ),
+    Section('Cost', '', [_results('', COST, summaries)]),
+  ]
+
+
+def shared(named: Mapping[str, Run]) -> dict[str, dict[str, str]]:
+  """Returns the options and facts that all runs share, by group."""
+  groups = defaultdict(dict)
+  for kind, flats in _flats(named).items():
+    first, *others = flats
+    for option, value in first.items():
+      if all(option in o and o[option] == value for o in others):
+        group, _, name = option.rpartition('.')
+        groups[group or kind][name] = _shown(value)
+  return dict(groups)
+
+
+def _flats(named: Mapping[str, Run]) -> dict[str, list[dict[str, Any]]]:
+  """The options of every run, and the facts, by their full names."""
+  facts = [flatten(run.facts) for run in named.values()]
+  for fact in facts:
+    fact.pop('run', None)  # A name that says nothing.
+  return {
+    'options': [flatten(run.config) for run in named.values()],
+    'facts': facts,
+  }
+
+
+def _overview(
+  named: Mapping[str, Run], summaries: Mapping[str, Mapping[str, Any]]
+) -> Table:
+  rows = []
+  for name, summary in summaries.items():
+    total = named[name].config['steps']
+    state = 'finished' if summary['finished'] else f'of {total:,}'
+    rows.append(
+      [
+        Cell(name),
+        Cell(str(summary['method'])),
+        Cell(summary['balancer']),
+        Cell(str(summary['seed']), summary['seed']),
+        Cell(f'{summary["steps"]:,}', summary['steps']),
+        Cell(state),
+        Cell(f'{summary["tokens"]:,}', summary['tokens']),
+      ]
+    )
+  headings = ['run', 'method', 'balancer', 'seed', 'steps', 'state', 'tokens']
+  return Table('', headings, rows)
+
+
+def _results(
+  title: str,
+  columns: Sequence[Column],
+  summaries: Mapping[str, Mapping[str, Any]],
+) -> Table:
+  rows = [
+    [Cell(name), *(_cell(summary, column) for column in columns)]
+    for name, summary in summaries.items()
+  ]
+  meanings = {c.heading: c.meaning for c in columns if c.meaning}
+  return Table(title, ['run', *(c.heading for c in columns)], rows, meanings)
+
+
+def _cell(
+  summary: Mapping[str, Any],
+  column: Column,
+  base: Mapping[str, Any] | None = None,
+) -> Cell:
+  """A value of a run, with its difference from that of another one."""
+  value = summary.get(column.key)
+  if value is None or not column.form:
+    return Cell(_UNKNOWN if value is None else str(value))
+  before = None if base is None else base.get(column.key)
+  signed = f'+{column.form.removeprefix("+")}'
+  difference = '' if before is None else f'{value - before:{signed}}'
+  return Cell(f'{value:{column.form}}', value, difference)
+
+
+def _layers(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
+  average, sup = 'average_max_violation/', 'sup_max_violation/'
+  layers = sorted(
+    {
+      key.removeprefix(average)
+      for summary in summaries.values()
+      for key in summary
+      if key.startswith(average)
+    }
+  )
+  columns = {
+    f'{what}, {name}' if len(summaries) > 1 else what: (key, summary)
+    for name, summary in summaries.items()
+    for what, key in (('AvgMaxVio', average), ('SupMaxVio', sup))
+  }
+  rows = [
+    [
+      Cell(layer),
+      *(
+        _cell(summary, Column(key + layer, '', '.3f', ''))
+        for key, summary in columns.values()
+      ),
+    ]
+    for layer in layers
+  ]
+  return Table('By layer', ['layer', *columns], rows)
+
+
+def _sets(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  keys = dict.fromkeys(key for summary in summaries.values() for key in summary)
+  return [
+    key.removeprefix('eval/').removesuffix('/perplexity')
+    for key in keys
+    if key.startswith('eval/') and key.endswith('/perplexity')
+  ]
+
+
+def _columns(sets: Sequence[str]) -> list[Column]:
+  """Every result, those on a set with its name."""
+  evaluated = [
+    column._replace(heading=f'{column.heading}, {name}')
+    for name in sets
+    for column in evaluation_columns(name)
+  ]
+  return [c for c in (*BALANCE, *TRAINING, *evaluated, *COST) if c.form]
+
+
+def _methods(
+  methods: Mapping[str, Mapping[str, Any]], sets: Sequence[str]
+) -> Section:
+  rows = []
+  for column in _columns(sets):
+    cells = []
+    for method in methods.values():
+      cell = _cell(method['mean'], column)
+      deviation = (method['standard_deviation'] or {}).get(column.key)
+      if deviation is not None:
+        form = column.form.removeprefix('+')
+        cell = cell._replace(difference=f'± {deviation:{form}}')
+      cells.append(cell)
+    rows.append([Cell(column.heading), *cells])
+  headings = [f'{name} ({len(m["runs"])})' for name, m in methods.items()]
+  return Section(
+    'Methods',
+    'Mean ± standard deviation over the seeds (of a sample, n - 1), so many as '
+    'the headings say.',
+    [Table('', ['result', *headings], rows)],
+  )
+
+
+def _differences(
+  summaries: Mapping[str, Mapping[str, Any]],
+  flats: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> Section:
+  first, *others = summaries
+  results = [
+    [
+      Cell(column.heading),
+      _cell(summaries[first], column),
+      *(_cell(summaries[o], column, summaries[first]) for o in others),
+    ]
+    for column in _columns(_sets(summaries))
+  ]
+  settings = [
+    [Cell(option), *(Cell(_shown(value)) for value in values)]
+    for of_kind in flats.values()
+    for option, values in _differing(of_kind)
+  ]
+  return Section(
+    'Differences',
+    f'Beside each result: how far it is from that of {first}.',
+    [
+      Table('Results', ['result', *summaries], results),
+      Table('Options and facts', ['option or fact', *summaries], settings),
+    ],
+  )
+
+
+def _differing(
+  flats: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[str, list[Any]]]:
+  for option in dict.fromkeys(name for flat in flats for name in flat):
+    values = [flat.get(option) for flat in flats]
+    if any(value != values[0] for value in values):
+      yield option, values
+
+
+def _shown(value: Any) -> str:
+  """Writes an option as a flag has it."""
+  if value is None:
+    return _UNKNOWN
+  if value == '':
+    return '(empty)'
+  if isinstance(value, float):
+    return min(repr(value), f'{value:.6g}', key=len)
+  return value if isinstance(value, str) else json.dumps(value)
