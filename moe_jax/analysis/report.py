@@ -33,13 +33,14 @@ from moe_jax.analysis import report_tables as tables
 from moe_jax.analysis.run import Run
 
 _SECONDS_OF_SILENCE = 5.0
-_LONGEST_LABEL = 30
+_LONGEST_LABEL = 18  # characters: four fit side by side
 
 
 class _Picture(NamedTuple):
   title: str
-  draw: Callable[[Mapping[str, Run]], Figure]
+  draw: Callable[[Any], Figure]  # of runs by their names, or of a run
   caption: str
+  each: bool = False  # whether there is one of every run
 
 
 _PICTURES = (
@@ -86,7 +87,11 @@ def report(
   drawn = []
   for picture in _PICTURES:
     tell(f'drawing {picture.title}')
-    drawn.append(_draw(picture, named))
+    if picture.each:
+      for name, run in named.items():
+        drawn.append(_draw(picture, run, f'{picture.title}: {name}'))
+    else:
+      drawn.append(_draw(picture, _labelled(named), picture.title))
   tell('writing')
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader('moe_jax.analysis'),
@@ -115,19 +120,10 @@ def report(
   )
 
 
-def _draw(picture: _Picture, named: Mapping[str, Run]) -> dict[str, Any]:
-  shown = {
-    'title': picture.title,
-    'caption': picture.caption,
-    'anchor': picture.title.lower().replace(' ', '-'),
-  }
+def _draw(picture: _Picture, of: Any, title: str) -> dict[str, Any]:
+  shown = {'title': title, 'caption': picture.caption}
   try:
-    figure = picture.draw(
-      {
-        _label(number, name): run
-        for number, (name, run) in enumerate(named.items(), start=1)
-      }
-    )
+    figure = picture.draw(of)
   except ValueError as error:  # It needs what one of the runs has not.
     return shown | {'missing': str(error)}
   file = io.BytesIO()
@@ -141,12 +137,21 @@ def _draw(picture: _Picture, named: Mapping[str, Run]) -> dict[str, Any]:
   }
 
 
-def _label(number: int, name: str) -> str:
-  """Names a run in a legend."""
-  if len(name) > _LONGEST_LABEL:
-    name = f'{number}: …{name[-_LONGEST_LABEL:]}'
-  # matplotlib reads $ as mathematics, and leaves _names out of legends.
-  return f'{" " * name.startswith("_")}{name}'.replace('$', r'\$')
+def _labelled(named: Mapping[str, Run]) -> dict[str, Run]:
+  """Names runs as legends have room for: by their methods, if these differ."""
+  names = [str(run.config['method']) for run in named.values()]
+  if len(set(names)) < len(names):
+    names = list(named)
+  labels = {}
+  for number, (name, run) in enumerate(
+    zip(names, named.values(), strict=True), start=1
+  ):
+    if len(name) > _LONGEST_LABEL:
+      name = f'{number}: …{name[3 - _LONGEST_LABEL :]}'
+    # matplotlib reads $ as mathematics, and leaves _names out of legends.
+    space = ' ' * name.startswith('_')
+    labels[space + name.replace('$', r'\$')] = run
+  return labels
 
 
 def _breakable(text: str) -> Markup:

@@ -242,6 +242,34 @@ def test_a_failure_leaves_the_page_that_was_there(
   assert sorted(os.listdir(tmp_path)) == ['bip', 'report.html']
 
 
+def test_figures_of_all_runs_and_of_each(write_run, page, monkeypatch):
+  long = 'x' * 40
+  names = {'a': '_a$b', 'b': long + '1', 'c': long + '2'}
+  workdirs = [write_run(name, method=names[name]) for name in names]
+  drawn = []
+
+  def draw(of):
+    drawn.append(of)
+    return Figure()
+
+  pictures = (
+    report._Picture('Together', draw, ''),
+    report._Picture('Alone', draw, '', each=True),
+  )
+  monkeypatch.setattr(report, '_PICTURES', pictures)
+  html = page(*workdirs)
+  together, *alone = drawn
+  # Of matplotlib's special characters nothing is left, and none is the same.
+  labels = [r' _a\$b', f'2: …{"x" * 14}1', f'3: …{"x" * 14}2']
+  assert list(together) == labels
+  assert list(together.values()) == alone
+  titles = re.findall('<h3>(.*?)</h3>\n<div', html)
+  assert titles[:4] == ['Together', 'Alone: a', 'Alone: b', 'Alone: c']
+  # Methods that are the same do not tell runs apart.
+  page(write_run('d', method='bip'), write_run('e', method='bip'))
+  assert list(drawn[4]) == ['d', 'e']
+
+
 def test_says_what_takes_long(write_run, tmp_path, monkeypatch, capsys):
   """Drawing ends once the line was seen; that it is drawn at all shows it."""
   seen = []
