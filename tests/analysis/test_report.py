@@ -12,8 +12,9 @@ from playwright import sync_api
 import pytest
 
 from moe_jax.analysis import Run
-from moe_jax.analysis import report
-from moe_jax.analysis import report_tables
+from moe_jax.analysis.report import __main__ as report
+from moe_jax.analysis.report import gathered
+from moe_jax.analysis.report import pictures
 
 
 class Page(parser.HTMLParser):
@@ -165,10 +166,10 @@ def test_names_tell_runs_apart(write_run, tmp_path):
   for place in ('a/x', 'b/x', 'b/y'):
     shutil.copytree(write_run(place.replace('/', '')), tmp_path / place)
   runs = [Run(tmp_path / place) for place in ('a/x', 'b/x', 'b/y')]
-  assert list(report_tables.name_runs(runs)) == ['a/x', 'b/x', 'b/y']
-  assert list(report_tables.name_runs(runs[1:])) == ['x', 'y']
+  assert list(gathered.name_runs(runs)) == ['a/x', 'b/x', 'b/y']
+  assert list(gathered.name_runs(runs[1:])) == ['x', 'y']
   with pytest.raises(ValueError, match='the same work directory twice'):
-    report_tables.name_runs([runs[0], Run(f'{runs[0].workdir}/../x/')])
+    gathered.name_runs([runs[0], Run(f'{runs[0].workdir}/../x/')])
 
 
 def test_a_figure_that_cannot_be_drawn_says_why(write_run, records, page):
@@ -252,22 +253,26 @@ def test_figures_of_all_runs_and_of_each(write_run, page, monkeypatch):
     drawn.append(of)
     return Figure()
 
-  pictures = (
-    report._Picture('Together', draw, ''),
-    report._Picture('Alone', draw, '', each=True),
+  shown = (
+    pictures.Picture('Together', draw, ''),
+    pictures.Picture('Alone', draw, '', each=True),
   )
-  monkeypatch.setattr(report, '_PICTURES', pictures)
+  monkeypatch.setattr(pictures, 'PICTURES', shown)
   html = page(*workdirs)
   together, *alone = drawn
   # Of matplotlib's special characters nothing is left, and none is the same.
   labels = [r' _a\$b', f'2: …{"x" * 14}1', f'3: …{"x" * 14}2']
   assert list(together) == labels
   assert list(together.values()) == alone
+  assert html.count('"data:image/svg+xml;base64,') == 4
   titles = re.findall('<h3>(.*?)</h3>\n<div', html)
   assert titles[:4] == ['Together', 'Alone: a', 'Alone: b', 'Alone: c']
+  # Of very many steps, pixels.
+  monkeypatch.setattr(pictures, '_LARGEST_SVG', 100)
+  assert page(workdirs[0]).count('"data:image/png;base64,') == 2
   # Methods that are the same do not tell runs apart.
   page(write_run('d', method='bip'), write_run('e', method='bip'))
-  assert list(drawn[4]) == ['d', 'e']
+  assert list(drawn[6]) == ['d', 'e']
 
 
 def test_says_what_takes_long(write_run, tmp_path, monkeypatch, capsys):
@@ -280,8 +285,8 @@ def test_says_what_takes_long(write_run, tmp_path, monkeypatch, capsys):
       seen.extend(re.findall('drawing Slowly', capsys.readouterr().err))
     return Figure()
 
-  pictures = (report._Picture('Slowly', slow, ''),)
-  monkeypatch.setattr(report, '_PICTURES', pictures)
+  shown = (pictures.Picture('Slowly', slow, ''),)
+  monkeypatch.setattr(pictures, 'PICTURES', shown)
   out = tmp_path / 'report.html'
   assert report.main([str(write_run()), f'--out={out}']) == 0
 
@@ -338,7 +343,7 @@ def test_in_a_browser(write_run, records, tmp_path, chromium, page, width):
   images = tab.evaluate(
     'Array.from(document.images, (i) => i.complete && i.naturalWidth > 0)'
   )
-  assert images == [True] * len(report._PICTURES)
+  assert images == [True] * len(pictures.PICTURES)
   # It would have been seen.
   tab.evaluate(
     "document.querySelector('h1').style.cssText = 'width: 3000px; color: red'"

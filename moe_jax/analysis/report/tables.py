@@ -5,18 +5,15 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import json
-import os
-import pathlib
 from typing import Any
 from typing import NamedTuple
 
-from moe_jax.analysis import tables
 from moe_jax.analysis.columns import BALANCE
 from moe_jax.analysis.columns import COST
 from moe_jax.analysis.columns import TRAINING
 from moe_jax.analysis.columns import Column
 from moe_jax.analysis.columns import evaluation_columns
-from moe_jax.analysis.run import Run
+from moe_jax.analysis.report.gathered import Gathered
 from moe_jax.config import flatten
 
 _UNKNOWN = '–'
@@ -53,100 +50,15 @@ class Section(NamedTuple):
   tables: Sequence[Table]
 
 
-def name_runs(runs: Sequence[Run]) -> dict[str, Run]:
-  """Names each run by as much of the end of its path as tells it from others.
-
-  Raises:
-    ValueError: a run is there twice.
-  """
-  paths = [_parts(os.fspath(run.workdir)) for run in runs]
-  if len(set(paths)) < len(paths):
-    raise ValueError(f'the same work directory twice: {runs}')
-  ends = 1
-  while len({path[-ends:] for path in paths}) < len(paths):
-    ends += 1
-  names = ('/'.join(path[-ends:]) for path in paths)
-  # Not every file name is Unicode, or one line.
-  clean = (
-    ' '.join(name.encode(errors='replace').decode().split()) for name in names
-  )
-  return dict(zip(clean, runs, strict=True))
-
-
-def _parts(path: str) -> tuple[str, ...]:
-  local = '://' not in path
-  return pathlib.PurePath(os.path.abspath(path) if local else path).parts
-
-
-def summarize(run: Run) -> dict[str, Any]:
-  """Sums a run up; errors say which run it is."""
-  try:
-    return tables.summarize(run)
-  except KeyError as error:
-    raise ValueError(
-      f'{run.workdir}: no run of this version: {error} is missing'
-    ) from error
-
-
-def compare(named: Mapping[str, Run]) -> tuple[dict[str, Any] | None, str]:
-  """Returns `tables.comparison` of the runs, or None and why there is none."""
-  methods = defaultdict(list)
-  for run in named.values():
-    methods[run.config['method']].append(run)
-  try:
-    return tables.comparison(methods), ''
-  except ValueError as error:
-    return None, str(error)
-
-
-def notes(
-  named: Mapping[str, Run],
-  summaries: Mapping[str, Mapping[str, Any]],
-  compared: Mapping[str, Any] | None,
-  refusal: str,
-) -> list[str]:
-  """Returns what a reader must know before believing the tables."""
-  said = []
-  for name, run in named.items():
-    summary = summaries[name]
-    steps, total = summary['steps'], run.config['steps']
-    if not summary['finished']:
-      said.append(f'{name} is not finished: step {steps:,} of {total:,}.')
-    if summary['first_non_finite_step'] is not None:
-      step = summary['first_non_finite_step']
-      said.append(f'{name} diverged: no finite loss at step {step:,}.')
-    for evaluated, reason in run.facts.get('not_evaluated', {}).items():
-      said.append(f'Not evaluated on {evaluated}: {reason}.')
-  if compared is None:
-    said.append(f'Not comparable in every respect: {refusal}.')
-  else:
-    said += [
-      f'{fact} differs between runs of one seed.'
-      for fact in compared['differing_facts']
-    ]
-  seeds = {summary['seed'] for summary in summaries.values()}
-  if len(named) > 1 and len(seeds) == 1:
-    said.append(
-      'All have one seed: how much chance does is not known, and small '
-      'differences in loss mean nothing.'
-    )
-  return list(dict.fromkeys(said))  # Runs say the same of evaluation sets.
-
-
-def sections(
-  named: Mapping[str, Run],
-  summaries: Mapping[str, Mapping[str, Any]],
-  compared: Mapping[str, Any] | None,
-) -> list[Section]:
+def sections(gathered: Gathered) -> list[Section]:
   """Returns the tables of the page, those that these runs have."""
-  sets = _sets(summaries)
-  found = [Section('Runs', '', [_overview(named, summaries)])]
-  if len(named) > 1:
-    found.append(_differences(summaries, _flats(named)))
-  if compared and any(
-    m['standard_deviation'] for m in compared['methods'].values()
-  ):
-    found.append(_methods(compared['methods'], sets))
+  summaries, sets = gathered.summaries, _sets(gathered.summaries)
+  found = [Section('Runs', '', [_overview(gathered)])]
+  if len(summaries) > 1:
+    found.append(_differences(gathered))
+  methods = gathered.compared['methods'] if gathered.compared else {}
+  if any(method['standard_deviation'] for method in methods.values()):
+    found.append(_methods(methods, sets))
   return [
     *found,
     Section(
@@ -171,10 +83,10 @@ def sections(
   ]
 
 
-def shared(named: Mapping[str, Run]) -> dict[str, dict[str, str]]:
+def shared(gathered: Gathered) -> dict[str, dict[str, str]]:
   """Returns the options and facts that all runs share, by group."""
   groups = defaultdict(dict)
-  for kind, flats in _flats(named).items():
+  for kind, flats in _flats(gathered).items():
     first, *others = flats
     for option, value in first.items():
       if all(option in o and o[option] == value for o in others):
@@ -183,23 +95,22 @@ def shared(named: Mapping[str, Run]) -> dict[str, dict[str, str]]:
   return dict(groups)
 
 
-def _flats(named: Mapping[str, Run]) -> dict[str, list[dict[str, Any]]]:
+def _flats(gathered: Gathered) -> dict[str, list[dict[str, Any]]]:
   """The options of every run, and the facts, by their full names."""
-  facts = [flatten(run.facts) for run in named.values()]
+  runs = gathered.named.values()
+  facts = [flatten(run.facts) for run in runs]
   for fact in facts:
     fact.pop('run', None)  # A name that says nothing.
   return {
-    'options': [flatten(run.config) for run in named.values()],
+    'options': [flatten(run.config) for run in runs],
     'facts': facts,
   }
 
 
-def _overview(
-  named: Mapping[str, Run], summaries: Mapping[str, Mapping[str, Any]]
-) -> Table:
+def _overview(gathered: Gathered) -> Table:
   rows = []
-  for name, summary in summaries.items():
-    total = named[name].config['steps']
+  for name, summary in gathered.summaries.items():
+    total = gathered.named[name].config['steps']
     state = 'finished' if summary['finished'] else f'of {total:,}'
     rows.append(
       [
@@ -314,10 +225,8 @@ def _methods(
   )
 
 
-def _differences(
-  summaries: Mapping[str, Mapping[str, Any]],
-  flats: Mapping[str, Sequence[Mapping[str, Any]]],
-) -> Section:
+def _differences(gathered: Gathered) -> Section:
+  summaries = gathered.summaries
   first, *others = summaries
   results = [
     [
@@ -329,7 +238,7 @@ def _differences(
   ]
   settings = [
     [Cell(option), *(Cell(_shown(value)) for value in values)]
-    for of_kind in flats.values()
+    for of_kind in _flats(gathered).values()
     for option, values in _differing(of_kind)
   ]
   return Section(

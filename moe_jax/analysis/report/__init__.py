@@ -1,0 +1,1 @@
+"""One page of runs, a single HTML file: `python -m moe_jax.analysis.report`."""

@@ -1,0 +1,83 @@
+"""Makes one page of runs: results, figures, differences, configuration.
+
+  python -m moe_jax.analysis.report WORKDIR... [--out=report.html]
+
+The page is a single file that fetches nothing. Runs may be unfinished, and of
+different configs.
+"""
+
+import argparse
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+import contextlib
+import os
+import pathlib
+import sys
+import threading
+
+from moe_jax.analysis.report.page import render
+from moe_jax.analysis.run import Run
+
+_SECONDS_OF_SILENCE = 5.0
+
+
+@contextlib.contextmanager
+def _telling() -> Iterator[Callable[[str], None]]:
+  """Says every few seconds what is being done."""
+  doing, done = '', threading.Event()
+
+  def tell(what: str) -> None:
+    nonlocal doing
+    doing = what
+
+  def speak() -> None:
+    while not done.wait(_SECONDS_OF_SILENCE):
+      print(f'report: {doing} ...', file=sys.stderr, flush=True)
+
+  speaker = threading.Thread(target=speak, daemon=True)
+  speaker.start()
+  try:
+    yield tell
+  finally:
+    done.set()
+    speaker.join()
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  """Writes a file whole or not at all."""
+  temporary = path.with_name(f'{path.name}.tmp')
+  try:
+    temporary.write_text(text, encoding='utf-8', errors='replace')
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the program; returns its exit code."""
+  parser = argparse.ArgumentParser(
+    prog='python -m moe_jax.analysis.report',
+    description='Makes one page, a single HTML file, of one or more runs.',
+  )
+  parser.add_argument('workdir', nargs='+', help='work directory of a run')
+  parser.add_argument(
+    '--out', default='report.html', metavar='FILE', help='default: report.html'
+  )
+  arguments = parser.parse_args(argv)
+  out = pathlib.Path(arguments.out)
+  try:
+    if out.is_dir() or not out.parent.is_dir():
+      raise ValueError(f'--out={out}: must be a file in an existing directory')
+    runs = [Run(path) for path in arguments.workdir]
+    with _telling() as tell:
+      _write(out, render(runs, tell))
+  except (ValueError, OSError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  print(f'{out}: {out.stat().st_size / 1e6:.1f} MB')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

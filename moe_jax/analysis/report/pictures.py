@@ -1,0 +1,113 @@
+"""The figures of the report page."""
+
+import base64
+from collections.abc import Callable
+from collections.abc import Mapping
+import io
+from typing import Any
+from typing import NamedTuple
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from moe_jax.analysis import figures
+from moe_jax.analysis.run import Run
+
+_LONGEST_LABEL = 18  # characters: four fit side by side
+_LARGEST_SVG = 1_000_000  # bytes
+
+
+class Picture(NamedTuple):
+  """How a figure comes about, and what is said of it."""
+
+  title: str
+  draw: Callable[[Any], Figure]  # of runs by their names, or of a run
+  caption: str
+  each: bool = False  # whether there is one of every run
+
+
+PICTURES = (
+  Picture(
+    'Balance over the steps',
+    figures.max_violation_figure,
+    'MaxVio: load of the fullest expert over the mean load, minus 1. The line '
+    'is the mean over the layers, the band reaches up to the worst layer.',
+  ),
+  Picture(
+    'Load of each expert',
+    figures.load_heatmap_figure,
+    "Of each run's least balanced layer. Dark is idle, light is twice the mean "
+    'load or more.',
+  ),
+  Picture(
+    'Loss',
+    figures.loss_figure,
+    'Left: cross-entropy of the training batches. Right: validation, with the '
+    'q that training left.',
+  ),
+)
+
+
+def draw_all(
+  named: Mapping[str, Run], tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
+  """Draws all figures; returns what the page says of each.
+
+  Args:
+    named: runs by their names.
+    tell: called with what is being done.
+
+  Returns:
+    Dicts with `title`, `caption`, and either `source`, `width` and `height` of
+    an image, or the reason why it is `missing`.
+  """
+  drawn = []
+  for picture in PICTURES:
+    tell(f'drawing {picture.title}')
+    if picture.each:
+      for name, run in named.items():
+        drawn.append(_draw(picture, run, f'{picture.title}: {name}'))
+    else:
+      drawn.append(_draw(picture, _labelled(named), picture.title))
+  return drawn
+
+
+def _draw(picture: Picture, of: Any, title: str) -> dict[str, Any]:
+  shown = {'title': title, 'caption': picture.caption}
+  try:
+    figure = picture.draw(of)
+  except ValueError as error:  # It needs what one of the runs has not.
+    return shown | {'missing': str(error)}
+  kind, image = 'svg+xml', _image(figure, format='svg', metadata={'Date': None})
+  if len(image) > _LARGEST_SVG:  # So many steps: nobody sees the single ones.
+    kind, image = 'png', _image(figure, format='png', dpi=200)
+  width, height = figure.get_size_inches()
+  return shown | {
+    'source': f'data:image/{kind};base64,{base64.b64encode(image).decode()}',
+    'width': round(96 * width),
+    'height': round(96 * height),
+  }
+
+
+def _image(figure: Figure, **options: Any) -> bytes:
+  file = io.BytesIO()
+  with matplotlib.rc_context({'svg.hashsalt': 'moe_jax'}):
+    figure.savefig(file, **options)
+  return file.getvalue()
+
+
+def _labelled(named: Mapping[str, Run]) -> dict[str, Run]:
+  """Names runs as legends have room for: by their methods, if these differ."""
+  names = [str(run.config['method']) for run in named.values()]
+  if len(set(names)) < len(names):
+    names = list(named)
+  labels = {}
+  for number, (name, run) in enumerate(
+    zip(names, named.values(), strict=True), start=1
+  ):
+    if len(name) > _LONGEST_LABEL:
+      name = f'{number}: …{name[3 - _LONGEST_LABEL :]}'
+    # matplotlib reads $ as mathematics, and leaves _names out of legends.
+    space = ' ' * name.startswith('_')
+    labels[space + name.replace('$', r'\$')] = run
+  return labels
