@@ -88,15 +88,19 @@ def test_one_run(write_run, page):
 def test_runs_side_by_side(write_run, records, page):
   better = [r | {'router/max_violation': 0.25} for r in records]
   balancer = {'name': 'bip', 'iterations': 8}
-  other = write_run('t8', records=better, balancer=balancer)
-  tables = Page(page(write_run('t4'), other)).tables
+  facts = {'run': 'a name', 'mesh': {'data': 2}}
+  other = write_run('t8', records=better, balancer=balancer, facts=facts)
+  first = write_run('t4', mesh={'data': -1})
+  tables = Page(page(first, other)).tables
   by_name = {row[0]: row[1:] for row in tables['Results']}
   assert by_name['result'] == ['t4', 't8']
   assert by_name['AvgMaxVio'] == ['0.583', '0.250-0.333']
   assert by_name['perplexity, validation'] == ['20.12', '20.12+0.00']
   settings = {row[0]: row[1:] for row in tables['Options and facts']}
   assert settings['balancer.iterations'] == ['4', '8']
-  assert 'learning_rate' not in settings
+  assert settings['mesh.data'] == ['-1', '–']
+  assert settings['facts.mesh.data'] == ['–', '2']
+  assert 'learning_rate' not in settings and 'facts.run' not in settings
 
 
 def test_runs_that_comparison_refuses(write_run, page):

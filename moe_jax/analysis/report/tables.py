@@ -1,7 +1,6 @@
 """The tables of the report page: what runs share, and how they differ."""
 
 from collections import defaultdict
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import json
@@ -25,7 +24,7 @@ class Cell(NamedTuple):
   Attributes:
     text: what is read.
     number: by what it is sorted; None where it is text, or unknown.
-    difference: of two numbers, below the text; '' if there is none.
+    difference: of two numbers, beside the text; '' if there is none.
   """
 
   text: str
@@ -86,25 +85,21 @@ def sections(gathered: Gathered) -> list[Section]:
 def shared(gathered: Gathered) -> dict[str, dict[str, str]]:
   """Returns the options and facts that all runs share, by group."""
   groups = defaultdict(dict)
-  for kind, flats in _flats(gathered).items():
-    first, *others = flats
-    for option, value in first.items():
-      if all(option in o and o[option] == value for o in others):
-        group, _, name = option.rpartition('.')
-        groups[group or kind][name] = _shown(value)
+  first, *others = _settings(gathered)
+  for option, value in first.items():
+    if all(option in o and o[option] == value for o in others):
+      group, _, name = option.rpartition('.')
+      groups[group or 'options'][name] = _shown(value)
   return dict(groups)
 
 
-def _flats(gathered: Gathered) -> dict[str, list[dict[str, Any]]]:
-  """The options of every run, and the facts, by their full names."""
-  runs = gathered.named.values()
-  facts = [flatten(run.facts) for run in runs]
-  for fact in facts:
-    fact.pop('run', None)  # A name that says nothing.
-  return {
-    'options': [flatten(run.config) for run in runs],
-    'facts': facts,
-  }
+def _settings(gathered: Gathered) -> list[dict[str, Any]]:
+  """The options and facts of every run, by their full names."""
+  settings = []
+  for run in gathered.named.values():
+    facts = {name: x for name, x in run.facts.items() if name != 'run'}
+    settings.append(flatten(run.config | {'facts': facts}))
+  return settings
 
 
 def _overview(gathered: Gathered) -> Table:
@@ -236,28 +231,20 @@ def _differences(gathered: Gathered) -> Section:
     ]
     for column in _columns(_sets(summaries))
   ]
-  settings = [
-    [Cell(option), *(Cell(_shown(value)) for value in values)]
-    for of_kind in _flats(gathered).values()
-    for option, values in _differing(of_kind)
-  ]
+  settings = _settings(gathered)
+  differing = []
+  for option in dict.fromkeys(name for flat in settings for name in flat):
+    values = [flat.get(option) for flat in settings]
+    if any(value != values[0] for value in values):
+      differing.append([Cell(option), *(Cell(_shown(v)) for v in values)])
   return Section(
     'Differences',
     f'Beside each result: how far it is from that of {first}.',
     [
       Table('Results', ['result', *summaries], results),
-      Table('Options and facts', ['option or fact', *summaries], settings),
+      Table('Options and facts', ['option or fact', *summaries], differing),
     ],
   )
-
-
-def _differing(
-  flats: Sequence[Mapping[str, Any]],
-) -> Iterator[tuple[str, list[Any]]]:
-  for option in dict.fromkeys(name for flat in flats for name in flat):
-    values = [flat.get(option) for flat in flats]
-    if any(value != values[0] for value in values):
-      yield option, values
 
 
 def _shown(value: Any) -> str:
@@ -266,6 +253,4 @@ def _shown(value: Any) -> str:
     return _UNKNOWN
   if value == '':
     return '(empty)'
-  if isinstance(value, float):
-    return min(repr(value), f'{value:.6g}', key=len)
   return value if isinstance(value, str) else json.dumps(value)
