@@ -1,0 +1,86 @@
+"""`make board` shows runs, to this machine only."""
+
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from moe_jax.train import events
+from tests import test_security
+from tests.several_processes import ROOT
+
+
+def family(process: int) -> list[int]:
+  """Returns a process and its children, their children and so on."""
+  children = pathlib.Path(f'/proc/{process}/task/{process}/children')
+  return [process] + [
+    member
+    for child in children.read_text().split()
+    for member in family(int(child))
+  ]
+
+
+@pytest.fixture
+def board(tmp_path):
+  """Runs what `make board` runs; yields the process and its address."""
+  recipe = subprocess.run(
+    ['make', '-n', '-o', '.venv/installed', 'board', f'RUNS={tmp_path}'],
+    cwd=ROOT,
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout
+  process = subprocess.Popen(
+    [*shlex.split(recipe), '--port=0'],
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    said = ''
+    for line in process.stderr:
+      said += line
+      if found := re.search(r'TensorBoard \S+ at (http://\S+)', line):
+        yield process.pid, found[1]
+        break
+    else:
+      pytest.fail(f'no address: {said}')
+  finally:
+    process.terminate()
+    process.communicate()
+
+
+def get(url: str):
+  with urllib.request.urlopen(url, timeout=60) as answer:
+    return json.load(answer)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+  sys.platform != 'linux', reason='reads what Linux says of its processes'
+)
+def test_board(tmp_path, board):
+  (tmp_path / 'bip').mkdir()
+  text = events.describe({'method': 'bip', 'seed': 0}, {})
+  writer = events.Events(tmp_path / 'bip', step=0, steps=1, text=text)
+  writer.show({'step': 1, 'train/loss': 7.0, 'router/load/layer_00': [1, 3]})
+  writer.close()
+  process, url = board
+  assert url.startswith('http://127.0.0.1:')
+  listening = set().union(*map(test_security.listening, family(process)))
+  assert '127.0.0.1' in listening
+  assert listening <= {'127.0.0.1', '::1'}
+  shown = {}
+  while not shown.get('text'):  # It looks every few seconds.
+    plugins = ('scalars', 'histograms', 'text')
+    shown = {name: get(f'{url}data/plugin/{name}/tags') for name in plugins}
+  assert list(shown['scalars']['bip']) == ['train/loss']
+  assert list(shown['histograms']['bip']) == ['router/load/layer_00']
+  assert shown['text'] == {'bip': ['run/text_summary']}
+  page = f'{url}data/plugin/text/text?run=bip&tag=run/text_summary'
+  assert '<h1>bip, seed 0</h1>' in get(page)[0]['text']
