@@ -23,7 +23,7 @@ class Followed:
 
   Attributes:
     workdir: the work directory; it need not exist yet.
-    name: the last part of its path.
+    name: what it is called on the screen.
     steps: records of the last steps, without lists; NaN is what was not finite.
     evaluations: of each set, the step and perplexity (q frozen) of the last.
     total: steps in all; 0 if that is not known yet.
@@ -33,15 +33,14 @@ class Followed:
     ValueError: the work directory is remote.
   """
 
-  def __init__(self, workdir: str | os.PathLike[str]):
+  def __init__(self, workdir: str | os.PathLike[str], name: str):
     if '://' in os.fspath(workdir):
       raise ValueError(
         f'{workdir}: a run there uploads its metrics with each checkpoint '
         'only; watch a copy'
       )
     self.workdir = pathlib.Path(workdir)
-    name = os.path.basename(os.path.abspath(workdir))
-    self.name = ''.join(c if c.isprintable() else '?' for c in name)
+    self.name = name
     self.total = 0
     self.written = math.nan
     self._forget(inode=0, size=0)

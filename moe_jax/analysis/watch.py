@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_jax.analysis.follow import Followed
+from moe_jax.analysis.naming import name_paths
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_LINES = 10.0
@@ -247,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   arguments = parser.parse_args(argv)
   sys.stdout.reconfigure(errors='replace')  # Names may be in any script.
   try:
-    _watch([Followed(path) for path in arguments.workdir], arguments.once)
+    paths = arguments.workdir
+    _watch(list(map(Followed, paths, name_paths(paths))), arguments.once)
   except (ValueError, OSError) as error:
     if isinstance(error, BrokenPipeError):  # `| head` has seen enough.
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,9 +11,7 @@ from matplotlib.figure import Figure
 from playwright import sync_api
 import pytest
 
-from moe_jax.analysis import Run
 from moe_jax.analysis.report import __main__ as report
-from moe_jax.analysis.report import gathered
 from moe_jax.analysis.report import pictures
 
 
@@ -166,14 +164,11 @@ def test_text_from_runs_is_text(write_run, page):
   assert 'unsafe' not in policy
 
 
-def test_names_tell_runs_apart(write_run, tmp_path):
-  for place in ('a/x', 'b/x', 'b/y'):
+def test_runs_are_told_apart_by_their_paths(write_run, tmp_path, page):
+  for place in ('a/x', 'b/x'):
     shutil.copytree(write_run(place.replace('/', '')), tmp_path / place)
-  runs = [Run(tmp_path / place) for place in ('a/x', 'b/x', 'b/y')]
-  assert list(gathered.name_runs(runs)) == ['a/x', 'b/x', 'b/y']
-  assert list(gathered.name_runs(runs[1:])) == ['x', 'y']
-  with pytest.raises(ValueError, match='the same work directory twice'):
-    gathered.name_runs([runs[0], Run(f'{runs[0].workdir}/../x/')])
+  tables = Page(page(tmp_path / 'a' / 'x', tmp_path / 'b' / 'x')).tables
+  assert [row[0] for row in tables['Runs'][1:]] == ['a/x', 'b/x']
 
 
 def test_a_figure_that_cannot_be_drawn_says_why(write_run, records, page):

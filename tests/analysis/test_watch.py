@@ -23,7 +23,7 @@ def append(workdir, text):
 
 
 def followed(workdir):
-  run = Followed(workdir)
+  run = Followed(workdir, os.path.basename(workdir))
   run.look()
   return run
 

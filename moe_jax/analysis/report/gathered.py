@@ -3,12 +3,11 @@
 from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence
-import os
-import pathlib
 from typing import Any
 from typing import NamedTuple
 
 from moe_jax.analysis import tables
+from moe_jax.analysis.naming import name_paths
 from moe_jax.analysis.run import Run
 
 
@@ -39,7 +38,9 @@ def gather(runs: Sequence[Run], tell: Callable[[str], None]) -> Gathered:
     FileNotFoundError, ValueError: a file is missing or damaged, a run has no
       step yet, or is there twice.
   """
-  named, summaries, methods = name_runs(runs), {}, defaultdict(list)
+  names = name_paths([run.workdir for run in runs])
+  named = dict(zip(names, runs, strict=True))
+  summaries, methods = {}, defaultdict(list)
   for name, run in named.items():
     tell(f'reading {run.workdir}')
     try:
@@ -53,26 +54,6 @@ def gather(runs: Sequence[Run], tell: Callable[[str], None]) -> Gathered:
     return Gathered(named, summaries, tables.comparison(methods), '')
   except ValueError as error:
     return Gathered(named, summaries, None, str(error))
-
-
-def name_runs(runs: Sequence[Run]) -> dict[str, Run]:
-  """Names each run by as much of the end of its path as tells it from others.
-
-  Raises:
-    ValueError: a run is there twice.
-  """
-  paths = [_parts(os.fspath(run.workdir)) for run in runs]
-  if len(set(paths)) < len(paths):
-    raise ValueError(f'the same work directory twice: {runs}')
-  ends = 1
-  while len({path[-ends:] for path in paths}) < len(paths):
-    ends += 1
-  names = ('/'.join(path[-ends:]) for path in paths)
-  # Not every file name is Unicode, or one line.
-  clean = (
-    ' '.join(name.encode(errors='replace').decode().split()) for name in names
-  )
-  return dict(zip(clean, runs, strict=True))
 
 
 def notes(gathered: Gathered) -> list[str]:
@@ -102,8 +83,3 @@ def notes(gathered: Gathered) -> list[str]:
       'differences in loss mean nothing.'
     )
   return list(dict.fromkeys(said))  # Runs say the same of evaluation sets.
-
-
-def _parts(path: str) -> tuple[str, ...]:
-  local = '://' not in path
-  return pathlib.PurePath(os.path.abspath(path) if local else path).parts
