@@ -128,7 +128,8 @@ def _sparklines(run: Followed, width: int, rows: int, blocks: str) -> Group:
   if len(shown) > most:  # Those that matter most, in their order.
     by_mean = sorted(shown, key=lambda layer: -sum(shown[layer]))
     shown = {layer: layers[layer] for layer in sorted(by_mean[:most])}
-  top = max((v for of in shown.values() for v in of), default=0.0)
+  violations = [v for of in shown.values() for v in of if math.isfinite(v)]
+  top = max(violations, default=0.0)
   title = (
     f'{run.name[:20]}: steps {run.steps[0]["step"]:,} to {run.step:,}, '
     f'MaxVio 0 to {_number(top)}'
@@ -139,12 +140,12 @@ def _sparklines(run: Followed, width: int, rows: int, blocks: str) -> Group:
   finite = [loss for loss in losses if math.isfinite(loss)]
   lowest, highest = min(finite, default=0.0), max(finite, default=0.0)
   above = [loss - lowest for loss in losses]
-  drawn = {'loss': (above, highest - lowest, losses[-1])}
-  drawn |= {name: (values, top, values[-1]) for name, values in shown.items()}
+  lines = {'loss': (above, highest - lowest, losses[-1])}
+  lines |= {name: (values, top, values[-1]) for name, values in shown.items()}
   grid = Table.grid(padding=(0, 2, 0, 0))
   for _ in range(columns):
     grid.add_column(no_wrap=True)
-  name_width = max(map(len, drawn))
+  name_width = max(map(len, lines))
   line_width = width // columns - name_width - 11
   cells = [
     Text(f'{name:{name_width}} ', 'dim')
@@ -152,7 +153,7 @@ def _sparklines(run: Followed, width: int, rows: int, blocks: str) -> Group:
     + Text(
       sparkline(values, top=most_of, width=line_width, blocks=blocks), 'cyan'
     )
-    for name, (values, most_of, value) in drawn.items()
+    for name, (values, most_of, value) in lines.items()
   ]
   height = math.ceil(len(cells) / columns)
   for row in range(height):

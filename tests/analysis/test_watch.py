@@ -201,6 +201,14 @@ def test_fits_the_terminal(write_run, records, size, count):
     assert 'layer_25' not in '\n'.join(lines)
 
 
+def test_what_is_not_finite_has_no_height(write_run, records):
+  for record in records[1:]:
+    record['train/loss'] = record['router/max_violation/layer_00'] = None
+  text = shown([followed(write_run(records=records))])
+  assert 'layer_00 not finite █??' in text
+  assert 'loss     not finite ▁??' in text
+
+
 def test_terminals_of_few_characters(write_run):
   text = shown([followed(write_run())], encoding='latin-1')
   assert text.isascii()
