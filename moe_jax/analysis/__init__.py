@@ -1,27 +1,49 @@
 """Reads what runs left behind: tables and figures. Trains nothing."""
 
 from moe_jax.analysis.checkpoint import Checkpoint
+from moe_jax.analysis.drawing import save_figure
+from moe_jax.analysis.expert_figures import coactivation_figure
+from moe_jax.analysis.expert_figures import cutoff_figure
+from moe_jax.analysis.expert_figures import margin_figure
+from moe_jax.analysis.expert_figures import similarity_figure
+from moe_jax.analysis.expert_statistics import coactivation
+from moe_jax.analysis.expert_statistics import typical_tokens
 from moe_jax.analysis.figures import load_heatmap_figure
 from moe_jax.analysis.figures import loss_figure
 from moe_jax.analysis.figures import max_violation_figure
-from moe_jax.analysis.figures import save_figure
+from moe_jax.analysis.figures import price_figure
+from moe_jax.analysis.figures import progress_figure
+from moe_jax.analysis.frontier import frontier_figure
 from moe_jax.analysis.markdown import comparison_markdown
 from moe_jax.analysis.routed_text import RoutedText
 from moe_jax.analysis.run import Run
 from moe_jax.analysis.tables import comparison
 from moe_jax.analysis.tables import difference
 from moe_jax.analysis.tables import summarize
+from moe_jax.analysis.text_figures import text_figure
+from moe_jax.analysis.text_figures import typical_tokens_figure
 
 __all__ = [
   'Checkpoint',
   'RoutedText',
   'Run',
+  'coactivation',
+  'coactivation_figure',
   'comparison',
   'comparison_markdown',
+  'cutoff_figure',
   'difference',
+  'frontier_figure',
   'load_heatmap_figure',
   'loss_figure',
+  'margin_figure',
   'max_violation_figure',
+  'price_figure',
+  'progress_figure',
   'save_figure',
+  'similarity_figure',
   'summarize',
+  'text_figure',
+  'typical_tokens',
+  'typical_tokens_figure',
 ]

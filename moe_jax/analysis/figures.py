@@ -1,42 +1,26 @@
-"""Figures of runs, one function each; none touches pyplot or its state.
+"""Curves over the steps of runs; none of the functions touches pyplot.
 
 Methods differ in colour (Okabe and Ito's, for the colour-blind), in line style
 and in marker, so that they stay apart in greyscale.
 """
 
-from collections.abc import Iterable
 from collections.abc import Mapping
-from collections.abc import Sequence
-from collections.abc import Sized
-import os
-from typing import Any
+import datetime
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from matplotlib.ticker import LogLocator
 from matplotlib.ticker import MaxNLocator
-from matplotlib.ticker import NullLocator
-from matplotlib.ticker import SymmetricalLogLocator
+import pandas as pd
 
+from moe_jax.analysis import drawing
 from moe_jax.analysis.run import Run
+from moe_jax.analysis.tables import COMPILING_STEPS
 from moe_jax.analysis.tables import VALIDATION
 
-# Neighbours in this order also differ in lightness.
-_COLORS = (
-  '#0072B2',
-  '#E69F00',
-  '#000000',
-  '#CC79A7',
-  '#009E73',
-  '#56B4E9',
-  '#D55E00',
-)
-_LINES = ('-', '--', '-.', ':')
-_MARKERS = ('o', 's', '^', 'D', 'v', 'X', 'P', '*')
-_ROUNDING = 1e-6  # a smaller MaxVio is float32's way to say 0
-_WIDTH = 8.0  # inches: type stays readable when a README shows it 800 px wide
+_BANDS = {(0.0, 1.0): '0.88', (0.05, 0.95): '0.78', (0.25, 0.75): '0.66'}
+_LINES_AT_MOST = 32  # experts; of more, bands
+_PACE_STEPS = 20  # the time left is at the median pace of so many
 
 
 def max_violation_figure(runs: Mapping[str, Run]) -> Figure:
@@ -49,18 +33,20 @@ def max_violation_figure(runs: Mapping[str, Run]) -> Figure:
   Args:
     runs: a run of each method, by the method's name.
   """
-  figure = Figure((_WIDTH, 4.5), layout='constrained')
+  figure = Figure((drawing.WIDTH, 4.5), layout='constrained')
   axes = figure.subplots()
   values = []
-  for (method, run), style in zip(runs.items(), _styles(runs), strict=True):
+  for (method, run), style in zip(
+    runs.items(), drawing.styles(runs), strict=True
+  ):
     mean = run.metrics['router/max_violation']
     worst = run.layer_max_violation.max(axis='columns')
-    axes.plot(mean.index, mean, label=method, **style, **_marks(mean))
+    axes.plot(mean.index, mean, label=method, **style, **drawing.marks(mean))
     axes.fill_between(
       mean.index, mean, worst, color=style['color'], alpha=0.2, linewidth=0
     )
     values += mean.dropna().tolist()
-  _log_axis(axes, values)
+  drawing.log_axis(axes, values)
   axes.set_xlabel('optimizer step')
   axes.set_ylabel('MaxVio (fullest expert / mean - 1)')
   axes.set_title(
@@ -68,8 +54,8 @@ def max_violation_figure(runs: Mapping[str, Run]) -> Figure:
     loc='left',
     fontsize='medium',
   )
-  _grid(axes)
-  _legend(figure, axes)
+  drawing.grid(axes)
+  drawing.legend(figure, axes)
   return figure
 
 
@@ -87,7 +73,7 @@ def load_heatmap_figure(
   Raises:
     ValueError: a run has no loads of that layer.
   """
-  figure = Figure((_WIDTH, 0.6 + 1.9 * len(runs)), layout='constrained')
+  figure = Figure((drawing.WIDTH, 0.6 + 1.9 * len(runs)), layout='constrained')
   panels = figure.subplots(len(runs), squeeze=False, sharex=True)[:, 0]
   for axes, (method, run) in zip(panels, runs.items(), strict=True):
     chosen, why = layer, ''
@@ -95,18 +81,9 @@ def load_heatmap_figure(
       worst = run.layer_max_violation.mean().idxmax()
       chosen, why = int(worst.removeprefix('layer_')), ' (its least balanced)'
     loads = run.loads(chosen)
-    steps, experts = loads.index, loads.shape[1]
-    image = axes.imshow(
-      loads.div(loads.mean(axis='columns'), axis='index').T,
-      aspect='auto',
-      cmap='cividis',
-      vmin=0.0,
-      vmax=maximum,
-      extent=(steps[0] - 0.5, steps[-1] + 0.5, experts - 0.5, -0.5),
-    )
+    loads = loads.div(loads.mean(axis='columns'), axis='index')
+    image = drawing.heat_map(axes, loads, vmin=0.0, vmax=maximum)
     axes.set_title(f'{method}, layer {chosen}{why}', loc='left')
-    axes.set_ylabel('expert')
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
   panels[-1].set_xlabel('optimizer step')
   figure.colorbar(
     image,
@@ -118,6 +95,66 @@ def load_heatmap_figure(
   return figure
 
 
+def price_figure(run: Run, *, layer: int, named: int = 3) -> Figure:
+  """Draws the price q of each expert over the steps, as lines and as colours.
+
+  The experts of highest and of lowest price after the last step are named.
+  Those between are thin lines; of more than 32 experts, bands between
+  percentiles over the experts. Above the colours, each expert has a row.
+
+  Args:
+    run: one that recorded prices.
+    layer: which MoE layer.
+    named: experts that are named at each end.
+
+  Raises:
+    ValueError: the run has no prices of that layer.
+  """
+  prices = run.prices(layer)
+  figure = Figure((drawing.WIDTH, 6.5), layout='constrained')
+  lines, colours = figure.subplots(2, 1, sharex=True)
+  _price_lines(lines, prices, named)
+  lines.set_ylabel('price q (units of scores)')
+  lines.set_title(
+    f'{run.config["method"]}, layer {layer}; experts of the highest and the '
+    'lowest prices, by number',
+    loc='left',
+    fontsize='medium',
+  )
+  drawing.grid(lines)
+  image = drawing.heat_map(colours, prices)
+  colours.set_xlabel('optimizer step')
+  figure.colorbar(image, ax=colours, label='price q', aspect=15)
+  return figure
+
+
+def _price_lines(axes: Axes, prices: pd.DataFrame, named: int) -> None:
+  order = prices.iloc[-1].sort_values(kind='stable').index
+  low, high = order[:named], order[named:][-named:]
+  if len(order) > _LINES_AT_MOST:
+    for (low_q, high_q), grey in _BANDS.items():
+      axes.fill_between(
+        prices.index,
+        prices.quantile(low_q, axis='columns'),
+        prices.quantile(high_q, axis='columns'),
+        color=grey,
+        linewidth=0,
+        label=f'{low_q:.0%} to {high_q:.0%} of the experts',
+      )
+    axes.legend(loc='best', frameon=False, fontsize='small')
+  else:
+    axes.plot(prices[order[named:-named]], color='0.7', linewidth=0.8)
+  for experts, color, style in (
+    (high, drawing.COLORS[0], '-'),
+    (low, drawing.COLORS[6], '--'),
+  ):
+    for expert in experts:
+      axes.plot(
+        prices[expert], style, color=color, linewidth=1.2, label=f'{expert}'
+      )
+  drawing.name_line_ends(axes)
+
+
 def loss_figure(runs: Mapping[str, Run]) -> Figure:
   """Draws training loss and validation bits per byte against tokens.
 
@@ -127,13 +164,15 @@ def loss_figure(runs: Mapping[str, Run]) -> Figure:
   Args:
     runs: a run of each method, by the method's name.
   """
-  figure = Figure((_WIDTH, 4.0), layout='constrained')
+  figure = Figure((drawing.WIDTH, 4.0), layout='constrained')
   train, validation = figure.subplots(1, 2, sharex=True)
   unigram = None
-  for (method, run), style in zip(runs.items(), _styles(runs), strict=True):
+  for (method, run), style in zip(
+    runs.items(), drawing.styles(runs), strict=True
+  ):
     metrics = run.metrics.set_index(run.metrics.index * run.tokens_per_step)
     loss = metrics['train/loss']
-    train.plot(loss.index, loss, label=method, **style, **_marks(loss))
+    train.plot(loss.index, loss, label=method, **style, **drawing.marks(loss))
     key = f'eval/{VALIDATION}/bits_per_byte'
     if key in metrics:
       bits = metrics[key].dropna()
@@ -156,70 +195,64 @@ def loss_figure(runs: Mapping[str, Run]) -> Figure:
     axes.set_xlabel('training tokens')
     axes.xaxis.set_major_formatter(EngFormatter(sep=' '))
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    _grid(axes)
-  _legend(figure, train)
+    drawing.grid(axes)
+  drawing.legend(figure, train)
   return figure
 
 
-def save_figure(
-  figure: Figure, path_without_suffix: str | os.PathLike[str]
-) -> None:
-  """Writes a figure as .png (150 dpi) and .svg; the same figure, same bytes."""
-  path = os.fspath(path_without_suffix)
-  figure.savefig(f'{path}.png', dpi=150)
-  with matplotlib.rc_context({'svg.hashsalt': 'moe_jax'}):
-    figure.savefig(f'{path}.svg', metadata={'Date': None})
+def progress_figure(run: Run) -> Figure:
+  """Draws how a run is getting on: loss, MaxVio and speed, with the time left.
 
+  The time left is that of the remaining steps at the median pace of the last
+  ones; evaluations and checkpoints come on top. Open a new `Run` to see more of
+  one that is going on.
 
-def _styles(methods: Iterable[str]) -> list[dict[str, Any]]:
-  """Line properties of each method."""
-  return [
-    {
-      'color': _COLORS[i % len(_COLORS)],
-      'linestyle': _LINES[i % len(_LINES)],
-      'marker': _MARKERS[i % len(_MARKERS)],
-      'markersize': 5,
-      'linewidth': 1.2,
-    }
-    for i, _ in enumerate(methods)
-  ]
-
-
-def _marks(values: Sized) -> dict[str, int]:
-  """Some ten markers along a line, the first of them on its first value."""
-  return {'markevery': max(1, len(values) // 10)}
-
-
-def _log_axis(axes: Axes, values: Sequence[float]) -> None:
-  """Makes the y axis logarithmic, with a 0 where some values are 0."""
-  positive = [value for value in values if value > _ROUNDING]
-  ticks = {'base': 10, 'subs': (1, 2, 5)}
-  if len(positive) < len(values):
-    threshold = min(positive, default=1.0)
-    axes.set_yscale('symlog', linthresh=threshold)
-    axes.set_ylim(bottom=0.0)
-    locator = SymmetricalLogLocator(linthresh=threshold, **ticks)
-  else:
-    axes.set_yscale('log')
-    locator = LogLocator(**ticks)
-  axes.yaxis.set_major_locator(locator)
-  axes.yaxis.set_minor_locator(NullLocator())
-  axes.yaxis.set_major_formatter('{x:g}')
-
-
-def _grid(axes: Axes) -> None:
-  axes.grid(color='0.9')
-  axes.set_axisbelow(True)
-  axes.spines[['top', 'right']].set_visible(False)
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-  handles, labels = axes.get_legend_handles_labels()
-  figure.legend(
-    handles,
-    labels,
-    loc='outside upper center',
-    ncols=min(len(labels), 4),
-    frameon=False,
-    handlelength=4,
+  Raises:
+    ValueError: no step is completed.
+  """
+  metrics = run.metrics
+  if metrics.empty:
+    raise ValueError(f'{run}: no step is completed yet')
+  figure = Figure((drawing.WIDTH, 6.0), layout='constrained')
+  loss, violation, speed = figure.subplots(3, 1, sharex=True)
+  loss.plot(metrics['train/loss'], color=drawing.COLORS[0], linewidth=1.2)
+  loss.set_ylabel('training loss\n[nats/token]')
+  mean = metrics['router/max_violation']
+  violation.plot(mean, color=drawing.COLORS[0], linewidth=1.2)
+  violation.fill_between(
+    mean.index,
+    mean,
+    run.layer_max_violation.max(axis='columns'),
+    color=drawing.COLORS[0],
+    alpha=0.2,
+    linewidth=0,
   )
+  drawing.log_axis(violation, mean.dropna())
+  violation.set_ylabel('MaxVio, mean to\nworst layer')
+  pace = metrics['time/tokens_per_second']
+  if len(pace) > COMPILING_STEPS:
+    pace = pace.iloc[COMPILING_STEPS:]
+  speed.plot(pace, color=drawing.COLORS[0], linewidth=1.2)
+  speed.set_ylim(bottom=0.0)
+  speed.yaxis.set_major_formatter(EngFormatter(sep=' '))
+  speed.set_ylabel('speed\n[tokens/s]')
+  speed.set_xlabel('optimizer step')
+  speed.set_xlim(0, run.config['steps'])
+  for axes in (loss, violation, speed):
+    drawing.grid(axes)
+  figure.align_ylabels()
+  figure.suptitle(_how_far(run), ha='left', x=0.02, fontsize='large')
+  return figure
+
+
+def _how_far(run: Run) -> str:
+  step, steps = int(run.metrics.index[-1]), run.config['steps']
+  done = f'step {step:,} of {steps:,} ({step / steps:.0%})'
+  title = f'{run.config["method"]}: {done}'
+  if step >= steps:
+    return f'{title}, done'
+  seconds = run.metrics['time/step_seconds']
+  if len(seconds) > COMPILING_STEPS:
+    seconds = seconds.iloc[COMPILING_STEPS:]
+  left = (steps - step) * seconds.tail(_PACE_STEPS).median()
+  return f'{title}, about {datetime.timedelta(seconds=round(left))} left'

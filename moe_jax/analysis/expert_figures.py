@@ -1,0 +1,243 @@
+"""What the experts of a layer do: prices, margins, who is like whom."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+import numpy as np
+
+from moe_jax.analysis import drawing
+from moe_jax.analysis import expert_statistics
+from moe_jax.analysis.checkpoint import Checkpoint
+from moe_jax.analysis.routed_text import RoutedText
+
+_RATIO = 4.0  # of observed to expected pairs, where the colours end
+
+
+def cutoff_figure(routed: RoutedText, *, layer: int) -> Figure:
+  """Draws the scores that were chosen and those that were not, by expert.
+
+  Experts stand in the order of their prices. A thick bar is the middle half of
+  an expert's scores, a thin one 5 to 95 % of them, white is the median. There
+  is no bar where an expert has no such tokens. A token chooses by score -
+  price, against other experts: the two bars may overlap.
+
+  Raises:
+    ValueError: there is no such layer.
+  """
+  table = expert_statistics.score_quantiles(routed, layer=layer)
+  table = table.sort_values(('price', ''), kind='stable')
+  figure = Figure((drawing.WIDTH, 4.5), layout='constrained')
+  axes = figure.subplots()
+  place = np.arange(len(table))
+  width = 0.8 * 72 * (drawing.WIDTH - 1) / len(table)  # points, of an expert
+  for name, label, color, shift in (
+    ('others', 'scores not chosen', drawing.COLORS[1], 0.2),
+    ('chosen', 'scores chosen', drawing.COLORS[0], -0.2),
+  ):
+    low, first, median, third, high = table[name].to_numpy().T
+    at, thick = place + shift, min(width * 0.4, 7.0)
+    axes.vlines(at, low, high, color=color, linewidth=thick / 4)
+    axes.vlines(at, first, third, color=color, linewidth=thick, label=label)
+    axes.plot(at, median, 'o', color='white', markersize=thick / 2, mew=0)
+  axes.hlines(
+    table['price'],
+    place - 0.45,
+    place + 0.45,
+    color='black',
+    linewidth=1.8,
+    label='price q',
+  )
+  axes.set_title(f'layer {layer}', loc='left')
+  axes.set_xlabel('expert, by price')
+  axes.set_ylabel('score, price')
+  axes.set_xlim(-0.7, len(table) - 0.3)
+  _name_experts(axes, table.index.to_numpy(), 'x')
+  drawing.grid(axes)
+  axes.grid(visible=False, axis='x')
+  drawing.legend(figure, axes)
+  return figure
+
+
+def margin_figure(routed: RoutedText) -> Figure:
+  """Draws how decided the choices are: margins over tokens, layer by layer.
+
+  A token's margin is its k-th largest score - q minus the next. While no price
+  moves by more than half of it, the token's choice stays. Left: the share of
+  tokens whose margin is below a value. Right: thick the middle half of the
+  margins, thin 5 to 95 % of them, white the median.
+
+  Raises:
+    ValueError: every token goes to all experts.
+  """
+  margins = np.sort(routed.margins, axis=1)
+  layers, tokens = margins.shape
+  figure = Figure((drawing.WIDTH, 4.0), layout='constrained')
+  shares, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+  colors = drawing.CMAP(np.linspace(0, 0.9, layers))
+  for layer in range(layers):
+    shares.step(
+      margins[layer],
+      np.arange(1, tokens + 1) / tokens,
+      where='post',
+      color=colors[layer],
+      linewidth=1.2,
+    )
+  low, first, median, third, high = np.quantile(
+    margins, expert_statistics.QUANTILES, axis=1
+  )
+  thick = min(9.0, 150 / layers)
+  at = np.arange(layers)
+  bars.hlines(at, low, high, color=colors, linewidth=thick / 4)
+  bars.hlines(at, first, third, color=colors, linewidth=thick)
+  bars.plot(median, at, 'o', color='white', markersize=thick / 2, mew=0)
+  bars.set_ylim(layers - 0.5, -0.5)
+  bars.set_ylabel('layer')
+  _name_experts(bars, at, 'y')
+  shares.set_title('colours as on the right', loc='left', fontsize='medium')
+  shares.set_ylim(0, 1)
+  shares.yaxis.set_major_formatter('{x:.0%}')
+  shares.set_ylabel('tokens with a smaller margin')
+  positive = margins[margins > 0]
+  for axes in (shares, bars):
+    axes.set_xscale('log')
+    if len(positive):  # A margin of 0, a tie, is left of the axis.
+      axes.set_xlim(np.quantile(positive, 0.002), 1.3 * positive.max())
+    axes.set_xlabel('margin (units of scores)')
+    drawing.grid(axes)
+  return figure
+
+
+def similarity_figure(checkpoint: Checkpoint, *, layer: int) -> Figure:
+  """Draws how alike experts are: cosines of router columns and of weights.
+
+  The router's columns say which tokens an expert is for; the weights, gate, up
+  and down in one vector, what it does with them. Weights of another order of
+  the hidden units would be the same function: a small cosine of weights does
+  not say that experts differ. Both panels have the experts in one order, by
+  clustering of the router's columns. All parameters are read.
+
+  Raises:
+    ValueError: there is no such layer.
+  """
+  weights = checkpoint.params['moe_blocks']['feed_forward']
+  router_LxDxE = weights['router']
+  expert_statistics.check_layer(layer, len(router_LxDxE))
+  router_DxE = np.asarray(router_LxDxE[layer])
+  parts = [np.asarray(weights[name][layer]) for name in ('gate', 'up', 'down')]
+  by_router = expert_statistics.cosine_similarity(router_DxE.T)
+  by_weights = expert_statistics.cosine_similarity(
+    np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
+  )
+  order = expert_statistics.cluster_order(by_router)
+  figure = Figure((drawing.WIDTH, 4.6), layout='constrained')
+  for axes, similarity, title in zip(
+    figure.subplots(1, 2),
+    (by_router, by_weights),
+    ("columns of the router's matrix", 'weights of the experts'),
+    strict=True,
+  ):
+    similarity = np.where(np.eye(len(order)), np.nan, similarity)
+    image = _matrix(axes, similarity, order, names=32)
+    axes.set_title(title, loc='left', fontsize='medium')
+    figure.colorbar(
+      image,
+      ax=axes,
+      location='bottom',
+      label='cosine similarity',
+      aspect=30,
+    )
+  figure.suptitle(f'step {checkpoint.step}, layer {layer}', ha='left', x=0.02)
+  return figure
+
+
+def coactivation_figure(
+  routed: RoutedText, *, layer: int, minimum: float = 5.0
+) -> Figure:
+  """Draws how much more often than by chance two experts share a token.
+
+  By chance is the null model of `expert_statistics.coactivation`: the loads as
+  they are, else nothing. Experts are ordered by clustering.
+
+  Args:
+    routed: the text.
+    layer: which MoE layer.
+    minimum: pairs of experts that are expected to share fewer tokens are left
+      blank: their ratio would be noise.
+
+  Raises:
+    ValueError: there is no such layer, a token goes to one expert only, or the
+      text is too short for any pair.
+  """
+  observed, expected = expert_statistics.coactivation(routed, layer=layer)
+  shown = (expected >= minimum) & ~np.eye(len(observed), dtype=bool)
+  if not shown.any():
+    most = np.where(np.eye(len(expected)), 0.0, expected).max()
+    raise ValueError(
+      f'minimum={minimum}: no two experts are expected to share so many of the '
+      f'{len(routed.ids)} tokens, at most {most:.2g}; take a longer text'
+    )
+  ratio = np.full(observed.shape, np.nan)
+  ratio[shown] = observed[shown] / expected[shown]
+  # A logarithm has no colour for pairs that are never seen together.
+  clipped = np.clip(ratio, 1 / _RATIO, _RATIO)
+  order = expert_statistics.cluster_order(np.log(clipped))
+  figure = Figure((6.0, 5.6), layout='constrained')
+  axes = figure.subplots()
+  norm = LogNorm(1 / _RATIO, _RATIO)
+  image = _matrix(axes, clipped, order, norm=norm)
+  axes.set_title(
+    f'layer {layer} (blank: fewer than {minimum:g} tokens expected)',
+    loc='left',
+    fontsize='medium',
+  )
+  bar = figure.colorbar(
+    image,
+    ax=axes,
+    label='tokens shared / expected by chance',
+    extend='both',
+    aspect=30,
+  )
+  bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=['1/4', '1/2', '1', '2', '4'])
+  bar.ax.minorticks_off()
+  return figure
+
+
+def _matrix(
+  axes: Axes,
+  values: np.ndarray,
+  order: np.ndarray,
+  *,
+  names: int = 64,
+  **kwargs: Any,
+) -> AxesImage:
+  """Draws [E, E] in an order of the experts; NaN is left blank."""
+  image = axes.imshow(
+    values[np.ix_(order, order)],
+    cmap=drawing.CMAP,
+    interpolation='nearest',
+    **kwargs,
+  )
+  for which in 'xy':
+    _name_experts(axes, order, which, names)
+  axes.set_xlabel('expert')
+  axes.set_ylabel('expert')
+  return image
+
+
+def _name_experts(
+  axes: Axes, experts: Sequence[int], which: str, names: int = 64
+) -> None:
+  """Puts the numbers of experts at 0, 1, ...; of some, if they are too many."""
+  every = -(-len(experts) // names)
+  places = range(0, len(experts), every)
+  axis = {'x': axes.xaxis, 'y': axes.yaxis}[which]
+  axis.set_ticks(places, labels=[str(experts[place]) for place in places])
+  crowded = len(places) > 20
+  axis.set_tick_params(
+    labelsize=6 if crowded else 8,
+    labelrotation=90 if crowded and which == 'x' else 0,
+  )

@@ -1,0 +1,229 @@
+"""Which tokens go where: the experts upon the text, the tokens by expert."""
+
+from collections.abc import Sequence
+
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+import numpy as np
+
+from moe_jax.analysis import drawing
+from moe_jax.analysis import expert_statistics
+from moe_jax.analysis.routed_text import RoutedText
+
+_MONOSPACE = 'DejaVu Sans Mono'  # comes with matplotlib
+_CHARACTER = 0.602  # width of one of its characters by the size of the type
+_TYPE, _SMALL = 9.0, 5.5  # points
+_NUMBERS_A_LINE = 4
+_EXPERTS_AT_MOST = 64
+_VISIBLE = {' ': '·', '\n': '↵', '\t': '→', '\r': '←'}
+# White enough to read black type on, also in greyscale.
+_TINTS = (0.3, 0.55, 0.75)
+
+
+def text_figure(
+  routed: RoutedText, *, layer: int, start: int = 0, count: int = 200
+) -> Figure:
+  """Draws a text with the experts that its tokens went to.
+
+  A token stands on the colour of its best expert; beneath are the numbers of
+  all that it chose, best first. There are 18 colours: the numbers decide. A
+  space is shown as ·, a new line as ↵, a tab as →, what the type has no
+  letter for as �.
+
+  Args:
+    routed: the text.
+    layer: which MoE layer.
+    start: the first token to draw.
+    count: tokens to draw, 1 to 1000; the title says which part that is.
+
+  Raises:
+    ValueError: there is no such layer or token, or `count` is out of its range.
+  """
+  expert_statistics.check_layer(layer, len(routed.q))
+  if not 0 <= start < len(routed.tokens):
+    last = len(routed.tokens) - 1
+    raise ValueError(f'start={start}: must be from 0 to {last}')
+  if not 1 <= count <= 1000:
+    raise ValueError(f'count={count}: must be from 1 to 1000')
+  part = slice(start, start + count)
+  tokens = [visible(token) for token in routed.tokens[part]]
+  experts = routed.experts[layer, part]
+  numbers = [_numbers(row) for row in experts]
+  columns = int(drawing.WIDTH * 72 / (_CHARACTER * _TYPE)) - 2
+  widths = [
+    max(len(token), *((len(line) + 0.5) * _SMALL / _TYPE for line in lines))
+    + 0.5
+    for token, lines in zip(tokens, numbers, strict=True)
+  ]
+  places = wrap(widths, [token.endswith('↵') for token in tokens], columns)
+  lines = -(-experts.shape[1] // _NUMBERS_A_LINE)
+  height = 1.5 * _TYPE + 1.25 * _SMALL * lines  # points, of a row
+  rows = places[-1][1] + 1
+  figure = Figure((drawing.WIDTH, (rows * height + 24) / 72))
+  axes = figure.add_axes((0, 0, 1, rows * height / (rows * height + 24)))
+  axes.set(xlim=(-1, columns + 1), ylim=(rows * height, 0))
+  axes.set_axis_off()
+  for token, row, below, width, (column, line) in zip(
+    tokens, experts, numbers, widths, places, strict=True
+  ):
+    top = line * height
+    axes.add_patch(
+      Rectangle(
+        (column, top),
+        width - 0.15,
+        1.4 * _TYPE,
+        facecolor=expert_color(row[0]),
+      )
+    )
+    middle = column + (width - 0.15) / 2
+    _write(axes, middle, top + 0.7 * _TYPE, token, _TYPE)
+    for i, text in enumerate(below):
+      y = top + 1.4 * _TYPE + (0.6 + 1.2 * i) * _SMALL
+      _write(axes, middle, y, text, _SMALL)
+  end = start + len(tokens)
+  figure.suptitle(
+    f'layer {layer}, tokens {start} to {end - 1} of {len(routed.tokens)}; '
+    'colour: best expert; numbers: all chosen, best first',
+    x=0.012,
+    y=1 - 8 / (rows * height + 24),
+    ha='left',
+    fontsize='small',
+  )
+  return figure
+
+
+def typical_tokens_figure(
+  routed: RoutedText,
+  *,
+  layer: int,
+  count: int = 6,
+  experts: Sequence[int] | None = None,
+) -> Figure:
+  """Draws the most typical tokens of each expert, by lift, as a table.
+
+  Beneath a token: how many times it is likelier at the expert than in the text,
+  and how often it went there. See `expert_statistics.typical_tokens`.
+
+  Args:
+    routed: the text.
+    layer: which MoE layer.
+    count: tokens of an expert, 1 to 12.
+    experts: which; None takes all, of more than 64 the 64 of highest load.
+
+  Raises:
+    ValueError: there is no such layer or expert, no expert has a typical token,
+      or `count` is out of its range.
+  """
+  if not 1 <= count <= 12:
+    raise ValueError(f'count={count}: must be from 1 to 12')
+  table = expert_statistics.typical_tokens(routed, layer=layer, count=count)
+  load_E = routed.load[layer]
+  if experts is None:
+    fullest = np.argsort(-load_E, kind='stable')[:_EXPERTS_AT_MOST]
+    experts = sorted(fullest.tolist())
+  unknown = [e for e in experts if not 0 <= e < len(load_E)]
+  if unknown:
+    raise ValueError(f'experts={unknown}: must be from 0 to {len(load_E) - 1}')
+  table = table[table['expert'].isin(experts)]
+  if table.empty:
+    raise ValueError(
+      f'no token of the {len(routed.tokens)} is typical of an expert; take a '
+      'longer text'
+    )
+  norm = LogNorm(1.0, max(2.0, table['lift'].max()))
+  blocks = 1 if len(experts) <= 20 else 2
+  rows = -(-len(experts) // blocks)
+  size = 9.0 if blocks == 1 else 7.0  # points, of the type
+  figure = Figure(
+    (drawing.WIDTH * (0.75 + 0.25 * blocks), 0.32 * rows + 0.7),
+    layout='constrained',
+  )
+  panels = figure.subplots(1, blocks, squeeze=False)[0]
+  for i, axes in enumerate(panels):
+    shown = experts[i * rows : (i + 1) * rows]
+    axes.set(xlim=(-0.5, count - 0.5), ylim=(rows - 0.5, -0.5))
+    axes.set_xticks([])
+    axes.set_yticks(range(len(shown)), labels=[str(e) for e in shown])
+    axes.tick_params(left=False)
+    axes.spines[:].set_visible(False)
+    axes.set_ylabel('expert')
+    for place, expert in enumerate(shown):
+      of_expert = table[table['expert'] == expert]
+      for rank, row in enumerate(of_expert.itertuples()):
+        _token_cell(axes, rank, place, row, _pale(norm(row.lift)), size)
+  figure.suptitle(
+    f'layer {layer}; beneath each token: lift, times it went to the expert',
+    x=0.02,
+    ha='left',
+    fontsize='medium',
+  )
+  return figure
+
+
+def visible(token: str) -> str:
+  """Shows spaces and new lines, and � for what the type has no letter for."""
+  font = font_manager.get_font(font_manager.findfont(_MONOSPACE))
+  shown = (_VISIBLE.get(character, character) for character in token)
+  return ''.join(c if font.get_char_index(ord(c)) else '\ufffd' for c in shown)
+
+
+def wrap(
+  widths: Sequence[float], ends_line: Sequence[bool], columns: float
+) -> list[tuple[float, int]]:
+  """Places cells one after another; returns each one's column and row.
+
+  A new row begins behind a cell that ends its line and where one would not fit;
+  a cell wider than a row has a row of its own.
+  """
+  places, column, row, ended = [], 0.0, 0, False
+  for width, ends in zip(widths, ends_line, strict=True):
+    if column and (ended or column + width > columns):
+      column, row = 0.0, row + 1
+    places.append((column, row))
+    column, ended = column + width, ends
+  return places
+
+
+def expert_color(expert: int) -> tuple[float, float, float]:
+  """A light colour; 18 experts in a row have different ones."""
+  hues = [color for color in drawing.COLORS if color != '#000000']
+  hue = np.array(to_rgb(hues[expert % len(hues)]))
+  white = _TINTS[expert // len(hues) % len(_TINTS)]
+  return tuple((white + (1 - white) * hue).tolist())
+
+
+def _pale(share: float) -> str:
+  """Grey from near white for 0 to a middle one for 1: black is legible on it."""
+  return f'{1 - (0.03 + 0.3 * min(max(float(share), 0.0), 1.0)):.3f}'
+
+
+def _token_cell(axes, x, y, row, color, size) -> None:
+  axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=color))
+  token = visible(row.token)
+  token = token if len(token) <= 12 else token[:11] + '…'
+  _write(axes, x, y - 0.16, token, size)
+  _write(axes, x, y + 0.27, f'{row.lift:.1f}x {row.times}', 0.78 * size)
+
+
+def _numbers(experts_K: np.ndarray) -> list[str]:
+  lines = np.split(
+    experts_K, range(_NUMBERS_A_LINE, len(experts_K), _NUMBERS_A_LINE)
+  )
+  return [' '.join(map(str, line)) for line in lines]
+
+
+def _write(axes: Axes, x: float, y: float, text: str, size: float) -> None:
+  axes.text(
+    x,
+    y,
+    text,
+    size=size,
+    family=_MONOSPACE,
+    ha='center',
+    va='center',
+    parse_math=False,
+  )
