@@ -78,10 +78,12 @@ def margin_figure(routed: RoutedText) -> Figure:
   figure = Figure((drawing.WIDTH, 4.0), layout='constrained')
   shares, bars = figure.subplots(1, 2, width_ratios=(3, 2))
   colors = drawing.CMAP(np.linspace(0, 0.9, layers))
+  # More points than one can see would be a huge SVG.
+  points = np.unique(np.linspace(0, tokens - 1, 1000).astype(int))
   for layer in range(layers):
     shares.step(
-      margins[layer],
-      np.arange(1, tokens + 1) / tokens,
+      margins[layer, points],
+      (points + 1) / tokens,
       where='post',
       color=colors[layer],
       linewidth=1.2,
@@ -103,8 +105,8 @@ def margin_figure(routed: RoutedText) -> Figure:
   shares.set_ylabel('tokens with a smaller margin')
   positive = margins[margins > 0]
   for axes in (shares, bars):
-    axes.set_xscale('log')
     if len(positive):  # A margin of 0, a tie, is left of the axis.
+      axes.set_xscale('log')
       axes.set_xlim(np.quantile(positive, 0.002), 1.3 * positive.max())
     axes.set_xlabel('margin (units of scores)')
     drawing.grid(axes)

@@ -164,7 +164,7 @@ def coactivation(
     ValueError: there is no such layer, or a token goes to one expert only.
 
   References:
-    Chen, Dempster and Liu, Biometrika 81 (1994): conditional Bernoulli sampling.
+    Chen, Dempster and Liu, Biometrika 81 (1994), for the w.
   """
   k = routed.experts.shape[2]
   if k < 2:

@@ -197,7 +197,7 @@ def expert_color(expert: int) -> tuple[float, float, float]:
 
 
 def _pale(share: float) -> str:
-  """Grey from near white for 0 to a middle one for 1: black is legible on it."""
+  """Grey, nearly white for 0, darker for 1, yet light enough for black type."""
   return f'{1 - (0.03 + 0.3 * min(max(float(share), 0.0), 1.0)):.3f}'
 
 

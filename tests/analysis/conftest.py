@@ -2,7 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
+
+from moe_jax.analysis import RoutedText
 
 # MaxVio of layers 0 and 1 at steps 1, 2, 3. Model: 1.0, 0.5, 0.25.
 VIOLATIONS = [[1.5, 0.5], [0.0, 1.0], [0.0, 0.5]]
@@ -90,3 +93,27 @@ def write_run(tmp_path, records):
     return workdir
 
   return write
+
+
+@pytest.fixture
+def route():
+  """Returns a function that routes tokens by scores [L, S, E] and prices."""
+
+  def routed(scores, *, k, q=None, tokens=None):
+    scores = np.float32(scores)
+    layers, count, experts = scores.shape
+    q = np.zeros((layers, experts)) if q is None else q
+    q = np.float32(q)
+    tokens = tokens or [f't{i}' for i in range(count)]
+    ranked = np.argsort(-(scores - q[:, None]), axis=-1, kind='stable')
+    chosen = ranked[..., :k].astype(np.int32)
+    return RoutedText(
+      tokens=tokens,
+      ids=np.unique(tokens, return_inverse=True)[1].astype(np.int32),
+      experts=chosen,
+      gates=np.take_along_axis(scores, chosen, axis=-1),
+      scores=scores,
+      q=q,
+    )
+
+  return routed

@@ -8,7 +8,10 @@ from moe_jax.analysis import Run
 from moe_jax.analysis import load_heatmap_figure
 from moe_jax.analysis import loss_figure
 from moe_jax.analysis import max_violation_figure
+from moe_jax.analysis import price_figure
+from moe_jax.analysis import progress_figure
 from moe_jax.analysis import save_figure
+from moe_jax.analysis.drawing import spread
 
 
 @pytest.fixture
@@ -24,6 +27,24 @@ def runs(write_run, records):
 
 def lines(axes):
   return {line.get_label(): line for line in axes.get_lines()}
+
+
+def columns(mesh):
+  """Borders of a heat map's columns."""
+  return mesh.get_coordinates()[0, :, 0].tolist()
+
+
+def priced(records, prices):
+  """Records of steps 1, 2, ...; where `prices` has None, none were kept."""
+  made = []
+  for record, price in zip(records, prices, strict=True):
+    record = dict(record)
+    if price is None:
+      record = {k: v for k, v in record.items() if '/load/' not in k}
+    else:
+      record['router/q/layer_00'] = price
+    made.append(record)
+  return made
 
 
 def test_max_violation(runs):
@@ -68,13 +89,15 @@ def test_load_heatmap(runs):
   # AvgMaxVio is 0.5 in layer 0 and 2/3 in layer 1.
   assert first.get_title('left') == 'bip, layer 1 (its least balanced)'
   assert second.get_title('left') == 'loss_free, layer 1 (its least balanced)'
-  (image,) = first.get_images()
+  (mesh,) = first.collections
   np.testing.assert_array_equal(
-    image.get_array(),
+    mesh.get_array(),
     np.array([[6, 8, 6], [6, 8, 4], [2, 0, 3], [2, 0, 3]]) / 4,
   )
-  assert image.get_extent() == [0.5, 3.5, 3.5, -0.5]
-  assert image.get_clim() == second.get_images()[0].get_clim() == (0.0, 2.0)
+  assert columns(mesh) == [0.5, 1.5, 2.5, 3.5]
+  assert mesh.get_coordinates()[:, 0, 1].tolist() == [-0.5, 0.5, 1.5, 2.5, 3.5]
+  assert first.yaxis.get_inverted()
+  assert mesh.get_clim() == second.collections[0].get_clim() == (0.0, 2.0)
   assert first.get_ylabel() == 'expert'
   assert 'step' in second.get_xlabel()
   assert 'load / mean load' in bar.get_ylabel()
@@ -83,16 +106,24 @@ def test_load_heatmap(runs):
 def test_load_heatmap_of_a_chosen_layer(runs):
   axes = load_heatmap_figure(runs, layer=0, maximum=3.0).axes[0]
   assert axes.get_title('left') == 'bip, layer 0'
-  (image,) = axes.get_images()
-  np.testing.assert_array_equal(image.get_array()[:, 0], [2.5, 1.0, 0.5, 0.0])
-  assert image.get_clim() == (0.0, 3.0)
+  (mesh,) = axes.collections
+  np.testing.assert_array_equal(mesh.get_array()[:, 0], [2.5, 1.0, 0.5, 0.0])
+  assert mesh.get_clim() == (0.0, 3.0)
   with pytest.raises(ValueError, match='layer 5'):
     load_heatmap_figure(runs, layer=5)
 
 
+def test_load_heatmap_of_steps_far_apart(write_run, records):
+  records = priced(records, [[0.0] * 4, None, [0.0] * 4])
+  run = Run(write_run(records=records))
+  (mesh,) = load_heatmap_figure({'bip': run}, layer=0).axes[0].collections
+  assert columns(mesh) == [0.0, 2.0, 4.0]
+  assert mesh.get_array().shape == (4, 2)
+
+
 def test_greyscale_of_the_heat_map_rises_with_the_load(runs):
-  (image,) = load_heatmap_figure(runs).axes[0].get_images()
-  rgb = image.cmap(np.linspace(0, 1, 64))[:, :3]
+  (mesh,) = load_heatmap_figure(runs).axes[0].collections
+  rgb = mesh.cmap(np.linspace(0, 1, 64))[:, :3]
   assert (np.diff(rgb @ [0.2126, 0.7152, 0.0722]) > 0).all()
 
 
@@ -109,6 +140,100 @@ def test_loss(runs):
   assert train.get_xlabel() == validation.get_xlabel() == 'training tokens'
   assert 'nats/token' in train.get_ylabel()
   assert 'bits/byte' in validation.get_ylabel()
+
+
+def test_prices(write_run, records):
+  prices = [[0.0, 0.4, 0.1, 0.2], None, [0.1, 0.0, 0.3, 0.2]]
+  run = Run(write_run(records=priced(records, prices)))
+  upper, lower, bar = price_figure(run, layer=0, named=1).axes
+  drawn = lines(upper)
+  assert drawn['2'].get_xdata().tolist() == [1, 3]
+  assert drawn['2'].get_ydata().tolist() == [0.1, 0.3]
+  assert drawn['1'].get_ydata().tolist() == [0.4, 0.0]
+  assert len(upper.get_lines()) == 4
+  # Only the highest and the lowest price at the end have names.
+  assert {text.get_text() for text in upper.texts} == {'1', '2'}
+  (mesh,) = lower.collections
+  np.testing.assert_array_equal(mesh.get_array(), np.array(prices[::2]).T)
+  assert 'layer 0' in upper.get_title('left')
+  assert 'price q' in upper.get_ylabel() and 'price q' in bar.get_ylabel()
+  assert 'step' in lower.get_xlabel()
+  with pytest.raises(ValueError, match='layer 1'):
+    price_figure(run, layer=1)
+
+
+@pytest.mark.parametrize('experts', [2, 5])
+def test_few_experts_are_drawn_once_each(write_run, records, experts):
+  prices = [list(range(experts))] * 3
+  run = Run(write_run(records=priced(records, prices)))
+  upper = price_figure(run, layer=0).axes[0]
+  last = sorted(line.get_ydata()[-1] for line in upper.get_lines())
+  assert last == list(range(experts))
+
+
+def test_prices_of_many_experts_are_bands(write_run, records):
+  prices = [[step * e / 40 for e in range(41)] for step in (1, 2, 3)]
+  run = Run(write_run(records=priced(records, prices)))
+  upper = price_figure(run, layer=0).axes[0]
+  assert len(upper.get_lines()) == 6
+  assert {t.get_text() for t in upper.texts} == {*'012', '38', '39', '40'}
+  reach = [band.get_paths()[0].vertices for band in upper.collections]
+  for vertices, (low, high) in zip(
+    reach, [(0, 1), (0.05, 0.95), (0.25, 0.75)], strict=True
+  ):
+    at_end = vertices[vertices[:, 0] == 3, 1]
+    assert at_end.min() == pytest.approx(3 * low)
+    assert at_end.max() == pytest.approx(3 * high)
+
+
+def test_names_at_line_ends_stand_apart(write_run, records):
+  prices = [[0.0, 1e-6, 2e-6, 1.0, 1.0 + 1e-6, 1.0]] * 3
+  run = Run(write_run(records=priced(records, prices)))
+  figure = price_figure(run, layer=0)
+  figure.draw_without_rendering()
+  boxes = sorted(
+    (text.get_window_extent() for text in figure.axes[0].texts),
+    key=lambda box: box.y0,
+  )
+  centres = [(box.y0 + box.y1) / 2 for box in boxes]
+  assert np.diff(centres).min() > 10  # pixels of 1/100 inch
+
+
+@pytest.mark.parametrize(
+  ('ascending', 'apart'),
+  [
+    ([0.0, 5.0], [0.0, 5.0]),
+    ([1.0, 1.0], [0.0, 2.0]),
+    ([0.0, 1.0, 9.0], [-0.5, 1.5, 9.0]),
+    ([], []),
+  ],
+)
+def test_spread(ascending, apart):
+  np.testing.assert_allclose(spread(np.array(ascending), 2.0), apart)
+
+
+def test_progress(write_run, records):
+  run = Run(write_run(steps=1003))
+  loss, violation, speed = progress_figure(run).axes
+  assert loss.get_lines()[0].get_ydata().tolist() == [8.0, 7.0, 6.0]
+  assert violation.get_lines()[0].get_ydata().tolist() == [1.0, 0.5, 0.25]
+  # Without the two steps that compile: 1000 steps are left at 0.75 s.
+  assert speed.get_lines()[0].get_xdata().tolist() == [3]
+  assert speed.get_lines()[0].get_ydata().tolist() == [24.0]
+  title = loss.figure.get_suptitle()
+  assert title == 'bip: step 3 of 1,003 (0%), about 0:12:30 left'
+  assert speed.get_xlim() == (0, 1003)
+  assert 'nats/token' in loss.get_ylabel()
+  assert 'tokens/s' in speed.get_ylabel()
+
+
+def test_progress_of_runs_that_just_began_or_are_done(write_run, records):
+  done = progress_figure(Run(write_run()))
+  assert done.get_suptitle() == 'bip: step 3 of 3 (100%), done'
+  first = progress_figure(Run(write_run('first', records=records[:1])))
+  assert first.get_suptitle().endswith('(33%), about 0:02:00 left')
+  with pytest.raises(ValueError, match='no step is completed'):
+    progress_figure(Run(write_run('none', records=[])))
 
 
 @pytest.mark.parametrize(
