@@ -42,7 +42,8 @@ def cutoff_figure(routed: RoutedText, *, layer: int) -> Figure:
     at, thick = place + shift, min(width * 0.4, 7.0)
     axes.vlines(at, low, high, color=color, linewidth=thick / 4)
     axes.vlines(at, first, third, color=color, linewidth=thick, label=label)
-    axes.plot(at, median, 'o', color='white', markersize=thick / 2, mew=0)
+    dot = 0.5 * thick if thick > 4 else 0.8 * thick
+    axes.plot(at, median, 'o', color='white', markersize=dot, mew=0)
   axes.hlines(
     table['price'],
     place - 0.45,
@@ -192,7 +193,7 @@ def coactivation_figure(
   norm = LogNorm(1 / _RATIO, _RATIO)
   image = _matrix(axes, clipped, order, norm=norm)
   axes.set_title(
-    f'layer {layer} (blank: fewer than {minimum:g} tokens expected)',
+    f'layer {layer} (hatched: fewer than {minimum:g} tokens expected)',
     loc='left',
     fontsize='medium',
   )
@@ -223,6 +224,8 @@ def _matrix(
     interpolation='nearest',
     **kwargs,
   )
+  # White alone would look like the lightest colour, in greyscale.
+  axes.patch.set(hatch='xxxx', edgecolor='0.8')
   for which in 'xy':
     _name_experts(axes, order, which, names)
   axes.set_xlabel('expert')
@@ -240,6 +243,6 @@ def _name_experts(
   axis.set_ticks(places, labels=[str(experts[place]) for place in places])
   crowded = len(places) > 20
   axis.set_tick_params(
-    labelsize=6 if crowded else 8,
+    labelsize=5 if len(places) > 40 else 6 if crowded else 8,
     labelrotation=90 if crowded and which == 'x' else 0,
   )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import itertools
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -59,7 +60,7 @@ def frontier_figure(runs: Mapping[str, Sequence[Run]]) -> Figure:
   drawing.legend(figure, axes)
   # A method's name stands at its run of lowest perplexity.
   best = points.loc[points.groupby('method')['perplexity'].idxmin()]
-  _name(axes, points, best)
+  _name(axes, points, best, front)
   return figure
 
 
@@ -87,14 +88,20 @@ def _points(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
   return pd.DataFrame(rows, columns=['method', 'violation', 'perplexity'])
 
 
-def _name(axes: Axes, points: pd.DataFrame, named: pd.DataFrame) -> None:
-  """Writes methods' names near points, upon no point and no other name."""
+def _name(
+  axes: Axes, points: pd.DataFrame, named: pd.DataFrame, front: pd.DataFrame
+) -> None:
+  """Writes methods' names near points, upon no point, line or other name."""
   axes.figure.draw_without_rendering()  # Only then is the layout known.
   scale = axes.figure.dpi / 72
   columns = ['violation', 'perplexity']
   size = 4.5 * scale  # of half a marker
   places = axes.transData.transform(points[columns])
   taken = [np.concatenate([place - size, place + size]) for place in places]
+  corners = axes.transData.transform(front[columns])
+  for (x, y), (next_x, next_y) in itertools.pairwise(corners):
+    taken += [(x, y - size, next_x, y + size)]
+    taken += [(next_x - size, next_y, next_x + size, y)]
   for row in named.itertuples():
     label = axes.annotate(
       row.method,

@@ -32,7 +32,7 @@ def text_figure(
   A token stands on the colour of its best expert; beneath are the numbers of
   all that it chose, best first. There are 18 colours: the numbers decide. A
   space is shown as ·, a new line as ↵, a tab as →, what the type has no
-  letter for as �.
+  letter for as �; tokens of over 40 characters are cut.
 
   Args:
     routed: the text.
@@ -50,46 +50,34 @@ def text_figure(
   if not 1 <= count <= 1000:
     raise ValueError(f'count={count}: must be from 1 to 1000')
   part = slice(start, start + count)
-  tokens = [visible(token) for token in routed.tokens[part]]
+  tokens = [_cut(visible(token), 40) for token in routed.tokens[part]]
   experts = routed.experts[layer, part]
   numbers = [_numbers(row) for row in experts]
   columns = int(drawing.WIDTH * 72 / (_CHARACTER * _TYPE)) - 2
+  # Pixels make small type up to a tenth wider.
   widths = [
-    max(len(token), *((len(line) + 0.5) * _SMALL / _TYPE for line in lines))
-    + 0.5
+    max(len(token), 1.1 * (max(map(len, lines)) + 1) * _SMALL / _TYPE) + 0.5
     for token, lines in zip(tokens, numbers, strict=True)
   ]
   places = wrap(widths, [token.endswith('↵') for token in tokens], columns)
-  lines = -(-experts.shape[1] // _NUMBERS_A_LINE)
+  lines = max(map(len, numbers))
   height = 1.5 * _TYPE + 1.25 * _SMALL * lines  # points, of a row
-  rows = places[-1][1] + 1
-  figure = Figure((drawing.WIDTH, (rows * height + 24) / 72))
-  axes = figure.add_axes((0, 0, 1, rows * height / (rows * height + 24)))
-  axes.set(xlim=(-1, columns + 1), ylim=(rows * height, 0))
+  body = height * (places[-1][1] + 1)
+  figure = Figure((drawing.WIDTH, (body + 24) / 72))
+  axes = figure.add_axes((0, 0, 1, body / (body + 24)))
+  axes.set(xlim=(-1, columns + 1), ylim=(body, 0))
   axes.set_axis_off()
   for token, row, below, width, (column, line) in zip(
     tokens, experts, numbers, widths, places, strict=True
   ):
-    top = line * height
-    axes.add_patch(
-      Rectangle(
-        (column, top),
-        width - 0.15,
-        1.4 * _TYPE,
-        facecolor=expert_color(row[0]),
-      )
-    )
-    middle = column + (width - 0.15) / 2
-    _write(axes, middle, top + 0.7 * _TYPE, token, _TYPE)
-    for i, text in enumerate(below):
-      y = top + 1.4 * _TYPE + (0.6 + 1.2 * i) * _SMALL
-      _write(axes, middle, y, text, _SMALL)
+    corner = (column, line * height)
+    _cell(axes, corner, width - 0.15, expert_color(row[0]), token, below)
   end = start + len(tokens)
   figure.suptitle(
     f'layer {layer}, tokens {start} to {end - 1} of {len(routed.tokens)}; '
     'colour: best expert; numbers: all chosen, best first',
     x=0.012,
-    y=1 - 8 / (rows * height + 24),
+    y=1 - 8 / (body + 24),
     ha='left',
     fontsize='small',
   )
@@ -134,27 +122,19 @@ def typical_tokens_figure(
       f'no token of the {len(routed.tokens)} is typical of an expert; take a '
       'longer text'
     )
-  norm = LogNorm(1.0, max(2.0, table['lift'].max()))
   blocks = 1 if len(experts) <= 20 else 2
   rows = -(-len(experts) // blocks)
-  size = 9.0 if blocks == 1 else 7.0  # points, of the type
   figure = Figure(
     (drawing.WIDTH * (0.75 + 0.25 * blocks), 0.32 * rows + 0.7),
     layout='constrained',
   )
+  size = 9.0 if blocks == 1 else 7.0  # points, of the type
+  norm = LogNorm(1.0, max(2.0, table['lift'].max()))
   panels = figure.subplots(1, blocks, squeeze=False)[0]
   for i, axes in enumerate(panels):
-    shown = experts[i * rows : (i + 1) * rows]
     axes.set(xlim=(-0.5, count - 0.5), ylim=(rows - 0.5, -0.5))
-    axes.set_xticks([])
-    axes.set_yticks(range(len(shown)), labels=[str(e) for e in shown])
-    axes.tick_params(left=False)
-    axes.spines[:].set_visible(False)
-    axes.set_ylabel('expert')
-    for place, expert in enumerate(shown):
-      of_expert = table[table['expert'] == expert]
-      for rank, row in enumerate(of_expert.itertuples()):
-        _token_cell(axes, rank, place, row, _pale(norm(row.lift)), size)
+    shown = experts[i * rows : (i + 1) * rows]
+    _token_table(axes, shown, table, norm=norm, size=size)
   figure.suptitle(
     f'layer {layer}; beneath each token: lift, times it went to the expert',
     x=0.02,
@@ -196,17 +176,41 @@ def expert_color(expert: int) -> tuple[float, float, float]:
   return tuple((white + (1 - white) * hue).tolist())
 
 
+def _cell(axes, corner, width, color, token, below) -> None:
+  """Draws a token; below it, in small print, lines of numbers."""
+  x, y = corner
+  axes.add_patch(Rectangle(corner, width, 1.4 * _TYPE, facecolor=color))
+  _write(axes, x + width / 2, y + 0.7 * _TYPE, token, _TYPE)
+  for i, text in enumerate(below):
+    down = 1.4 * _TYPE + (0.6 + 1.2 * i) * _SMALL
+    _write(axes, x + width / 2, y + down, text, _SMALL)
+
+
+def _cut(text: str, length: int) -> str:
+  return text if len(text) <= length else text[: length - 1] + '…'
+
+
 def _pale(share: float) -> str:
   """Grey, nearly white for 0, darker for 1, yet light enough for black type."""
   return f'{1 - (0.03 + 0.3 * min(max(float(share), 0.0), 1.0)):.3f}'
 
 
-def _token_cell(axes, x, y, row, color, size) -> None:
-  axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=color))
-  token = visible(row.token)
-  token = token if len(token) <= 12 else token[:11] + '…'
-  _write(axes, x, y - 0.16, token, size)
-  _write(axes, x, y + 0.27, f'{row.lift:.1f}x {row.times}', 0.78 * size)
+def _token_table(axes, experts, table, *, norm, size) -> None:
+  """Draws a row an expert, its typical tokens from left to right."""
+  axes.set_xticks([])
+  axes.set_yticks(range(len(experts)), labels=[str(e) for e in experts])
+  axes.tick_params(left=False)
+  axes.spines[:].set_visible(False)
+  axes.set_ylabel('expert')
+  for y, expert in enumerate(experts):
+    of_expert = table[table['expert'] == expert]
+    for x, row in enumerate(of_expert.itertuples()):
+      grey = _pale(norm(row.lift))
+      corner = (x - 0.48, y - 0.46)
+      axes.add_patch(Rectangle(corner, 0.96, 0.92, facecolor=grey))
+      _write(axes, x, y - 0.16, _cut(visible(row.token), 12), size)
+      lift = f'{row.lift:.1f}x {row.times}'
+      _write(axes, x, y + 0.27, lift, 0.78 * size)
 
 
 def _numbers(experts_K: np.ndarray) -> list[str]:

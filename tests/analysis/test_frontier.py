@@ -64,6 +64,10 @@ def test_no_name_is_upon_a_point_or_another_name(make):
   for line in axes.get_lines()[1:]:
     for point in axes.transData.transform(line.get_xydata()):
       assert not any(box.contains(*point) for box in boxes)
+  front = axes.get_lines()[0]
+  steps = front.get_transform().transform_path(front.get_path())
+  for x, y in steps.interpolated(50).vertices:
+    assert not any(box.contains(x, y) for box in boxes)
   for box in boxes:
     assert axes.bbox.contains(box.x0, box.y0)
     assert axes.bbox.contains(box.x1, box.y1)
