@@ -108,8 +108,10 @@ def price_figure(run: Run, *, layer: int, named: int = 3) -> Figure:
     named: experts that are named at each end.
 
   Raises:
-    ValueError: the run has no prices of that layer.
+    ValueError: the run has no prices of that layer, or `named` is below 1.
   """
+  if named < 1:
+    raise ValueError(f'named={named}: must be at least 1')
   prices = run.prices(layer)
   figure = Figure((drawing.WIDTH, 6.5), layout='constrained')
   lines, colours = figure.subplots(2, 1, sharex=True)
@@ -120,6 +122,7 @@ def price_figure(run: Run, *, layer: int, named: int = 3) -> Figure:
     'lowest prices, by number',
     loc='left',
     fontsize='medium',
+    parse_math=False,
   )
   drawing.grid(lines)
   image = drawing.heat_map(colours, prices)
@@ -241,7 +244,9 @@ def progress_figure(run: Run) -> Figure:
   for axes in (loss, violation, speed):
     drawing.grid(axes)
   figure.align_ylabels()
-  figure.suptitle(_how_far(run), ha='left', x=0.02, fontsize='large')
+  figure.suptitle(
+    _how_far(run), ha='left', x=0.02, fontsize='large', parse_math=False
+  )
   return figure
 
 

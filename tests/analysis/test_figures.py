@@ -160,6 +160,8 @@ def test_prices(write_run, records):
   assert 'step' in lower.get_xlabel()
   with pytest.raises(ValueError, match='layer 1'):
     price_figure(run, layer=1)
+  with pytest.raises(ValueError, match='named=0'):
+    price_figure(run, layer=0, named=0)
 
 
 @pytest.mark.parametrize('experts', [2, 5])
@@ -197,6 +199,16 @@ def test_names_at_line_ends_stand_apart(write_run, records):
   )
   centres = [(box.y0 + box.y1) / 2 for box in boxes]
   assert np.diff(centres).min() > 10  # pixels of 1/100 inch
+
+
+@pytest.mark.parametrize('draw', [progress_figure, price_figure])
+def test_a_method_may_have_any_name(write_run, records, tmp_path, draw):
+  records = priced(records, [[0.0, 1.0]] * 3)
+  run = Run(write_run(records=records, method=r'$\oops$'))
+  save_figure(
+    draw(run, **({'layer': 0} if draw is price_figure else {})),
+    tmp_path / 'figure',
+  )
 
 
 @pytest.mark.parametrize(

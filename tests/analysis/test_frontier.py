@@ -73,6 +73,14 @@ def test_no_name_is_upon_a_point_or_another_name(make):
     assert axes.bbox.contains(box.x1, box.y1)
 
 
+def test_a_name_keeps_off_the_line(make):
+  """To the right of its point, where a name is best, is the line."""
+  runs = {'a': [make('a', 0.1, 30.0)], 'b': [make('b', 0.4, 20.0)]}
+  (axes,) = frontier_figure(runs).axes
+  box = axes.texts[0].get_window_extent()
+  assert not box.y0 < axes.transData.transform((0.1, 30.0))[1] < box.y1
+
+
 @pytest.mark.parametrize('seed', range(5))
 def test_front_is_what_no_row_betters(seed):
   costs = np.random.default_rng(seed).integers(5, size=(20, 2))
