@@ -43,6 +43,9 @@ def frontier_figure(runs: Mapping[str, Sequence[Run]]) -> Figure:
     color='0.6',
     linewidth=4,
     alpha=0.6,
+    marker='o',  # One run alone may better all others.
+    markersize=13,
+    markeredgewidth=0,
     label='no run is better in both',
   )
   for method, style in zip(runs, drawing.styles(runs), strict=True):
@@ -95,7 +98,7 @@ def _name(
   axes.figure.draw_without_rendering()  # Only then is the layout known.
   scale = axes.figure.dpi / 72
   columns = ['violation', 'perplexity']
-  size = 4.5 * scale  # of half a marker
+  size = 7 * scale  # of half a marker
   places = axes.transData.transform(points[columns])
   taken = [np.concatenate([place - size, place + size]) for place in places]
   corners = axes.transData.transform(front[columns])
