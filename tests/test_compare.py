@@ -61,7 +61,7 @@ def get_config(method='bip'):
     means['bip']['first_max_violation']
     < means['loss_free']['first_max_violation']
   )
-  for name in ('max_violation', 'load', 'loss'):
+  for name in ('max_violation', 'load', 'loss', 'frontier'):
     assert (runs / f'{name}.png').stat().st_size > 1000
     assert (runs / f'{name}.svg').read_text().startswith('<?xml')
   # Again: nothing is trained, and what changes nothing may differ.

@@ -78,8 +78,7 @@ def load_heatmap_figure(
   for axes, (method, run) in zip(panels, runs.items(), strict=True):
     chosen, why = layer, ''
     if chosen is None:
-      worst = run.layer_max_violation.mean().idxmax()
-      chosen, why = int(worst.removeprefix('layer_')), ' (its least balanced)'
+      chosen, why = run.least_balanced_layer, ' (its least balanced)'
     loads = run.loads(chosen)
     loads = loads.div(loads.mean(axis='columns'), axis='index')
     image = drawing.heat_map(axes, loads, vmin=0.0, vmax=maximum)

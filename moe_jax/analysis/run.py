@@ -186,6 +186,12 @@ class Run:
     keys = sorted(key for key in self.metrics if key.startswith(prefix))
     return self.metrics[keys].rename(columns=lambda k: k.removeprefix(prefix))
 
+  @property
+  def least_balanced_layer(self) -> int:
+    """The MoE layer of worst AvgMaxVio."""
+    worst = self.layer_max_violation.mean().idxmax()
+    return int(worst.removeprefix('layer_'))
+
   def loads(self, layer: int) -> pd.DataFrame:
     """Tokens that each expert of a layer got; a column an expert.
 

@@ -11,6 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from moe_jax.analysis import figures
+from moe_jax.analysis.frontier import frontier_figure
 from moe_jax.analysis.run import Run
 
 _LONGEST_LABEL = 18  # characters: four fit side by side
@@ -24,6 +25,17 @@ class Picture(NamedTuple):
   draw: Callable[[Any], Figure]  # of runs by their names, or of a run
   caption: str
   each: bool = False  # whether there is one of every run
+
+
+def _frontier(named: Mapping[str, Run]) -> Figure:
+  methods = {}
+  for run in named.values():
+    methods.setdefault(str(run.config['method']), []).append(run)
+  return frontier_figure(methods)
+
+
+def _prices(run: Run) -> Figure:
+  return figures.price_figure(run, layer=run.least_balanced_layer)
 
 
 PICTURES = (
@@ -44,6 +56,18 @@ PICTURES = (
     figures.loss_figure,
     'Left: cross-entropy of the training batches. Right: validation, with the '
     'q that training left.',
+  ),
+  Picture(
+    'Balance against quality',
+    _frontier,
+    'A point is a run; left and low is better. AvgMaxVio is the mean of MaxVio '
+    'over the steps.',
+  ),
+  Picture(
+    'Prices',
+    _prices,
+    "q of each expert after each step, in the run's least balanced layer.",
+    each=True,
   ),
 )
 
