@@ -30,7 +30,8 @@ _START = """\
 Every option is a flag, `--config.NAME=VALUE`, of `python -m moe_jax.main` and
 of `python -m experiments.compare`. An experiment file, such as
 `experiments/demo.py`, starts from the defaults below and sets some; flags come
-last. `config.json` in a work directory has all of them, as they were in that run.
+last. `config.json` in a work directory has all of them, as they were in that
+run.
 
 A wrong option is refused in one line before anything is compiled. The ranges
 are there to catch slips. The last column says whether an option **may change**

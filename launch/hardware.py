@@ -2,9 +2,9 @@
 
 Nothing here was measured. Sources, read in November 2026:
 
-    TPU     cloud.google.com/tpu/docs/v5e, /v5p and /v6e: peak, HBM, ICI ports and
-            bidirectional ICI bandwidth of a chip. A port sends at half of that,
-            divided by the ports. Of the memory, what libtpu 0.0.52 lets a
+    TPU     cloud.google.com/tpu/docs/v5e, /v5p and /v6e: peak, HBM, ICI ports
+            and bidirectional ICI bandwidth of a chip. A port sends at half of
+            that, divided by the ports. Of the memory, what libtpu 0.0.52 lets a
             program use, as its refusals say.
     H100    glennklockwood.com/garden/processors/h100, which collects NVIDIA's
             figures of the H100 SXM (989.4 TFLOP/s dense bfloat16, 3.35 TB/s,
