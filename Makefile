@@ -45,7 +45,8 @@ check: setup audit
 audit: setup
 	$(BIN)/python .ci/audit.py
 
-# The site, in site/index.html; it needs no server and no network.
+# The site, in site/index.html, which needs no network. For its search, too:
+# python -m http.server --bind=127.0.0.1 --directory=site
 docs: setup
 	$(BIN)/python -m docs.configuration
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -110,9 +110,8 @@ def _row(
   shown = str(default).lower() if isinstance(default, bool) else str(default)
   return (
     f'`{name}`',
-    type(default).__name__,
     f'`{shown}`' if shown else 'empty',
-    _range(allowed) if allowed else '',
+    type(default).__name__ + (_range(allowed) if allowed else ''),
     meaning.replace('|', r'\|'),
     change,
   )
@@ -123,11 +122,13 @@ def _range(allowed: Range) -> str:
     f'{bound:,}' if isinstance(bound, int) else f'{bound:g}'
     for bound in (allowed.least, allowed.most)
   )
-  return f'above {least}, to {most}' if allowed.above else f'{least} to {most}'
+  return (
+    f' above {least}, to {most}' if allowed.above else f', {least} to {most}'
+  )
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> str:
-  head = ('option', 'type', 'default', 'range', 'meaning', 'may change')
+  head = ('option', 'default', 'type and range', 'meaning', 'may change')
   lines = [head, ('---',) * len(head), *rows]
   return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 

@@ -1,6 +1,7 @@
 """What mkdocs calls while it builds the site."""
 
 import html
+import pathlib
 import re
 
 from latex2mathml.converter import convert
@@ -8,8 +9,10 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File
 from mkdocs.structure.files import Files
 
+_ROOT = pathlib.Path(__file__).parents[1]
+
 # Kept with the results that it shows.
-_PICTURE = 'experiments/results/first/mini_16e/max_violation.png'
+_PICTURE = _ROOT / 'experiments/results/first/mini_16e/max_violation.png'
 _FORMULA = re.compile(
   r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
 )
@@ -18,7 +21,7 @@ _FORMULA = re.compile(
 def on_files(files: Files, config: MkDocsConfig) -> Files:
   """Adds the picture of the first page, which is kept with its data."""
   files.append(
-    File.generated(config, 'max_violation.png', abs_src_path=_PICTURE)
+    File.generated(config, 'max_violation.png', abs_src_path=str(_PICTURE))
   )
   return files
 
