@@ -9,7 +9,7 @@ RUNS ?= runs
 # instead of 13.9 s. Other systems ignore this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: setup demo board test test-all check audit
+.PHONY: setup demo board test test-all check audit docs
 
 setup: .venv/installed
 
@@ -44,3 +44,9 @@ check: setup audit
 # Known vulnerabilities; where no database can be reached it says so and goes on.
 audit: setup
 	$(BIN)/python .ci/audit.py
+
+# The site, in site/index.html, which needs no network. For its search, too:
+# python -m http.server --bind=127.0.0.1 --directory=site
+docs: setup
+	$(BIN)/python -m docs.configuration
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -2,17 +2,17 @@
 
 Nothing here was measured. Sources, read in November 2026:
 
-  TPU     cloud.google.com/tpu/docs/v5e, /v5p and /v6e: peak, HBM, ICI ports and
-          bidirectional ICI bandwidth of a chip. A port sends at half of that,
-          divided by the ports. Of the memory, what libtpu 0.0.52 lets a
-          program use, as its refusals say.
-  H100    glennklockwood.com/garden/processors/h100, which collects NVIDIA's
-          figures of the H100 SXM (989.4 TFLOP/s dense bfloat16, 3.35 TB/s,
-          NVLink 900 GB/s both ways together); memory: XLA's description of
-          the device. One port of 400 Gb/s for each GPU is assumed.
-  clock   peak / FLOPs of all matrix units in one cycle. The compiler's cycles
-          for a bfloat16 product of 8192 x 8192 matrices then give 88 % (v5e),
-          90 % (v5p) and 70 % (v6e) of the peak.
+    TPU     cloud.google.com/tpu/docs/v5e, /v5p and /v6e: peak, HBM, ICI ports
+            and bidirectional ICI bandwidth of a chip. A port sends at half of
+            that, divided by the ports. Of the memory, what libtpu 0.0.52 lets a
+            program use, as its refusals say.
+    H100    glennklockwood.com/garden/processors/h100, which collects NVIDIA's
+            figures of the H100 SXM (989.4 TFLOP/s dense bfloat16, 3.35 TB/s,
+            NVLink 900 GB/s both ways together); memory: XLA's description of
+            the device. One port of 400 Gb/s for each GPU is assumed.
+    clock   peak / FLOPs of all matrix units in one cycle. The compiler's cycles
+            for a bfloat16 product of 8192 x 8192 matrices then give 88 % (v5e),
+            90 % (v5p) and 70 % (v6e) of the peak.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Reads the text of a compiled XLA program: what runs, and how often.
 
-  from launch import hlo
-  for call in hlo.collectives(compiled.as_text()):
-    print(call.kind, call.count, call.bytes, call.op_name)
+    from launch import hlo
+    for call in hlo.collectives(compiled.as_text()):
+      print(call.kind, call.count, call.bytes, call.op_name)
 
 The body of a loop counts as often as the loop turns; of a conditional's
 branches, the one that communicates most counts, since only one runs. The text

@@ -1,18 +1,18 @@
 """Plans training on chips that are not here: does it fit, how long is a step?
 
-  python -m launch.plan --config=experiments/FILE.py:METHOD \\
-      --topology=TOPOLOGY [--mesh=DATA,EXPERT] [--balance=MAXVIO] \\
-      [--norouting] [--sweep] [--out=FILE.json] [--config.OPTION=VALUE ...]
+    python -m launch.plan --config=experiments/FILE.py:METHOD \\
+        --topology=TOPOLOGY [--mesh=DATA,EXPERT] [--balance=MAXVIO] \\
+        [--norouting] [--sweep] [--out=FILE.json] [--config.OPTION=VALUE ...]
 
 TOPOLOGY is v5e:16x16, v6e:16x16, v5p:4x4x8, h100:8x4 (GPUs of a node x nodes)
 or the like. The real train step is compiled by the chips' compiler, which needs
 `pip install -r requirements-tpu.txt` or `requirements-cuda.txt`, and minutes.
 
-  --balance   what it costs if the most loaded expert has (1 + MAXVIO) times the
-              mean load: time if its device has no other expert, or drops.
-  --norouting leaves out compiling once more without balancing.
-  --sweep     tries all meshes and capacity factors 0 (dropless), 1 and 1.25
-              instead, and prints a table.
+    --balance   what it costs if the most loaded expert has (1 + MAXVIO) times
+                the mean load: time if its device has no other expert, or drops.
+    --norouting leaves out compiling once more without balancing.
+    --sweep     tries all meshes and capacity factors 0 (dropless), 1 and 1.25
+                instead, and prints a table.
 
 All times are estimates; every assumption is printed. Exit codes: 0 answered,
 also where it does not fit; 2 refused (bad config or input).

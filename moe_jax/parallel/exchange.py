@@ -3,10 +3,10 @@
 All of this runs inside `jax.shard_map`, on the tokens of one device. The
 collectives of an MoE layer, all over the mesh axis `expert`, are
 
-  static     2 all-to-all of [E, C, D] forward, 2 backward;
-  ragged     1 all-gather of loads, int32 [E], and 2 ragged all-to-all of the
-             chosen rows forward; 2 ragged all-to-all backward. On CPU, and
-             padded, each is 2 all-to-all: rows and where they go.
+    static     2 all-to-all of [E, C, D] forward, 2 backward;
+    ragged     1 all-gather of loads, int32 [E], and 2 ragged all-to-all of the
+               chosen rows forward; 2 ragged all-to-all backward. On CPU, and
+               padded, each is 2 all-to-all: rows and where they go.
 
 Those of the router, over both axes, are all-reduces of numbers per expert and
 never grow with the tokens: 8 of [15, E] for each of the T dual iterations (and

@@ -3,9 +3,9 @@
 A launched process needs nothing but its environment, and the command is the
 same as for one process: SLURM's variables, a TPU slice, or, anywhere,
 
-  JAX_COORDINATOR_ADDRESS=HOST:PORT   where process 0 is found
-  JAX_NUM_PROCESSES=N
-  JAX_PROCESS_ID=0                    to N-1
+    JAX_COORDINATOR_ADDRESS=HOST:PORT   where process 0 is found
+    JAX_NUM_PROCESSES=N
+    JAX_PROCESS_ID=0                    to N-1
 
 JAX_LOCAL_DEVICE_IDS=0,1,... names the GPUs of a process. Without it, processes
 under SLURM have one each, others all that they see.

@@ -123,9 +123,10 @@ def bip(
 
   Args:
     iterations: T, dual iterations a batch; the paper uses 2, 4, 8 and 14.
-    clip: see `dual_iterations`. Without it the dual has a direction along
-      which nothing changes, so q is centred after each solve.
-    cutoff: see `dual_iterations`.
+    clip: whether prices are kept at or above 0. Without it the dual has a
+      direction along which nothing changes, so q is centred after each solve.
+    cutoff: which of the prices that minimise the dual is taken: 'next', the
+      least, as in the paper, or 'midpoint', the middle.
     lag: whether a step's choices use the q that the step before ended with.
       Then no token's route depends on later tokens of its own batch.
     scope: 'global' solves for all tokens of all shards together; 'shard' lets
@@ -226,8 +227,8 @@ def midpoint(
   Without the clip, idle experts can be given a negative price.
 
   Args:
-    iterations: as of `bip`, as are the others.
+    iterations: T, dual iterations a batch.
     lag: whether a step's choices use the q of the step before.
-    scope: 'global' or 'shard'.
+    scope: 'global' or 'shard', as of `bip`.
   """
   return bip(iterations, clip=False, cutoff='midpoint', lag=lag, scope=scope)

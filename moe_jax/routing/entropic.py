@@ -28,7 +28,7 @@ def sinkhorn(
   are floats, so q may differ in the last bits from one topology to another.
 
   Args:
-    iterations: a batch.
+    iterations: of both sums, a batch.
     temperature: in units of the score; the nearer to 0, the nearer the soft
       assignment is to the hard one, and the slower the iteration.
 

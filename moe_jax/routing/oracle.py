@@ -6,6 +6,7 @@ The one file here that computes with NumPy and SciPy instead of jax.
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from moe_jax.routing import balancer as base
 
@@ -73,7 +74,7 @@ class Optimality(NamedTuple):
     return _relative(self.rows_equal_gap, self.lp_rows_equal_optimum)
 
 
-def optimality(scores, q, k: int) -> Optimality:
+def optimality(scores: ArrayLike, q: ArrayLike, k: int) -> Optimality:
   """Compares the choice by s - q with the best balanced assignment.
 
   For analysis: it solves two linear programs of T x E variables, which takes
@@ -115,7 +116,9 @@ def optimality(scores, q, k: int) -> Optimality:
   )
 
 
-def lp_optimum(scores, k: int, *, rows_equal: bool = False) -> Optimum:
+def lp_optimum(
+  scores: ArrayLike, k: int, *, rows_equal: bool = False
+) -> Optimum:
   """Solves for the assignment of the greatest sum of scores.
 
   Args:

@@ -30,7 +30,7 @@ def quantile(
       'histogram' counts margins in bins, integers that add up over shards and
       microbatches, and interpolates; its error is at most about a bin's
       width, (2 + max q - min q) / bins. It takes scores in [0, 1].
-    bins: of the histogram.
+    bins: of the histogram; the more, the smaller its error.
 
   References:
     Su, kexue.fm/archives/11619 (2026); the histogram: Kimi K3 report (2026),

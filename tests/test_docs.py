@@ -1,0 +1,142 @@
+"""The site: it builds without warnings, is current, and what it shows runs."""
+
+from html.parser import HTMLParser
+import importlib
+import inspect
+import pathlib
+import re
+import shutil
+
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+import pytest
+
+from docs import configuration
+from moe_jax.train import loop
+from tests.train import tiny
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = ROOT / 'docs/pages'
+PACKAGES = ('routing', 'nn', 'data', 'analysis')
+NAMED_FILE = re.compile(
+  r'`((?:docs|experiments|launch|moe_jax|tests)/[\w/.]+\.\w+)[`:]'
+)
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+  """Builds the site; a warning is an error."""
+  directory = tmp_path_factory.mktemp('site')
+  config = load_config(
+    str(ROOT / 'mkdocs.yml'), site_dir=str(directory), strict=True
+  )
+  build(config)
+  return directory
+
+
+class Loaded(HTMLParser):
+  """Collects what a browser fetches with a page."""
+
+  def __init__(self, page):
+    super().__init__()
+    self.addresses = []
+    self.feed(page.read_text())
+
+  def handle_starttag(self, tag, attrs):
+    attrs = dict(attrs)
+    if tag != 'a':
+      self.addresses += [attrs[k] for k in ('src', 'href') if k in attrs]
+
+
+def test_pages_load_nothing_from_a_network(site):
+  pages = list(site.rglob('*.html'))
+  assert len(pages) > len(list(PAGES.rglob('*.md')))  # and 404.html
+  for page in pages:
+    addresses = Loaded(page).addresses
+    assert any('stylesheets/main' in address for address in addresses)
+    assert not [a for a in addresses if re.match(r'\w+:|//', a)], page.name
+  for sheet in site.rglob('*.css'):
+    assert not re.search(r'url\(["\']?(\w+:)?//', sheet.read_text()), sheet.name
+
+
+def test_formulas_are_rendered(site):
+  html = (site / 'concepts.html').read_text()
+  formulas = re.findall(r'<math.*?</math>', html, re.DOTALL)
+  source = (PAGES / 'concepts.md').read_text()
+  displayed = source.count('\n$$\n') // 2
+  assert html.count('display="block"') == displayed > 0
+  assert (
+    len(formulas) == displayed + len(re.findall(r'(?<!\$)\$(?!\$)', source)) / 2
+  )
+  # What the converter does not know, it copies.
+  assert not [f for f in formulas if '\\' in f or '<mi>&</mi>' in f]
+  assert 'arithmatex' not in html
+
+
+@pytest.mark.parametrize('name', PACKAGES)
+def test_public_names_are_documented(site, name):
+  package = importlib.import_module(f'moe_jax.{name}')
+  html = (site / f'api/{name}.html').read_text()
+  for public in package.__all__:
+    assert inspect.getdoc(getattr(package, public)), public
+    assert re.search(rf'id="moe_jax\.{name}\.[\w.]*\b{public}"', html), public
+
+
+def test_the_reference_of_options_is_current():
+  current = configuration.reference()
+  assert configuration.PAGE.read_text() == current, (
+    'run: python -m docs.configuration'
+  )
+
+
+def test_the_reference_has_every_option():
+  page = configuration.PAGE.read_text()
+  assert '| `mesh.data` | `-1` |' in page
+  assert '| `balancer.estimator` | `exact` | str |' in page
+  assert re.search(r'`learning_rate` .* float above 0, .* \| named \|', page)
+  assert re.search(r'`model.norm_epsilon` .* \| no \|', page)
+  assert re.search(r'`checkpoint_every` .* \| yes \|', page)
+
+
+def test_files_that_pages_name_exist():
+  for page in [*PAGES.glob('*.md'), ROOT / 'launch/README.md']:
+    for name in NAMED_FILE.findall(page.read_text()):
+      assert (ROOT / name).exists(), f'{page.name}: {name}'
+
+
+def run_blocks(page):
+  """Runs all Python of a page, as one program."""
+  blocks = re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
+  assert blocks
+  names = {}
+  exec(compile('\n'.join(blocks), str(page), 'exec'), names)
+  return names
+
+
+@pytest.mark.long
+def test_the_quick_start_runs():
+  names = run_blocks(PAGES / 'quick_start.md')
+  assert names['get_config']('midpoint').model.experts == 32
+  assert names['choice'].load.sum() == 512 * 2
+
+
+@pytest.mark.long
+def test_the_balancer_that_is_added_balances(capsys):
+  run_blocks(PAGES / 'add_a_balancer.md')
+  first, last, *_ = capsys.readouterr().out.splitlines()
+  assert float(last.split()[1]) < float(first.split()[1]) / 2
+
+
+@pytest.mark.long
+def test_the_inspection_of_a_run_runs(tmp_path, monkeypatch):
+  text = tiny.write_text(tmp_path)
+  bip, loss_free = (
+    tmp_path / f'runs/demo/{m}_seed_0' for m in ('bip', 'loss_free')
+  )
+  loop.Run(tiny.tiny_config(text), bip).train()
+  shutil.copytree(bip, loss_free)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('MPLBACKEND', 'agg')
+  names = run_blocks(PAGES / 'inspect.md')
+  assert names['checkpoint'].step == names['run'].checkpoints[-1]
+  assert (tmp_path / 'max_violation.svg').stat().st_size > 1000
