@@ -215,7 +215,7 @@ def test_observations_add_up_over_microbatches(x):
 
 
 def test_a_balancer_of_ones_own(x):
-  """The README shows how to write one; nothing has to be registered."""
+  """The docs show how to write one; nothing has to be registered."""
 
   def proportional(rate):
     def update(state, load_E, *, k):
