@@ -9,7 +9,7 @@ RUNS ?= runs
 # instead of 13.9 s. Other systems ignore this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: setup demo board test test-all check audit
+.PHONY: setup demo board test test-all check audit notebooks strip
 
 setup: .venv/installed
 
@@ -44,3 +44,15 @@ check: setup audit
 # Known vulnerabilities; where no database can be reached it says so and goes on.
 audit: setup
 	$(BIN)/python .ci/audit.py
+
+# JupyterLab, which nothing else needs, on this machine's loopback only.
+notebooks: .venv/jupyter
+	PYTHONPATH=$(CURDIR) RUNS=$(abspath $(RUNS)) \
+	    $(BIN)/jupyter lab --ip=127.0.0.1 experiments/notebooks
+
+strip: .venv/jupyter
+	$(BIN)/jupyter nbconvert --clear-output experiments/notebooks/*.ipynb
+
+.venv/jupyter: .venv/installed requirements-notebooks.txt
+	$(BIN)/pip install --quiet -r requirements-notebooks.txt
+	touch $@
