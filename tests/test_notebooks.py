@@ -89,6 +89,8 @@ def test_runs_from_top_to_bottom(path, elsewhere):
 def test_all_are_there():
   """A directory that was moved would leave nothing to test."""
   assert {path.stem for path in NOTEBOOKS} == {
+    'checkpoint',
+    'compare',
     'routing',
     'your_model',
   }
