@@ -4,11 +4,14 @@ from collections.abc import Iterator
 import contextlib
 import pathlib
 import re
+import sys
 import tempfile
+import textwrap
 
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
-import nbclient
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbclient.exceptions import CellTimeoutError
 import nbformat
 import pytest
@@ -36,7 +39,7 @@ def kernel_manager() -> Iterator[AsyncKernelManager]:
 def execute(notebook: nbformat.NotebookNode, directory: pathlib.Path) -> None:
   """Runs all cells in a fresh kernel; fails with the cell and its error."""
   with kernel_manager() as manager:
-    client = nbclient.NotebookClient(
+    client = NotebookClient(
       notebook,
       km=manager,
       timeout=SECONDS,
@@ -45,7 +48,7 @@ def execute(notebook: nbformat.NotebookNode, directory: pathlib.Path) -> None:
     client.owns_km = True  # That ends the kernel.
     try:
       client.execute()
-    except (nbclient.exceptions.CellExecutionError, CellTimeoutError) as error:
+    except (CellExecutionError, CellTimeoutError) as error:
       pytest.fail(re.sub(r'\x1b\[[\d;]*m', '', str(error)), pytrace=False)
 
 
@@ -84,6 +87,25 @@ def test_git_has_no_outputs(path):
 )
 def test_runs_from_top_to_bottom(path, elsewhere):
   execute(nbformat.read(path, as_version=4), elsewhere)
+
+
+def test_a_kernel_is_this_python_keeps_to_loopback_and_says_what_failed(
+  elsewhere,
+):
+  cell = f"""
+    import sys, psutil
+    assert sys.executable == {sys.executable!r}
+    connections = psutil.Process().net_connections('inet')
+    assert all(c.laddr.ip == '127.0.0.1' for c in connections)
+    1 / 0  # Here.
+  """
+  notebook = nbformat.v4.new_notebook(
+    cells=[nbformat.v4.new_code_cell(textwrap.dedent(cell))]
+  )
+  with pytest.raises(pytest.fail.Exception) as failure:
+    execute(notebook, elsewhere)
+  assert '1 / 0  # Here.' in failure.value.msg
+  assert 'ZeroDivisionError: division by zero' in failure.value.msg
 
 
 def test_all_are_there():
