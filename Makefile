@@ -9,7 +9,7 @@ RUNS ?= runs
 # instead of 13.9 s. Other systems ignore this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: setup demo board test test-all check audit docs
+.PHONY: setup demo board notebooks strip test test-all check audit docs
 
 setup: .venv/installed
 
@@ -50,3 +50,15 @@ audit: setup
 docs: setup
 	$(BIN)/python -m docs.configuration
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# JupyterLab, which nothing else needs, on this machine's loopback only.
+notebooks: .venv/jupyter
+	PYTHONPATH=$(CURDIR) RUNS=$(abspath $(RUNS)) \
+	    $(BIN)/jupyter lab --ip=127.0.0.1 experiments/notebooks
+
+strip: .venv/jupyter
+	$(BIN)/jupyter nbconvert --clear-output experiments/notebooks/*.ipynb
+
+.venv/jupyter: .venv/installed requirements-notebooks.txt
+	$(BIN)/pip install --quiet -r requirements-notebooks.txt
+	touch $@
