@@ -51,10 +51,13 @@ docs: setup
 	$(BIN)/python -m docs.configuration
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# JupyterLab, which nothing else needs, on this machine's loopback only.
+# JupyterLab, which nothing else needs, on this machine's loopback only; it does
+# not ask the network for news and updates.
 notebooks: .venv/jupyter
 	PYTHONPATH=$(CURDIR) RUNS=$(abspath $(RUNS)) \
-	    $(BIN)/jupyter lab --ip=127.0.0.1 experiments/notebooks
+	    $(BIN)/jupyter lab --ip=127.0.0.1 --LabApp.news_url=None \
+	    --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
+	    experiments/notebooks
 
 strip: .venv/jupyter
 	$(BIN)/jupyter nbconvert --clear-output experiments/notebooks/*.ipynb
