@@ -75,9 +75,9 @@ def test_board(tmp_path, board):
   listening = set().union(*map(test_security.listening, family(process)))
   assert '127.0.0.1' in listening
   assert listening <= {'127.0.0.1', '::1'}
-  shown = {}
-  while not shown.get('text'):  # It looks every few seconds.
-    plugins = ('scalars', 'histograms', 'text')
+  plugins = ('scalars', 'histograms', 'text')
+  shown = dict.fromkeys(plugins)
+  while not all(shown.values()):  # It looks every few seconds.
     shown = {name: get(f'{url}data/plugin/{name}/tags') for name in plugins}
   assert list(shown['scalars']['bip']) == ['train/loss']
   assert list(shown['histograms']['bip']) == ['router/load/layer_00']
