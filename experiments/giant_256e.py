@@ -29,6 +29,7 @@ def get_config(method: str = 'bip') -> ConfigDict:
   config.weight_decay = 0.1
   config.eval_every = 1_000
   config.checkpoint_every = 1_000
+  config.experts_every = 100  # A record of all takes some 0.3 MB.
   config.capacity_factor = 1.25
   config.mesh.data = -1
   config.mesh.expert = 64

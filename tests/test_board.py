@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import urllib.request
 
 import pytest
@@ -77,8 +78,11 @@ def test_board(tmp_path, board):
   assert listening <= {'127.0.0.1', '::1'}
   plugins = ('scalars', 'histograms', 'text')
   shown = dict.fromkeys(plugins)
-  while not all(shown.values()):  # It looks every few seconds.
+  for _ in range(120):  # It looks every few seconds.
     shown = {name: get(f'{url}data/plugin/{name}/tags') for name in plugins}
+    if all(shown.values()):
+      break
+    time.sleep(0.5)
   assert list(shown['scalars']['bip']) == ['train/loss']
   assert list(shown['histograms']['bip']) == ['router/load/layer_00']
   assert shown['text'] == {'bip': ['run/text_summary']}

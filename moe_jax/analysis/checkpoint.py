@@ -48,6 +48,7 @@ class Checkpoint:
   Raises:
     FileNotFoundError: a file is missing.
     ValueError: it is damaged, or of another version.
+    OSError: it cannot be read now, which does not mean that it is damaged.
   """
 
   def __init__(
@@ -206,6 +207,10 @@ class Checkpoint:
     except FileNotFoundError as error:
       raise FileNotFoundError(f'{self.path}: {error}') from error
     except Exception as error:  # What damage leads to is not foreseeable.
+      if checkpoint.may_pass(error):
+        raise OSError(
+          f'{self.path}: cannot be read now ({type(error).__name__}: {error})'
+        ) from error
       raise ValueError(
         f'{self.path}: cannot be read ({error}); the run began with moe_jax '
         f'{self._version}, this is {moe_jax.__version__}'

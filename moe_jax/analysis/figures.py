@@ -4,6 +4,7 @@ Methods differ in colour (Okabe and Ito's, for the colour-blind), in line style
 and in marker, so that they stay apart in greyscale.
 """
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 import datetime
 
@@ -23,6 +24,12 @@ _LINES_AT_MOST = 32  # experts; of more, bands
 _PACE_STEPS = 20  # the time left is at the median pace of so many
 
 
+def _check_begun(runs: Iterable[Run]) -> None:
+  for run in runs:
+    if run.metrics.empty:
+      raise ValueError(f'{run}: no step is completed yet')
+
+
 def max_violation_figure(runs: Mapping[str, Run]) -> Figure:
   """Draws MaxVio against step, a line a method, the first step included.
 
@@ -33,6 +40,7 @@ def max_violation_figure(runs: Mapping[str, Run]) -> Figure:
   Args:
     runs: a run of each method, by the method's name.
   """
+  _check_begun(runs.values())
   figure = Figure((drawing.WIDTH, 4.5), layout='constrained')
   axes = figure.subplots()
   values = []
@@ -73,6 +81,7 @@ def load_heatmap_figure(
   Raises:
     ValueError: a run has no loads of that layer.
   """
+  _check_begun(runs.values())
   figure = Figure((drawing.WIDTH, 0.6 + 1.9 * len(runs)), layout='constrained')
   panels = figure.subplots(len(runs), squeeze=False, sharex=True)[:, 0]
   for axes, (method, run) in zip(panels, runs.items(), strict=True):
@@ -97,7 +106,7 @@ def load_heatmap_figure(
 def price_figure(run: Run, *, layer: int, named: int = 3) -> Figure:
   """Draws the price q of each expert over the steps, as lines and as colours.
 
-  The experts of highest and of lowest price after the last step are named.
+  The experts of highest and of lowest price in the last record are named.
   Those between are thin lines; of more than 32 experts, bands between
   percentiles over the experts. Above the colours, each expert has a row.
 
@@ -166,6 +175,7 @@ def loss_figure(runs: Mapping[str, Run]) -> Figure:
   Args:
     runs: a run of each method, by the method's name.
   """
+  _check_begun(runs.values())
   figure = Figure((drawing.WIDTH, 4.0), layout='constrained')
   train, validation = figure.subplots(1, 2, sharex=True)
   unigram = None

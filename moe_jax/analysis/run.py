@@ -98,7 +98,13 @@ class Run:
     Raises:
       FileNotFoundError: there is none; runs before version 0.2 had none.
     """
-    text = self._path('tokenizer.json').read_text()
+    path = self.workdir / 'tokenizer.json'
+    if not path.is_file():
+      raise FileNotFoundError(
+        f'{path} is missing: moe_jax before 0.2 left none; the command of the '
+        'run, given again, writes it'
+      )
+    text = path.read_text()
     return Tokenizer.from_json(text, self.config['data']['vocabulary'])
 
   @property

@@ -150,11 +150,13 @@ def difference(a: Run, b: Run) -> pd.DataFrame:
     directories, and `difference`, b minus a, NaN where there is none.
 
   Raises:
-    ValueError: one of them has completed no step.
+    ValueError: one of them has completed no step, or they are the same.
   """
   names = [run.workdir.name for run in (a, b)]
   if names[0] == names[1]:
     names = [os.fspath(run.workdir) for run in (a, b)]
+  if names[0] == names[1]:
+    raise ValueError(f'{a}: compare it with another run')
   configs = [flatten(run.config) for run in (a, b)]
   options = {
     f'config.{option}': (before, after)

@@ -387,12 +387,17 @@ def _agreed(read: Callable[[], Any]) -> Any:
       break
     except Exception as error:  # What damage leads to is not foreseeable.
       failure = _root(error)
-      if pause is None or not _may_pass(_named(failure)):
+      if pause is None or not may_pass(failure):
         break
       time.sleep(pause)
   if why := processes.first_error(failure):
     raise (OSError if _may_pass(why) else _Damaged)(why) from failure
   return result
+
+
+def may_pass(error: BaseException) -> bool:
+  """Whether what was raised in reading may not be raised another time."""
+  return _may_pass(_named(_root(error)))
 
 
 def _root(error: BaseException) -> BaseException:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest import mock
 
 import jax
 import numpy as np
@@ -124,11 +125,25 @@ def test_which_checkpoint_is_missing(opened):
     opened.restore(5)
 
 
-@pytest.mark.parametrize('name', ['tokenizer.json', 'run.json', 'config.json'])
-def test_which_file_is_missing(workdir, name):
+@pytest.mark.parametrize(
+  ('name', 'why'),
+  [
+    ('tokenizer.json', 'moe_jax before 0.2 left none'),
+    ('run.json', 'not a run, or not yet begun'),
+    ('config.json', 'not a run, or not yet begun'),
+  ],
+)
+def test_which_file_is_missing(workdir, name, why):
   (workdir / name).unlink()
-  with pytest.raises(FileNotFoundError, match=f'{name} is missing'):
+  with pytest.raises(FileNotFoundError, match=f'{name} is missing: {why}'):
     Run(workdir).route('a token')
+
+
+@pytest.mark.parametrize('error', [PermissionError('denied'), MemoryError()])
+def test_what_may_pass_is_not_taken_for_damage(workdir, error):
+  with mock.patch.object(checkpoints, 'read_item', side_effect=error):
+    with pytest.raises(OSError, match='checkpoints/6: cannot be read now'):
+      _ = Run(workdir).restore().q
 
 
 @pytest.mark.parametrize('name', ['params', 'router'])

@@ -264,3 +264,16 @@ def test_drawing_leaves_matplotlib_as_it_was(runs, tmp_path):
   before = dict(matplotlib.rcParams)
   save_figure(loss_figure(runs), tmp_path / 'loss')
   assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize(
+  'draw',
+  [
+    max_violation_figure,
+    load_heatmap_figure,
+    loss_figure,
+  ],
+)
+def test_a_run_without_a_step_is_named(write_run, draw):
+  with pytest.raises(ValueError, match="begun'.: no step is completed yet"):
+    draw({'bip': Run(write_run('begun', records=[]))})

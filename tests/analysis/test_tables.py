@@ -283,3 +283,5 @@ def test_difference_of_any_two_runs(write_run, records):
   assert table['difference'].isna()['config.method']
   row = table.loc['average_max_violation']
   assert row.tolist() == pytest.approx([1.75 / 3, 0.75, 0.75 - 1.75 / 3])
+  with pytest.raises(ValueError, match='with another run'):
+    ours.compare(ours)

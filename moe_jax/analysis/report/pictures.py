@@ -66,7 +66,8 @@ PICTURES = (
   Picture(
     'Prices',
     _prices,
-    "q of each expert after each step, in the run's least balanced layer.",
+    "q of each expert after the steps that were recorded, in the run's least "
+    'balanced layer.',
     each=True,
   ),
 )
