@@ -43,12 +43,16 @@ class Balancer(NamedTuple):
     solve: `(state, scores_TxE, *, k, mask_T=None, axis_name=None) ->
       (q_E, state)`. q_E prices the choice of these very tokens.
     observe: `(state, q_E, scores_TxE, choice, *, k, mask_T=None,
-      axis_name=None) -> observation`, a pytree that adds up over microbatches;
-      it does its own collectives over `axis_name`.
+      axis_name=None) -> observation`, a pytree of sums over tokens; it does its
+      own collectives over `axis_name`.
     update: `(state, observation, *, k) -> state`, once per optimizer step,
       with the sum of the step's observations.
     loss: `(scores_BxSxE, choice, *, k, mask_BxS=None, axis_name=None) ->
       scalar`, added to the training loss; the only part with a gradient.
+    additive: whether observations add up over microbatches, so that a step may
+      have several. Whoever accumulates refuses a rule that says False.
+    per_shard: whether each shard has prices of its own, so that a choice
+      depends on how tokens are spread over shards.
   """
 
   init: Callable[[int], Any]
@@ -56,6 +60,8 @@ class Balancer(NamedTuple):
   observe: Callable[..., Any]
   update: Callable[..., Any]
   loss: Callable[..., jax.Array]
+  additive: bool = True
+  per_shard: bool = False
 
 
 def choose(

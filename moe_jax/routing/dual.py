@@ -214,6 +214,7 @@ def _by_shard(improve, lag: bool) -> base.Balancer:
     observe=observe,
     update=update,
     loss=base.no_loss,
+    per_shard=True,
   )
 
 

@@ -92,6 +92,7 @@ def quantile(
     observe=observe_exact if exact else observe_histogram,
     update=update_exact if exact else update_histogram,
     loss=base.no_loss,
+    additive=not exact,
   )
 
 

@@ -34,7 +34,7 @@ def assert_same(actual, expected):
 
 def assert_same_price(name, actual, expected):
   """Bit for bit, except for the rule that sums floats."""
-  if name == 'sinkhorn':
+  if name in rules.BY_SUMS:
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
   else:
     np.testing.assert_array_equal(actual, expected)
@@ -220,16 +220,42 @@ def test_a_token_of_nan_does_not_take_sinkhorn_from_the_others():
   assert np.any(q)
 
 
-def test_exact_quantiles_of_microbatches_are_refused():
-  balancer = rules.RULES['quantile']
-  state, total = balancer.init(EXPERTS), None
-  for seed in (1, 2):
-    scores = rules.skewed_scores(TOKENS, EXPERTS, seed)
+@every_rule
+def test_a_rule_knows_whether_its_observations_add_up(name):
+  """Over microbatches that are priced alike; shards have a mean instead."""
+  balancer, state = rules.RULES[name], warm(name)
+  if balancer.per_shard:
+    return
+  observe = jax.jit(functools.partial(balancer.observe, k=K))
+
+  def seen(scores):
     choice = routing.choose(scores, state.q, k=K)
-    seen = balancer.observe(state, state.q, scores, choice, k=K)
-    total = seen if total is None else jax.tree.map(jnp.add, total, seen)
-  with pytest.raises(ValueError, match="2 observations .*'histogram'"):
-    balancer.update(state, total, k=K)
+    return observe(state, state.q, scores, choice)
+
+  scores = rules.skewed_scores(TOKENS, EXPERTS)
+  parts = jax.tree.map(jnp.add, *map(seen, jnp.split(scores, 2)))
+  if balancer.additive:
+    assert_same(parts, seen(scores))
+  else:
+    with pytest.raises(ValueError, match="2 observations .*'histogram'"):
+      balancer.update(state, parts, k=K)
+
+
+@every_rule
+def test_a_rule_knows_whether_shards_have_prices_of_their_own(name):
+  balancer, state = rules.RULES[name], warm(name)
+  scores = rules.skewed_scores(TOKENS, EXPERTS)
+  together, _, _ = rules.jitted_step(name, K)(state, scores)
+  on_shards = jax.vmap(
+    functools.partial(rules.step, balancer, state, k=K, axis_name='shard'),
+    axis_name='shard',
+    out_axes=(None, 0, 0),
+  )
+  apart, _, _ = jax.jit(on_shards)(scores.reshape(4, -1, EXPERTS))
+  if balancer.per_shard:
+    assert np.max(np.abs(apart.q - together.q)) > 1e-3
+  else:
+    assert_same_price(name, apart.q, together.q)
 
 
 def test_counts_beyond_int32_are_shared_out_exactly():
