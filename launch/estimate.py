@@ -17,6 +17,7 @@ from launch import ahead
 from launch import cost
 from launch import hardware
 from launch import hlo
+from moe_jax import nn
 from moe_jax.config import Config
 from moe_jax.parallel import mesh as meshes
 from moe_jax.train import optimizer as optimizer_lib
@@ -81,7 +82,7 @@ def estimate(
   traced = step.trace(training.abstract, step_lib.Batch(tokens, tokens))
   compiled = ahead.compile_step(traced.lower(), topology)
   memory = _memory(config, training, traced.jaxpr.jaxpr, mesh, compiled)
-  total, active = state_lib.parameter_counts(config, training.abstract.params)
+  total, active = nn.parameter_counts(config.model, training.abstract.params)
   result = {
     'mesh': {**mesh.shape, 'fsdp': config.mesh.fsdp},
     'fits': memory['needed'] <= memory['limit'],

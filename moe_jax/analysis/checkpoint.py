@@ -76,7 +76,7 @@ class Checkpoint:
   @property
   def q(self) -> np.ndarray:
     """Price of every expert of every MoE layer, float32 [L, E]."""
-    return self.router['moe_blocks']['feed_forward']['state']['q']
+    return nn.prices(self.router)
 
   @functools.cached_property
   def params(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 import numpy as np
 
+from moe_jax import nn
 from moe_jax.analysis import drawing
 from moe_jax.analysis import expert_statistics
 from moe_jax.analysis.checkpoint import Checkpoint
@@ -126,7 +127,7 @@ def similarity_figure(checkpoint: Checkpoint, *, layer: int) -> Figure:
   Raises:
     ValueError: there is no such layer.
   """
-  weights = checkpoint.params['moe_blocks']['feed_forward']
+  weights = nn.moe_layers(checkpoint.params)
   router_LxDxE = weights['router']
   expert_statistics.check_layer(layer, len(router_LxDxE))
   router_DxE = np.asarray(router_LxDxE[layer])

@@ -12,7 +12,6 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from moe_jax import routing
 from moe_jax.nn.attention import Attention
@@ -277,26 +276,6 @@ class Decoder(nnx.Module):
       return nnx.state(block, RouterState)
 
     nnx.update(self.moe_blocks, jax.vmap(update)(routers))
-
-
-def parameter_specs(params: nnx.State, mesh: Mesh, *, fsdp: bool) -> nnx.State:
-  """Returns where each parameter of a `Decoder` is, in place of its value."""
-
-  def specs(params, *, stacked):
-    def spec(variable):
-      is_expert = isinstance(variable, ExpertParam)
-      rule = meshes.expert_spec if is_expert else meshes.dense_spec
-      spec = rule(variable.shape[stacked:], mesh, fsdp=fsdp)
-      return variable.replace(P(*(None,) * stacked, *spec))
-
-    return jax.tree.map(spec, params, is_leaf=_is_variable)
-
-  return nnx.State(
-    {
-      name: specs(part, stacked=name in ('dense_blocks', 'moe_blocks'))
-      for name, part in params.items()
-    }
-  )
 
 
 def _is_variable(node) -> bool:

@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 import numpy as np
 
 import moe_jax
+from moe_jax import nn
 from moe_jax.config import Config
 from moe_jax.data import TextData
 from moe_jax.train import evaluate as evaluation
-from moe_jax.train.state import parameter_counts
 
 _PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers')
 
@@ -25,7 +25,7 @@ def of_run(
   config: Config, mesh: Mesh, text: TextData, params: Any
 ) -> dict[str, Any]:
   """Returns versions, devices and sizes of a run, and what is easy to beat."""
-  total, active = parameter_counts(config, params)
+  total, active = nn.parameter_counts(config.model, params)
   evaluated = {
     name: _evaluated(config, tokens) for name, tokens in text.evaluation.items()
   }

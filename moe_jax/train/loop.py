@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from moe_jax import data
+from moe_jax import nn
 from moe_jax.config import Config
 from moe_jax.config import flatten
 from moe_jax.config import freeze
@@ -37,7 +38,6 @@ from moe_jax.train.events import describe
 from moe_jax.train.optimizer import make_optimizer
 from moe_jax.train.state import Training
 from moe_jax.train.state import TrainState
-from moe_jax.train.state import carry_prices
 from moe_jax.train.state import check_memory
 from moe_jax.train.state import make_training
 from moe_jax.train.state import shards_of
@@ -300,7 +300,7 @@ class Run:
             self.workdir / 'run.json', facts | {'config_changes': changes}
           )
     if config['balancer'] != self.config.balancer:
-      router = carry_prices(state.router, self.training.init_router())
+      router = nn.carry_prices(state.router, self.training.init_router())
       state = state._replace(router=router)
     return state, position
 

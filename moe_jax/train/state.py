@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 import dataclasses
-import functools
 import math
 import os
 from typing import Any
@@ -231,38 +230,3 @@ def sharding_table(abstract: TrainState) -> str:
   rows.append(('total', '', '', '', f'{total:,}'))
   columns = ('array', 'shape', 'dtype', 'spec', 'bytes per device')
   return pandas.DataFrame(rows, columns=columns).to_string(index=False)
-
-
-def carry_prices(before: Any, router: Any) -> Any:
-  """Starts routers from the prices that they had under another rule.
-
-  Args:
-    before: router state that was trained.
-    router: initial state of the same routers under the new rule.
-
-  Returns:
-    `router` with its prices, q and any other array of the state of q's shape,
-    such as the pending ones, set to the q before.
-  """
-  q_of = {
-    jax.tree_util.keystr(path[:-1]): leaf
-    for path, leaf in jax.tree.leaves_with_path(before)
-    if jax.tree_util.keystr(path[-1:]) == '.q'
-  }
-
-  def carry(path, leaf):
-    q = q_of.get(jax.tree_util.keystr(path[:-1]), leaf)
-    same = (q.shape, q.dtype) == (leaf.shape, leaf.dtype)
-    return jnp.copy(q) if same else leaf  # No array may be donated twice.
-
-  return jax.tree.map_with_path(carry, router)
-
-
-def parameter_counts(config: Config, params: Any) -> tuple[int, int]:
-  """Counts parameters: all, and those that one token's forward pass uses."""
-  count = functools.partial(jax.tree.reduce, lambda n, x: n + x.size)
-  total = count(params, 0)
-  model = config.model
-  idle = model.experts - model.experts_per_token
-  expert = 3 * model.width * model.hidden
-  return total, total - (model.layers - model.dense_layers) * idle * expert

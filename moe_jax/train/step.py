@@ -134,7 +134,7 @@ def make_train_step(
       )
 
     new = apply_if(finite, update, state)
-    q_LxE = new.router['moe_blocks']['feed_forward']['state'].q
+    q_LxE = nn.prices(new.router)
     metrics = {
       'train/loss': sums.loss,
       'train/aux_loss': sums.auxiliary_loss,
@@ -194,7 +194,7 @@ def squares(tree: Any) -> dict[str, jax.Array]:
   sums = {}
   for path, leaf in jax.tree.leaves_with_path(tree):
     name = jax.tree_util.keystr(path, simple=True, separator='.')
-    stacked = name.partition('.')[0].endswith('_blocks')
+    stacked = nn.is_stacked(path[0].key)
     axes = tuple(range(int(stacked), leaf.ndim))
     sums[name] = jnp.sum(jnp.square(leaf), axis=axes)
   return sums

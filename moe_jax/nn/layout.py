@@ -1,0 +1,110 @@
+"""Where a `Decoder` keeps what: the only file that knows its parts by name.
+
+Shape letters: L MoE layers, E experts.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.nn.config import DecoderConfig
+from moe_jax.nn.moe import ExpertParam
+from moe_jax.parallel import mesh as meshes
+
+
+def is_stacked(part: str) -> bool:
+  """Tells whether arrays of a part of the model have a leading layer axis.
+
+  Args:
+    part: first name on the path of a parameter.
+  """
+  return part in ('dense_blocks', 'moe_blocks')
+
+
+def moe_layers(tree: Mapping[str, Any]) -> Any:
+  """Returns what parameters or router state hold of all MoE layers, stacked.
+
+  Args:
+    tree: nested dicts of a `Decoder`, or an `nnx.State`.
+
+  Returns:
+    A mapping: of parameters, it has `router` [L, D, E], `gate`, `up` and
+    `down`.
+  """
+  return tree['moe_blocks']['feed_forward']
+
+
+def prices(router: Mapping[str, Any]) -> Any:
+  """Returns the price q of every expert of every MoE layer, float32 [L, E].
+
+  Args:
+    router: router state of a `Decoder`: an `nnx.State`, or nested dicts of
+      arrays of jax or NumPy, as they are trained or as a checkpoint has them.
+  """
+  state = moe_layers(router)['state']
+  if isinstance(state, nnx.Variable):
+    state = state.get_value()
+  return state['q'] if isinstance(state, Mapping) else state.q
+
+
+def carry_prices(before: Mapping[str, Any], router: dict[str, Any]) -> Any:
+  """Starts routers from the prices that they had under another rule.
+
+  Args:
+    before: router state that was trained, nested dicts.
+    router: initial state of the same routers under the new rule.
+
+  Returns:
+    `router` with its prices, q and any other array of the state of q's shape,
+    such as the pending ones, set to the q before.
+  """
+  q_LxE = prices(before)
+
+  def carry(leaf):
+    same = (q_LxE.shape, q_LxE.dtype) == (leaf.shape, leaf.dtype)
+    return jnp.copy(q_LxE) if same else leaf  # No array may be donated twice.
+
+  layers = moe_layers(router)
+  layers = layers | {'state': jax.tree.map(carry, layers['state'])}
+  return router | {'moe_blocks': {'feed_forward': layers}}
+
+
+def parameter_counts(
+  config: DecoderConfig, params: Mapping[str, Any]
+) -> tuple[int, int]:
+  """Counts parameters: all, and those that one token's forward pass uses."""
+
+  def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+  total, layers = count(params), moe_layers(params)
+  expert = count([layers[name] for name in ('gate', 'up', 'down')])
+  idle = config.experts - config.experts_per_token
+  return total, total - expert // config.experts * idle
+
+
+def parameter_specs(params: nnx.State, mesh: Mesh, *, fsdp: bool) -> nnx.State:
+  """Returns where each parameter of a `Decoder` is, in place of its value."""
+
+  def specs(params, *, stacked):
+    def spec(variable):
+      is_expert = isinstance(variable, ExpertParam)
+      rule = meshes.expert_spec if is_expert else meshes.dense_spec
+      spec = rule(variable.shape[stacked:], mesh, fsdp=fsdp)
+      return variable.replace(P(*(None,) * stacked, *spec))
+
+    return jax.tree.map(
+      spec, params, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
+
+  return nnx.State(
+    {
+      name: specs(part, stacked=is_stacked(name))
+      for name, part in params.items()
+    }
+  )
