@@ -1,4 +1,4 @@
-"""Writes the reference of all options from the dataclasses that hold them.
+"""Writes the reference of all options from where they are declared.
 
 python -m docs.configuration
 """
@@ -13,17 +13,13 @@ from typing import Any
 
 import griffe
 
-from moe_jax import config as config_lib
-from moe_jax.config import Config
-from moe_jax.config import MeshConfig
-from moe_jax.data import DataConfig
-from moe_jax.nn import DecoderConfig
-from moe_jax.options import Range
+from moe_jax import config
+from moe_jax.options import Option
 
 PAGE = pathlib.Path(__file__).parent / 'pages/configuration.md'
 
 _START = """\
-<!-- Written by `python -m docs.configuration`: change the docstrings. -->
+<!-- Written by `python -m docs.configuration`: change the options. -->
 
 # Configuration
 
@@ -35,21 +31,17 @@ run.
 
 A wrong option is refused in one line before anything is compiled. The ranges
 are there to catch slips. The last column says whether an option **may change**
-when a run goes on from its checkpoint:
+when a run resumes from its checkpoint:
 
 - *yes*: it changes nothing that is computed;
 - *named*: only with `--allow_config_change=NAME`;
 - *no*: another value is another run, which needs another work directory.
 """
 
-_GROUPS = {
-  'model': (DecoderConfig, 'Model', 'Sizes and options of the language model.'),
-  'mesh': (
-    MeshConfig,
-    'Mesh',
-    'Devices along each axis of the mesh; see [Run on a pod](pod.md).',
-  ),
-  'data': (DataConfig, 'Data', 'What text to train and evaluate on.'),
+_SECTIONS = {
+  'model': 'Sizes and options of the language model.',
+  'mesh': 'Devices along each axis of the mesh; see [Run on a pod](pod.md).',
+  'data': 'Text to train and evaluate on.',
 }
 
 _BALANCERS = """\
@@ -68,63 +60,75 @@ The options of one balancer are the arguments of its function.
 
 def reference() -> str:
   """Returns the page, in Markdown."""
-  names = config_lib.flatten(config_lib.to_dict(Config()))
-  names = [name for name in names if not name.startswith('balancer.')]
-  parts = [_START, '## Training\n']
-  parts.append(_table(_option(n, Config, n) for n in names if '.' not in n))
-  for group, (kind, title, about) in _GROUPS.items():
-    parts.append(f'## {title}\n\n{about}\n')
-    fields = [n for n in names if n.startswith(f'{group}.')]
-    parts.append(
-      _table(_option(n, kind, n.removeprefix(f'{group}.')) for n in fields)
-    )
+  parts = [_START, '## Training\n', _options('')]
+  for section, about in _SECTIONS.items():
+    parts.append(f'## {section.capitalize()}\n\n{about}\n')
+    parts.append(_options(f'{section}.'))
   parts.append(_BALANCERS.format(methods=_methods()))
-  for name, function in config_lib.BALANCERS.items():
+  for name, function in config.BALANCERS.items():
     parts.append(f'### {name}\n\n{_summary(name, function)}\n')
     if inspect.signature(function).parameters:
       parts.append(_table(_arguments(function)))
   return '\n'.join(parts)
 
 
-def _option(name: str, kind: type, field: str) -> tuple[str, ...]:
-  default = getattr(kind(), field)
-  return _row(name, default, kind.RANGES.get(field), _described(kind)[field])
+def _options(prefix: str) -> str:
+  """Returns the table of the options of one section."""
+  kind = config.Config
+  if prefix:
+    kind = {f.name: f.type for f in dataclasses.fields(kind)}[prefix[:-1]]
+  module = griffe.load(kind.__module__)
+  members = module[kind.__name__].all_members
+  return _table(
+    _row(
+      f'{prefix}{field.name}',
+      field.default,
+      field.metadata[Option],
+      members[field.name].docstring.value,
+    )
+    for field in dataclasses.fields(kind)
+    if Option in field.metadata and field.name != 'balancer'
+  )
 
 
 def _arguments(function: Callable) -> Iterator[tuple[str, ...]]:
-  meaning = _described(function)
+  docstring = griffe.Docstring(inspect.getdoc(function))
+  meaning = {
+    argument.name: argument.description
+    for part in griffe.parse_google(docstring, warnings=False)
+    if part.kind.value == 'parameters'
+    for argument in part.value
+  }
   for name, parameter in inspect.signature(function).parameters.items():
-    allowed = config_lib.BALANCER_RANGES.get(name)
-    yield _row(f'balancer.{name}', parameter.default, allowed, meaning[name])
+    said = config.ARGUMENTS.get(name, Option())
+    yield _row(f'balancer.{name}', parameter.default, said, meaning[name])
 
 
 def _row(
-  name: str, default: Any, allowed: Range | None, meaning: str
+  name: str, default: Any, said: Option, meaning: str
 ) -> tuple[str, ...]:
-  if config_lib.is_among(name, config_lib.MAY_CHANGE):
-    change = 'yes'
-  elif config_lib.is_among(name, config_lib.CHANGEABLE):
-    change = 'named'
-  else:
-    change = 'no'
   shown = str(default).lower() if isinstance(default, bool) else str(default)
   return (
     f'`{name}`',
     f'`{shown}`' if shown else 'empty',
-    type(default).__name__ + (_range(allowed) if allowed else ''),
-    meaning.replace('|', r'\|'),
-    change,
+    type(default).__name__ + _range(said),
+    ' '.join(meaning.split()).replace('|', r'\|'),
+    config.may_change(name),
   )
 
 
-def _range(allowed: Range) -> str:
+def _range(said: Option) -> str:
+  if said.among:
+    return ', ' + ' or '.join(said.among)
+  if said.most is None:
+    return ''
+  least = said.least if said.above is None else said.above
   least, most = (
     f'{bound:,}' if isinstance(bound, int) else f'{bound:g}'
-    for bound in (allowed.least, allowed.most)
+    for bound in (least, said.most)
   )
-  return (
-    f' above {least}, to {most}' if allowed.above else f', {least} to {most}'
-  )
+  above = said.above is not None
+  return f' above {least}, to {most}' if above else f', {least} to {most}'
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> str:
@@ -133,22 +137,9 @@ def _table(rows: Iterable[tuple[str, ...]]) -> str:
   return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
-def _described(thing: Any) -> dict[str, str]:
-  """Returns what docstrings say of each attribute or argument, by its name."""
-  found = {}
-  if isinstance(thing, type) and dataclasses.is_dataclass(thing.__base__):
-    found = _described(thing.__base__)
-  docstring = griffe.Docstring(inspect.getdoc(thing))
-  for section in griffe.parse_google(docstring, warnings=False):
-    if section.kind.value in ('attributes', 'parameters'):
-      for item in section.value:
-        found[item.name] = ' '.join(item.description.split())
-  return found
-
-
 def _methods() -> str:
   lines = []
-  for method, options in config_lib.METHODS.items():
+  for method, options in config.METHODS.items():
     values = ', '.join(f'{k}={v!r}' for k, v in options.items() if k != 'name')
     lines.append(f'| `{method}` | `{options["name"]}({values})` |')
   return '\n'.join(lines)

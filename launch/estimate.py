@@ -53,9 +53,7 @@ ASSUMPTIONS = (
 
 def without_balancing(config: Config) -> Config:
   """Returns the same config with plain top-k routing."""
-  return dataclasses.replace(
-    config, method='unbalanced', balancer={'name': 'unbalanced'}
-  )
+  return dataclasses.replace(config, balancer={'name': 'unbalanced'})
 
 
 def estimate(

@@ -106,7 +106,7 @@ def _plan(estimate, config, topology, balance, routing) -> dict[str, Any]:
   """Estimates a step, and what balancing and imbalance cost in it."""
   devices = ahead.devices(topology)
   plan = estimate.estimate(config, topology, devices)
-  if routing and plan['fits'] and config.method != 'unbalanced':
+  if routing and plan['fits'] and config.balancer['name'] != 'unbalanced':
     plain = estimate.without_balancing(config)
     plan['balancing'] = estimate.difference(
       plan, estimate.estimate(plain, topology, devices)

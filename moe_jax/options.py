@@ -1,52 +1,154 @@
-"""Which values the options may have."""
+"""What is said of an option in one place, and how values are checked by it.
+
+An option is a field of a dataclass, declared by `option` with its default, its
+range and whether it may change; the string below the field says its meaning.
+Refusals, the reference in the docs and the check of a continued run all read
+that.
+"""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
+import dataclasses
+import difflib
+import math
 from typing import Any
+from typing import Literal
 from typing import NamedTuple
 import unicodedata
 
+Change = Literal['no', 'named', 'yes']
 
-class Range(NamedTuple):
-  """The values that a number may have.
+
+class Option(NamedTuple):
+  """What is known of an option beside its name, type, default and meaning.
 
   Attributes:
-    least: smallest value.
-    most: greatest value. It is there to catch a slip of the hand before jax,
+    least: smallest number.
+    above: number that the value must exceed.
+    most: greatest number. It is there to catch a slip of the hand before jax,
       numpy or the machine's memory do, not to say what is wise.
-    above: whether the value must be greater than `least`.
+    among: all strings that it may be.
+    change: whether it may change when a run is continued, and differ between
+      runs that are compared. 'yes': it changes nothing that is computed;
+      'named': only where --allow_config_change names it; 'no': another value is
+      another run.
   """
 
-  least: float
-  most: float
-  above: bool = False
+  least: float | None = None
+  above: float | None = None
+  most: float | None = None
+  among: tuple[str, ...] = ()
+  change: Change = 'no'
+
+  def check(self, name: str, value: Any) -> None:
+    """Raises ValueError, which has the name, if the value is impossible."""
+    # The comparisons are such that NaN is refused.
+    if self.above is not None and not value > self.above:
+      wanted = f'greater than {self.above}'
+    elif self.least is not None and not value >= self.least:
+      wanted = f'{self.least} or more'
+    elif self.most is not None and not value <= self.most:
+      wanted = f'{self.most} or less'
+    elif self.among and value not in self.among:
+      wanted = f'one of {self.among}'
+    else:
+      return
+    raise ValueError(f'{name}={shown(value)}: must be {wanted}')
 
 
-def check_ranges(
-  values: Any, ranges: Mapping[str, Range], prefix: str = ''
-) -> None:
-  """Raises ValueError for the first number that is out of its range.
+def option(
+  default: Any = dataclasses.MISSING,
+  *,
+  default_factory: Any = dataclasses.MISSING,
+  least: float | None = None,
+  above: float | None = None,
+  most: float | None = None,
+  among: tuple[str, ...] = (),
+  change: Change = 'no',
+) -> Any:
+  """Declares a field of a dataclass; see `Option` for what is said of it."""
+  return dataclasses.field(
+    default=default,
+    default_factory=default_factory,
+    metadata={Option: Option(least, above, most, among, change)},
+  )
+
+
+def options_of(kind: type, prefix: str = '') -> dict[str, dataclasses.Field]:
+  """Returns the options of a dataclass and of its sections, by full name."""
+  found = {}
+  for field in dataclasses.fields(kind):
+    if dataclasses.is_dataclass(field.type):
+      found |= options_of(field.type, f'{prefix}{field.name}.')
+    elif Option in field.metadata:
+      found[prefix + field.name] = field
+  return found
+
+
+def check_options(section: Any, prefix: str = '') -> None:
+  """Raises ValueError for the first option of a dataclass that is impossible.
 
   Args:
-    values: what has the numbers as attributes.
-    ranges: name -> what is allowed.
+    section: an instance.
     prefix: of the names in messages, such as 'model.'.
   """
-  for name, allowed in ranges.items():
-    check_range(f'{prefix}{name}', getattr(values, name), allowed)
+  for field in dataclasses.fields(section):
+    if Option in field.metadata:
+      value = getattr(section, field.name)
+      field.metadata[Option].check(prefix + field.name, value)
 
 
-def check_range(name: str, value: float, allowed: Range) -> None:
-  """Raises ValueError, which has the name, if a number is out of its range."""
-  least, most, above = allowed
-  # The comparisons are such that NaN is refused.
-  if not (value > least if above else value >= least):
-    wanted = f'greater than {least}' if above else f'{least} or more'
-  elif not value <= most:
-    wanted = f'{most} or less'
-  else:
-    return
-  raise ValueError(f'{name}={shown(value)}: must be {wanted}')
+def build(kind: type, options: Mapping[str, Any], prefix: str = '') -> Any:
+  """Builds a dataclass and its sections; checks all names and types."""
+  fields = {field.name: field.type for field in dataclasses.fields(kind)}
+  checked = {}
+  for name, value in options.items():
+    full_name = f'{prefix}{one_line(name)}'
+    if name not in fields:
+      raise ValueError(f'{full_name}: {expected(name, fields)}')
+    wanted = fields[name]
+    if dataclasses.is_dataclass(wanted):
+      value = build(wanted, group(full_name, value), f'{full_name}.')
+    elif wanted in (bool, int, float, str):
+      value = typed(full_name, value, wanted)
+    checked[name] = value
+  return kind(**checked)
+
+
+def group(name: str, value: Any) -> Mapping[str, Any]:
+  """Returns the value, or raises ValueError where it is no group of options."""
+  if not isinstance(value, Mapping):
+    raise ValueError(f'{name}={shown(value)}: must be a group of options')
+  return value
+
+
+def typed(name: str, value: Any, wanted: type) -> Any:
+  """Returns a value of the type `wanted`, or raises ValueError with the name.
+
+  A whole number does for a float.
+  """
+  if wanted is float and type(value) is int and abs(value) < 2**1000:
+    return float(value)
+  if type(value) is not wanted:
+    raise ValueError(
+      f'{name}={shown(value)}: must be of type {wanted.__name__}'
+    )
+  if wanted is float and not math.isfinite(value):
+    raise ValueError(f'{name}={value}: must be finite')
+  if wanted is str and not is_plain(value):
+    raise ValueError(
+      f'{name}={shown(value)}: must be one line without control characters'
+    )
+  return value
+
+
+def expected(name: Any, known: Iterable[str]) -> str:
+  """Says of an unknown name which are known and which was meant perhaps."""
+  known = sorted(known)
+  close = difflib.get_close_matches(str(name), known, n=1)
+  hint = f'did you mean {close[0]}? ' if close else ''
+  return f'unknown; {hint}known are {", ".join(known)}'
 
 
 def shown(value: Any) -> str:

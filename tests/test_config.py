@@ -5,15 +5,15 @@ import dataclasses
 from ml_collections import ConfigDict
 import pytest
 
-from moe_jax import config as config_lib
+from moe_jax import config
 
 
-@pytest.mark.parametrize('method', config_lib.METHODS)
+@pytest.mark.parametrize('method', config.METHODS)
 def test_every_option_survives_the_way_through_flags_and_json(method):
-  options = config_lib.default_config(method)
-  config = config_lib.freeze(options)
-  assert config_lib.to_dict(config) == options.to_dict()
-  assert config.method == method
+  options = config.default_config(method)
+  frozen = config.freeze(options)
+  assert config.to_dict(frozen) == options.to_dict()
+  assert config.method_of(frozen.balancer) == method
 
 
 def test_flags_can_type_every_option():
@@ -26,16 +26,16 @@ def test_flags_can_type_every_option():
       else:
         assert type(value) in (bool, int, float, str), name
 
-  check(config_lib.default_config())
+  check(config.default_config())
 
 
 def test_derived_options_follow():
-  options = config_lib.default_config()
+  options = config.default_config()
   options.data.vocabulary, options.capacity_factor = 321, 1.5
-  model = config_lib.freeze(options).model
+  model = config.freeze(options).model
   assert (model.vocabulary, model.capacity_factor) == (321, 1.5)
   with pytest.raises(ValueError, match='vocabulary'):
-    config_lib.freeze({'model': {'vocabulary': 7}})
+    config.freeze({'model': {'vocabulary': 7}})
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,6 @@ def test_derived_options_follow():
     ('learning_rate', float('nan'), 'learning_rate=nan: must be finite'),
     ('capacity_factor', float('inf'), 'capacity_factor=inf: must be finite'),
     ('seed', 2**32, 'seed=4294967296: must be 4294967295 or less'),
-    ('method', 'loss_free', "method='loss_free': does not stand for"),
-    ('method', 'nonsense', "method='nonsense'"),
     ('capacity_factor', -0.5, 'capacity_factor=-0.5'),
     ('model.experts_per_token', 17, 'experts_per_token=17: must be at most'),
     ('model.experts', 0, 'model.experts=0'),
@@ -67,14 +65,14 @@ def test_derived_options_follow():
   ],
 )
 def test_impossible_values_are_refused(path, value, message):
-  options = config_lib.default_config()
+  options = config.default_config()
   *groups, name = path.split('.')
   section = options
   for group in groups:
     section = section[group]
   section[name] = value
   with pytest.raises(ValueError, match=message.replace('.', r'\.')):
-    config_lib.freeze(options)
+    config.freeze(options)
 
 
 @pytest.mark.parametrize(
@@ -94,14 +92,151 @@ def test_impossible_values_are_refused(path, value, message):
 )
 def test_wrong_names_and_types_are_refused(options, message):
   with pytest.raises(ValueError) as error:
-    config_lib.freeze(options)
+    config.freeze(options)
   assert message in str(error.value)
 
 
 def test_whole_numbers_do_for_floats():
-  assert config_lib.freeze({'learning_rate': 1}).learning_rate == 1.0
+  assert config.freeze({'learning_rate': 1}).learning_rate == 1.0
 
 
 def test_config_is_frozen():
   with pytest.raises(dataclasses.FrozenInstanceError):
-    config_lib.Config().steps = 1
+    config.Config().steps = 1
+
+
+@pytest.mark.parametrize(
+  ('balancer', 'method'),
+  [
+    ({'name': 'bip'}, 'bip'),  # Arguments that are missing have their default.
+    ({'name': 'bip', 'iterations': 6}, 'bip(iterations=6)'),
+    ({'name': 'midpoint', 'lag': True, 'iterations': 4}, 'midpoint_lag'),
+    ({'name': 'bip', 'scope': 'shard'}, "bip(scope='shard')"),
+    ({'name': 'of_another_version', 'a': 1}, 'of_another_version(a=1)'),
+  ],
+)
+def test_a_method_is_named_after_its_options(balancer, method):
+  assert config.method_of(balancer) == method
+
+
+def test_what_does_not_add_up_is_refused_with_several_microbatches():
+  quantile = {'name': 'quantile', 'estimator': 'exact'}
+  with pytest.raises(ValueError, match='accumulation=2: .*') as error:
+    config.freeze({'accumulation': 2, 'balancer': quantile})
+  assert "or balancer.estimator='histogram'" in str(error.value)
+  quantile['estimator'] = 'histogram'
+  frozen = config.freeze({'accumulation': 2, 'balancer': quantile})
+  assert frozen.balancer_rule.additive
+  config.freeze({'balancer': {'name': 'quantile'}})
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({}, 'eval_every=0'),
+    ({'eval_every': 30}, 'meet at step 300'),
+    ({'eval_every': 200, 'checkpoint_every': 200}, 'steps=200'),
+    (
+      {'eval_every': 50, 'data': {'evaluation_sets': 'shakespeare'}},
+      'data.evaluation_sets=shakespeare has no validation set',
+    ),
+  ],
+)
+def test_keeping_the_best_is_refused_where_it_never_acts(options, message):
+  options = {'checkpoints_kept_best': 1, **options}
+  with pytest.raises(ValueError) as error:
+    config.freeze(options)
+  assert str(error.value).startswith('checkpoints_kept_best=1: ')
+  assert message in str(error.value)
+  # It was accepted before, and such runs can still be opened.
+  assert config.freeze(config.upgrade(options)).checkpoints_kept_best == 0
+
+
+def test_keeping_the_best_is_accepted_where_two_can_be_compared():
+  options = {'checkpoints_kept_best': 1, 'eval_every': 50}
+  assert config.freeze(options).checkpoints_kept_best == 1
+  assert config.upgrade(options)['checkpoints_kept_best'] == 1
+
+
+def test_an_evaluation_is_bounded_unless_that_is_said():
+  assert 0 < config.Config().eval_sequences < 1000
+  assert config.freeze({'eval_sequences': 0}).eval_sequences == 0
+
+
+def test_an_older_config_is_brought_up_to_date():
+  old = config.default_config('loss_free').to_dict() | {'method': 'loss_free'}
+  del old['eval_solved'], old['model']['remat']
+  new = config.upgrade(old)
+  assert new == config.default_config('loss_free').to_dict()
+  assert new['eval_solved']  # As every evaluation did before.
+  assert config.upgrade(new) == new
+
+
+def changed(**options):
+  before = config.to_dict(config.Config())
+  return before, config.to_dict(config.freeze(before | options))
+
+
+def test_differences_are_of_what_is_computed():
+  before, now = changed(
+    steps=300,
+    checkpoint_every=7,
+    mesh={'expert': 2},
+    data={'cache_dir': 'elsewhere', 'vocabulary': 300},
+    balancer={'name': 'loss_free', 'rate': 0.01},
+  )
+  found = config.differences(before, now)
+  assert found.pop('steps') == (200, 300)
+  assert found.pop('data.vocabulary') == (6400, 300)
+  assert found.pop('balancer.rate') == (None, 0.01)
+  assert found.pop('balancer.name') == ('bip', 'loss_free')
+  assert all(name.startswith('balancer.') for name in found)
+  assert not config.differences(before, now, ['steps', 'data', 'balancer'])
+
+
+def test_what_changes_in_a_run_is_refused_unless_that_is_said():
+  before, now = changed(steps=300, learning_rate=0.1, skipped_steps=3)
+  config.check_changes(None, now, where='--workdir=x')
+  allowed = ['steps', 'learning_rate', 'balancer']
+  config.check_changes(before, now, allowed, where='--workdir=x')
+  with pytest.raises(ValueError) as error:
+    config.check_changes(before, now, ['steps'], where='--workdir=x')
+  assert str(error.value) == (
+    '--workdir=x: holds a run of another config: learning_rate=0.1 (was '
+    '0.0005); choose another work directory, or continue with the change by '
+    '--allow_config_change=learning_rate'
+  )
+  before, now = changed(steps=300, seed=1)
+  with pytest.raises(ValueError, match='another work directory$'):
+    config.check_changes(before, now, ['steps'], where='--workdir=x')
+
+
+@pytest.mark.parametrize(
+  ('name', 'message'),
+  [
+    ('stepz', 'stepz: no such option'),
+    ('seed', 'seed: cannot change in a run; what can is steps, '),
+    ('model', 'model: cannot change in a run; .*, balancer, .*, model.dtype'),
+    ('mesh.expert.x', 'mesh.expert.x: no such option'),
+  ],
+)
+def test_only_what_may_change_can_be_allowed(name, message):
+  with pytest.raises(ValueError, match=f'^--allow_config_change={message}'):
+    config.check_changes(*changed(), [name], where='--workdir=x')
+
+
+@pytest.mark.parametrize(
+  ('name', 'change'),
+  [
+    ('steps', 'named'),
+    ('balancer.rate', 'named'),
+    ('model.dtype', 'named'),
+    ('model.width', 'no'),
+    ('model', 'no'),
+    ('mesh.fsdp', 'yes'),
+    ('data.cache_dir', 'yes'),
+    ('unknown', 'no'),
+  ],
+)
+def test_what_may_change(name, change):
+  assert config.may_change(name) == change

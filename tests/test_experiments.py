@@ -6,9 +6,9 @@ from flax import nnx
 import jax
 import pytest
 
-from moe_jax import config as config_lib
+from moe_jax import config
 from moe_jax import main as command_line
-from moe_jax.train import state as state_lib
+from moe_jax.train import state as states
 
 FILES = [
   path
@@ -20,12 +20,12 @@ FILES = [
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
 def test_methods_differ_in_the_balancer_alone(path):
   frozen = {}
-  for method in config_lib.METHODS:
+  for method in config.METHODS:
     options = command_line.load_experiment(f'{path}:{method}')
-    frozen[method] = config_lib.to_dict(config_lib.freeze(options))
-  for options in frozen.values():
-    balancer = options.pop('balancer')
-    assert balancer.items() >= config_lib.METHODS[options.pop('method')].items()
+    frozen[method] = config.to_dict(config.freeze(options))
+  for method, options in frozen.items():
+    of_method = config.METHODS[method].items()
+    assert options.pop('balancer').items() >= of_method
   assert all(options == frozen['bip'] for options in frozen.values())
 
 
@@ -34,8 +34,8 @@ def test_methods_differ_in_the_balancer_alone(path):
 )
 def test_paper_sizes(name, millions):
   options = command_line.load_experiment(f'experiments/{name}.py:bip')
-  config = config_lib.freeze(options)
-  model = nnx.eval_shape(lambda: state_lib.make_model(config))
+  frozen = config.freeze(options)
+  model = nnx.eval_shape(lambda: states.make_model(frozen))
   params = nnx.state(model, nnx.Param)
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert round(count / 1e6, 1) == millions

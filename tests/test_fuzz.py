@@ -1,7 +1,6 @@
 """No flag, experiment file or option ends in anything but one clear line."""
 
 import contextlib
-import dataclasses
 import io
 import pathlib
 import tempfile
@@ -14,10 +13,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import pytest
 
-from moe_jax import config as config_lib
+from moe_jax import config
 from moe_jax import main as command_line
-from moe_jax.data import DataConfig
-from moe_jax.nn import DecoderConfig
+from moe_jax.options import Option
+from moe_jax.options import options_of
 from moe_jax.parallel import mesh as meshes
 from moe_jax.train import optimizer
 from moe_jax.train import state
@@ -42,49 +41,70 @@ def paths(options, prefix='config'):
 # --- Every option has a range ------------------------------------------------
 
 FREE_TEXT = {  # On purpose: names of data sets, files and features.
-  'dataset',
-  'files',
-  'validation_files',
-  'text_field',
-  'tfds_dir',
-  'cache_dir',
+  'data.dataset',
+  'data.files',
+  'data.validation_files',
+  'data.text_field',
+  'data.tfds_dir',
+  'data.cache_dir',
+}
+OPTIONS = options_of(config.Config)
+NUMBERS = {
+  name: field for name, field in OPTIONS.items() if field.type in (int, float)
 }
 
 
+def with_option(name, value, **model):
+  """Returns the defaults with one value in the place of another."""
+  options = config.to_dict(config.Config())
+  options['model'] |= model
+  *groups, last = name.split('.')
+  section = options[groups[0]] if groups else options
+  section[last] = value
+  return options
+
+
+def test_every_option_is_declared():
+  flat = config.flatten(config.to_dict(config.Config()))
+  of_balancer = {name for name in flat if name.startswith('balancer.')}
+  assert OPTIONS.keys() - {'balancer'} == flat.keys() - of_balancer
+
+
+@pytest.mark.parametrize('name', NUMBERS)
+def test_every_number_has_a_range(name):
+  wanted, said = NUMBERS[name].type, NUMBERS[name].metadata[Option]
+  least = said.least if said.above is None else said.above
+  for value in (least - 1, said.most * 2 + 2):
+    with pytest.raises(ValueError, match=rf'\b{name}='):
+      config.freeze(with_option(name, wanted(value)))
+
+
 @pytest.mark.parametrize(
-  'kind', [config_lib.Config, config_lib.MeshConfig, DataConfig, DecoderConfig]
+  'name',
+  [
+    name
+    for name, field in OPTIONS.items()
+    if field.type is str and name not in FREE_TEXT
+  ],
 )
-def test_every_number_has_a_range_and_every_text_its_values(kind):
-  fields = dataclasses.fields(kind)
-  numbers = {field.name for field in fields if field.type in (int, float)}
-  assert set(kind.RANGES) == numbers
-  for field in fields:
-    if field.type is str and not (
-      kind is DataConfig and field.name in FREE_TEXT
-    ):
-      options = {field.name: 'no such value'}
-      with pytest.raises(ValueError, match=f'{field.name}='):
-        kind(**options)
-    elif field.type in (int, float):
-      allowed = kind.RANGES[field.name]
-      for value in (allowed.least - 1, allowed.most * 2 + 2):
-        with pytest.raises(ValueError, match=rf'\b{field.name}='):
-          kind(**{field.name: field.type(value)})
+def test_every_text_has_its_values(name):
+  with pytest.raises(ValueError, match=f'{name}='):
+    config.freeze(with_option(name, 'no such value'))
 
 
-@pytest.mark.parametrize('method', config_lib.METHODS)
+@pytest.mark.parametrize('method', config.METHODS)
 def test_every_argument_of_a_balancer_has_a_range_or_values(method):
-  options = config_lib.balancer_options(**config_lib.METHODS[method])
+  options = config.balancer_options(**config.METHODS[method])
   for name, value in options.items():
     if type(value) in (int, float):
-      allowed = config_lib.BALANCER_RANGES[name]
-      wrong = (allowed.least - 1, allowed.most * 2)
+      said = config.ARGUMENTS[name]
+      wrong = (said.least - 1, said.most * 2)
     else:
       wrong = () if type(value) is bool else ('no such value',)
     for other in wrong:
       balancer = {**options, name: type(value)(other)}
       with pytest.raises(ValueError, match=rf'^balancer\.{name}='):
-        config_lib.freeze({'method': method, 'balancer': balancer})
+        config.freeze({'balancer': balancer})
 
 
 @pytest.mark.parametrize(
@@ -96,12 +116,12 @@ def test_every_argument_of_a_balancer_has_a_range_or_values(method):
 )
 def test_tokens_of_a_step_can_be_counted(options):
   with pytest.raises(ValueError, match=r'batch_size=.*less than 2\^31'):
-    config_lib.freeze(options)
+    config.freeze(options)
 
 
 # --- Flags -------------------------------------------------------------------
 
-NAMES = sorted(paths(config_lib.default_config()))
+NAMES = sorted(paths(config.default_config()))
 values = st.one_of(
   st.sampled_from(
     ['', 'nan', '-inf', 'None', 'true', '()', '(1, 2)', '[', '0x1', '1_0']
@@ -138,9 +158,7 @@ arguments = st.one_of(
 )
 command_lines = st.builds(
   lambda first, rest: [*first, *rest],
-  st.sampled_from(
-    [[f'--config={DEMO}:{m}'] for m in config_lib.METHODS] + [[]]
-  ),
+  st.sampled_from([[f'--config={DEMO}:{m}'] for m in config.METHODS] + [[]]),
   st.lists(arguments, max_size=4),
 )
 
@@ -153,7 +171,7 @@ def one_line_or_config(argv):
       options, _ = command_line.parse(
         ['main', *argv], others={'print_sharding': False}
       )
-      assert isinstance(config_lib.freeze(options), config_lib.Config)
+      assert isinstance(config.freeze(options), config.Config)
   except ValueError as error:
     assert type(error) is ValueError
     message = str(error)
@@ -222,7 +240,7 @@ overrides = st.lists(
 
 
 def freeze_overridden(method, changes):
-  options = config_lib.default_config(method).to_dict()
+  options = config.default_config(method).to_dict()
   for name, value in changes:
     *groups, last = name.split('.')[1:]
     section = options
@@ -232,7 +250,7 @@ def freeze_overridden(method, changes):
         return
     section[last] = value
   try:
-    config_lib.freeze(options)
+    config.freeze(options)
   except ValueError as error:
     assert type(error) is ValueError
     message = str(error)
@@ -246,14 +264,14 @@ def test_number_that_python_cannot_print_is_refused():
 
 
 @hypothesis.settings(NO_DEADLINE, max_examples=200)
-@hypothesis.given(st.sampled_from(sorted(config_lib.METHODS)), overrides)
+@hypothesis.given(st.sampled_from(sorted(config.METHODS)), overrides)
 def test_any_options_are_one_line(method, changes):
   freeze_overridden(method, changes)
 
 
 @pytest.mark.long
 @hypothesis.settings(NO_DEADLINE, max_examples=10_000)
-@hypothesis.given(st.sampled_from(sorted(config_lib.METHODS)), overrides)
+@hypothesis.given(st.sampled_from(sorted(config.METHODS)), overrides)
 def test_any_options_are_one_line_long(method, changes):
   freeze_overridden(method, changes)
 
@@ -404,16 +422,14 @@ ARGUMENTS = {
 @st.composite
 def small_configs(draw):
   """Options that may or may not fit together."""
-  method = draw(
-    st.sampled_from(['bip', 'loss_controlled', *config_lib.METHODS])
-  )
-  balancer = config_lib.balancer_options(**config_lib.METHODS[method])
+  method = draw(st.sampled_from(['bip', 'loss_controlled', *config.METHODS]))
+  balancer = config.balancer_options(**config.METHODS[method])
   for name, value in balancer.items():
     if name != 'name':
       balancer[name] = draw(
         st.booleans() if type(value) is bool else ARGUMENTS[name]
       )
-  options = {'method': method, 'balancer': balancer, **draw(fitting_options)}
+  options = {'balancer': balancer, **draw(fitting_options)}
   for name, value in draw(st.lists(other_options, max_size=1)):
     *groups, last = name.split('.')
     section = options[groups[0]] if groups else options
@@ -424,12 +440,12 @@ def small_configs(draw):
 def trace_or_refuse(options, devices):
   """Traces a training step, or gets ValueError that we raised ourselves."""
   try:
-    config = config_lib.freeze(options)
+    frozen = config.freeze(options)
     mesh = meshes.make_mesh(
-      config.mesh.data, config.mesh.expert, devices=jax.devices()[:devices]
+      frozen.mesh.data, frozen.mesh.expert, devices=jax.devices()[:devices]
     )
     training = state.make_training(
-      config, optimizer.make_optimizer(config), mesh
+      frozen, optimizer.make_optimizer(frozen), mesh
     )
   except ValueError as error:
     assert type(error) is ValueError
@@ -437,11 +453,11 @@ def trace_or_refuse(options, devices):
     assert '/moe_jax/' in frame.filename, frame
     return False
   tokens = jax.ShapeDtypeStruct(
-    (config.batch_size, config.sequence_length),
+    (frozen.batch_size, frozen.sequence_length),
     jnp.int32,
     sharding=jax.sharding.NamedSharding(mesh, meshes.BATCH),
   )
-  train_step = step.make_train_step(config, training)
+  train_step = step.make_train_step(frozen, training)
   train_step.trace(training.abstract, step.Batch(tokens, tokens))
   return True
 
@@ -463,24 +479,16 @@ def test_any_config_is_refused_or_traced_long(options, devices):
 @pytest.mark.parametrize('end', ['least', 'most'])
 def test_each_end_of_a_range_is_refused_or_traced(end):
   outcomes = {}
-  for group, kind in (
-    ('', config_lib.Config),
-    ('model', DecoderConfig),
-    ('mesh', config_lib.MeshConfig),
-    ('data', DataConfig),
-  ):
-    for name, allowed in kind.RANGES.items():
-      if name == 'layers' or (group == 'model' and name in config_lib._DERIVED):
-        continue  # 1024 layers are traced, but not in seconds.
-      field = {field.name: field for field in dataclasses.fields(kind)}[name]
-      value = getattr(allowed, end)
-      if end == 'least' and allowed.above:
-        value = 1e-323
-      options = config_lib.to_dict(config_lib.Config())
-      options['model'] |= {'width': 16, 'hidden': 16, 'layers': 1}
-      section = options[group] if group else options
-      section[name] = field.type(value)
-      outcomes[f'{group}.{name}'] = trace_or_refuse(options, 1)
+  small = {'width': 16, 'hidden': 16, 'layers': 1}
+  for name, field in NUMBERS.items():
+    if name == 'model.layers':
+      continue  # 1024 layers are traced, but not in seconds.
+    said = field.metadata[Option]
+    value = said.most if end == 'most' else said.least
+    if value is None:
+      value = 1e-323  # Just above 0.
+    options = with_option(name, field.type(value), **small)
+    outcomes[name] = trace_or_refuse(options, 1)
   assert sum(outcomes.values()) > len(outcomes) / 2, outcomes
 
 

@@ -63,7 +63,9 @@ class Checkpoint:
     self._tokenizer, self._version = tokenizer, version
     self._meta = self._read(checkpoint.read_meta)
     self.step = self._meta['position']['step']
-    self.config = self._read(lambda _: config_lib.freeze(self._meta['config']))
+    self.config = self._read(
+      lambda _: config_lib.freeze(config_lib.upgrade(self._meta['config']))
+    )
 
   def __repr__(self) -> str:
     return f'Checkpoint({str(self.path)!r})'

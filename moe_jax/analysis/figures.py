@@ -126,7 +126,7 @@ def price_figure(run: Run, *, layer: int, named: int = 3) -> Figure:
   _price_lines(lines, prices, named)
   lines.set_ylabel('price q (units of scores)')
   lines.set_title(
-    f'{run.config["method"]}, layer {layer}; experts of the highest and the '
+    f'{run.method}, layer {layer}; experts of the highest and the '
     'lowest prices, by number',
     loc='left',
     fontsize='medium',
@@ -262,7 +262,7 @@ def progress_figure(run: Run) -> Figure:
 def _how_far(run: Run) -> str:
   step, steps = int(run.metrics.index[-1]), run.config['steps']
   done = f'step {step:,} of {steps:,} ({step / steps:.0%})'
-  title = f'{run.config["method"]}: {done}'
+  title = f'{run.method}: {done}'
   if step >= steps:
     return f'{title}, done'
   seconds = run.metrics['time/step_seconds']

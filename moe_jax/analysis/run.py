@@ -13,6 +13,7 @@ import pandas as pd
 
 from moe_jax.analysis.checkpoint import Checkpoint
 from moe_jax.analysis.routed_text import RoutedText
+from moe_jax.config import method_of
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.parallel import mesh as meshes
 from moe_jax.train import checkpoint
@@ -40,6 +41,11 @@ class Run:
   def config(self) -> dict[str, Any]:
     """The whole nested config, from `config.json`."""
     return self._read_json('config.json')
+
+  @property
+  def method(self) -> str:
+    """Name of its balancer and options, for tables and figures."""
+    return self.config.get('method') or method_of(self.config['balancer'])
 
   @functools.cached_property
   def facts(self) -> dict[str, Any]:

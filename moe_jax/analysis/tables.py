@@ -71,7 +71,7 @@ def summarize(run: Run) -> dict[str, Any]:
   steady = metrics.iloc[COMPILING_STEPS:]
   seconds = steady['time/step_seconds'].quantile([0.25, 0.5, 0.75])
   summary = {
-    'method': run.config['method'],
+    'method': run.method,
     'balancer': _balancer_label(run.config['balancer']),
     'seed': run.config['seed'],
     'steps': steps,

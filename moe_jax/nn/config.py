@@ -1,69 +1,50 @@
 """Sizes and options of the model."""
 
 import dataclasses
-from typing import ClassVar
 
-from moe_jax.options import Range
-from moe_jax.options import check_ranges
+from moe_jax.options import check_options
+from moe_jax.options import option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-  """Sizes and options of an MoE layer.
+  """Sizes and options of an MoE layer."""
 
-  Attributes:
-    width: D, size of a token's vector.
-    hidden: F, width of each expert.
-    experts: E, routed experts.
-    experts_per_token: K, of which each token takes that many.
-    shared_experts: experts of width F that every token takes.
-    scoring: how logits become scores, 'softmax' or 'sigmoid'.
-    renormalize_gates: whether a token's gates are divided by their sum.
-    router_z_loss: weight of mean(logsumexp(logits)^2), 0 for none.
-    capacity_factor: room of each expert in training, in units of its even
-      share; what does not fit is dropped. 0 is dropless; evaluation always is.
-    round_to_capacity: whether training routes are rounded so that no expert of
-      a shard of n tokens, padding included, gets more than ceil(n K / E), and
-      no token is dropped.
-    shards: equal parts of a batch that fill buffers of their own, round by
-      themselves and, where the balancer's scope is 'shard', solve by
-      themselves; 0 is one for each device of the mesh. Must be a multiple of
-      the devices, and their very number if several shards of a device would
-      have to solve by themselves.
-    ragged_exchange: whether rows without capacity travel by ragged all-to-all.
-      False pads them, as CPUs do anyway; some slices cannot do without: v5e of
-      16 x 16, if a whole side lies along the mesh axis `expert`.
-    dtype: compute dtype of experts, 'float32' or 'bfloat16'. Parameters and
-      the router are float32.
-  """
-
-  RANGES: ClassVar[dict[str, Range]] = {
-    'width': Range(1, 2**17),
-    'hidden': Range(1, 2**20),
-    'experts': Range(1, 2**14),
-    'experts_per_token': Range(1, 2**14),
-    'shared_experts': Range(0, 2**10),
-    'router_z_loss': Range(0, 1e6),
-    'capacity_factor': Range(0, 2**14),
-    'shards': Range(0, 2**20),
-  }
-
-  width: int = 512
-  hidden: int = 1408
-  experts: int = 16
-  experts_per_token: int = 4
-  shared_experts: int = 1
-  scoring: str = 'softmax'
-  renormalize_gates: bool = True
-  router_z_loss: float = 0.0
-  capacity_factor: float = 0.0
-  round_to_capacity: bool = False
-  shards: int = 0
-  ragged_exchange: bool = True
-  dtype: str = 'float32'
+  width: int = option(512, least=1, most=2**17)
+  """D, size of a token's vector."""
+  hidden: int = option(1408, least=1, most=2**20)
+  """F, width of each expert."""
+  experts: int = option(16, least=1, most=2**14)
+  """E, number of routed experts."""
+  experts_per_token: int = option(4, least=1, most=2**14)
+  """K, number of them that each token takes."""
+  shared_experts: int = option(1, least=0, most=2**10)
+  """Number of experts of width F that every token takes."""
+  scoring: str = option('softmax', among=('softmax', 'sigmoid'))
+  """Function from logits to scores."""
+  renormalize_gates: bool = option(True)
+  """Whether a token's gates are divided by their sum."""
+  router_z_loss: float = option(0.0, least=0, most=1e6, change='named')
+  """Weight of mean(logsumexp(logits)^2), 0 for none."""
+  capacity_factor: float = 0.0  # An option of Config.
+  round_to_capacity: bool = option(False, change='named')
+  """Whether training routes are rounded so that no expert of a shard of n
+  tokens, padding included, gets more than ceil(n K / E), and no token is
+  dropped."""
+  shards: int = option(0, least=0, most=2**20, change='named')
+  """Equal parts of a batch that fill buffers of their own, round by themselves
+  and, where each shard has prices of its own, solve by themselves; 0 is one for
+  each device of the mesh. Must be a multiple of the devices, and their very
+  number if several shards of a device would have to solve by themselves."""
+  ragged_exchange: bool = option(True, change='yes')
+  """Whether rows without capacity travel by ragged all-to-all. False pads them,
+  as CPUs do anyway. Some slices cannot do without padding: v5e of 16 x 16, if a
+  whole side lies along the mesh axis `expert`."""
+  dtype: str = option('float32', among=('float32', 'bfloat16'), change='named')
+  """Compute dtype of the experts. Parameters and the router are float32."""
 
   def __post_init__(self):
-    check_ranges(self, self.RANGES, 'model.')
+    check_options(self, 'model.')
     if self.experts_per_token > self.experts:
       raise ValueError(
         f'model.experts_per_token={self.experts_per_token}: must be at most '
@@ -74,14 +55,6 @@ class MoEConfig:
         f'capacity_factor={self.capacity_factor}: must be 0 or at least 1 with '
         'model.round_to_capacity, which drops nothing'
       )
-    for name, known in (
-      ('scoring', ('softmax', 'sigmoid')),
-      ('dtype', ('float32', 'bfloat16')),
-    ):
-      if getattr(self, name) not in known:
-        raise ValueError(
-          f'model.{name}={getattr(self, name)!r}: must be one of {known}'
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,39 +62,25 @@ class DecoderConfig(MoEConfig):
   """Sizes and options of the language model, besides those of its MoE layers.
 
   The defaults are the MiniMind of arXiv 2502.15451 with 16 experts.
-
-  Attributes:
-    vocabulary: V, tokens known.
-    layers: L, of which the first `dense_layers` have no experts.
-    dense_layers: leading layers with one dense SwiGLU.
-    dense_hidden: its width.
-    heads: query heads; must divide `width` into even head widths.
-    kv_heads: key/value heads; must divide `heads`.
-    rope_theta: base of the rotary frequencies.
-    norm_epsilon: added to the mean square.
-    remat: whether the backward pass recomputes each layer from its input.
   """
 
-  RANGES: ClassVar[dict[str, Range]] = MoEConfig.RANGES | {
-    'vocabulary': Range(1, 2**24),
-    'layers': Range(1, 2**10),
-    'dense_layers': Range(0, 2**10),
-    'dense_hidden': Range(1, 2**20),
-    'heads': Range(1, 2**12),
-    'kv_heads': Range(1, 2**12),
-    'rope_theta': Range(0, 1e30, above=True),
-    'norm_epsilon': Range(0, 1.0, above=True),
-  }
-
-  vocabulary: int = 6400
-  layers: int = 8
-  dense_layers: int = 0
-  dense_hidden: int = 1408
-  heads: int = 8
-  kv_heads: int = 2
-  rope_theta: float = 1e6
-  norm_epsilon: float = 1e-5
-  remat: bool = False
+  vocabulary: int = 6400  # An option of DataConfig.
+  layers: int = option(8, least=1, most=2**10)
+  """L, of which the first `dense_layers` have no experts."""
+  dense_layers: int = option(0, least=0, most=2**10)
+  """Number of leading layers with one dense SwiGLU."""
+  dense_hidden: int = option(1408, least=1, most=2**20)
+  """Width of that SwiGLU."""
+  heads: int = option(8, least=1, most=2**12)
+  """Number of query heads; must divide `width` into even head widths."""
+  kv_heads: int = option(2, least=1, most=2**12)
+  """Number of key/value heads; must divide `heads`."""
+  rope_theta: float = option(1e6, above=0, most=1e30)
+  """Base of the rotary frequencies."""
+  norm_epsilon: float = option(1e-5, above=0, most=1.0)
+  """Added to the mean square in normalization."""
+  remat: bool = option(False, change='named')
+  """Whether the backward pass recomputes each layer from its input."""
 
   def __post_init__(self):
     super().__post_init__()

@@ -14,6 +14,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.proto import summary_pb2
 
 from moe_jax.config import flatten
+from moe_jax.config import method_of
 
 _SECONDS_BETWEEN_FLUSHES = 30.0
 # So many a run, however long: TensorBoard keeps 500 of a name and draws 51.
@@ -97,7 +98,7 @@ def describe(options: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
   """Returns what a run is as Markdown: its config and its `run.json`."""
   return '\n\n'.join(
     [
-      f'# {_literal(options["method"])}, seed {options["seed"]}',
+      f'# {_literal(method_of(options["balancer"]))}, seed {options["seed"]}',
       'Histograms are over the experts of a layer: `router/load` is each '
       "expert's load / mean load, a peak at 1 is balance.",
       _table('option', flatten(options)),

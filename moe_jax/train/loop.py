@@ -20,7 +20,9 @@ from moe_jax import nn
 from moe_jax.config import Config
 from moe_jax.config import flatten
 from moe_jax.config import freeze
+from moe_jax.config import method_of
 from moe_jax.config import to_dict
+from moe_jax.config import upgrade
 from moe_jax.data.cache import open_cache
 from moe_jax.parallel import exchange
 from moe_jax.parallel import mesh as meshes
@@ -134,7 +136,7 @@ class Run:
         telemetry = stack.enter_context(
           Telemetry(
             directory,
-            label=f'{self.config.method} seed {self.config.seed}',
+            label=f'{method_of(self.config.balancer)} seed {self.config.seed}',
             step=position.step,
             steps=self.config.steps,
             tokens_per_step=self.config.batch_size
@@ -274,7 +276,7 @@ class Run:
         return self.training
       # All of the old options: they agree with each other.
       mesh = dataclasses.asdict(self.config.mesh)
-      before = freeze(config | {'mesh': mesh})
+      before = freeze(upgrade(config) | {'mesh': mesh})
       return make_training(before, make_optimizer(before), self.mesh)
 
     state, position, config = restore_newest(

@@ -302,6 +302,7 @@ def test_newest_best_and_every_so_many_are_kept(trained, tmp_path):
     checkpoints_kept=2,
     checkpoints_kept_every=4,
     checkpoints_kept_best=1,
+    eval_every=1,
   )
   state = restore(*trained).state
   losses = [math.nan, 1.0, 8.0, 2.0, 7.0, None, 6.0, 5.0, 3.0]

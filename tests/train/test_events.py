@@ -125,7 +125,7 @@ def test_a_long_run_has_no_more_histograms_than_tensorboard_keeps(tmp_path):
 
 def test_text(tmp_path):
   options = {
-    'method': 'bip',
+    'balancer': {'name': 'bip', 'iterations': 4},
     'seed': 3,
     'data': {'files': 'a|b_*_`c`\n<script>alert(1)</script>'},
   }

@@ -49,7 +49,7 @@ def gather(runs: Sequence[Run], tell: Callable[[str], None]) -> Gathered:
       raise ValueError(
         f'{run.workdir}: no run of this version: {error} is missing'
       ) from error
-    methods[run.config['method']].append(run)
+    methods[run.method].append(run)
   try:
     return Gathered(named, summaries, tables.comparison(methods), '')
   except ValueError as error:

@@ -30,7 +30,7 @@ class Picture(NamedTuple):
 def _frontier(named: Mapping[str, Run]) -> Figure:
   methods = {}
   for run in named.values():
-    methods.setdefault(str(run.config['method']), []).append(run)
+    methods.setdefault(run.method, []).append(run)
   return frontier_figure(methods)
 
 
@@ -123,7 +123,7 @@ def _image(figure: Figure, **options: Any) -> bytes:
 
 def _labelled(named: Mapping[str, Run]) -> dict[str, Run]:
   """Names runs as legends have room for: by their methods, if these differ."""
-  names = [str(run.config['method']) for run in named.values()]
+  names = [run.method for run in named.values()]
   if len(set(names)) < len(names):
     names = list(named)
   labels = {}

@@ -1,0 +1,136 @@
+"""The balancers by name: their options are their functions' arguments."""
+
+from collections.abc import Mapping
+import inspect
+from typing import Any
+
+from moe_jax import routing
+from moe_jax.options import Option
+from moe_jax.options import expected
+from moe_jax.options import one_line
+from moe_jax.options import shown
+from moe_jax.options import typed
+
+# `balancer.name` -> the function whose arguments the other options are.
+BALANCERS = {
+  'bip': routing.bip,
+  'loss_controlled': routing.loss_controlled,
+  'loss_free': routing.loss_free,
+  'midpoint': routing.midpoint,
+  'quantile': routing.quantile,
+  'sinkhorn': routing.sinkhorn,
+  'unbalanced': routing.unbalanced,
+}
+
+# Ranges of the numbers among those arguments. The functions know what is
+# impossible; these are the bounds of what jax and the memory can take.
+ARGUMENTS = {
+  'alpha': Option(least=0, most=1e6),
+  'bins': Option(least=2, most=2**20),
+  'ema': Option(least=0, most=1),
+  'iterations': Option(least=0, most=10**6),
+  'rate': Option(least=0, most=1e6),
+  'temperature': Option(least=1e-6, most=1e6),
+}
+
+# What `--config=FILE.py:METHOD` accepts: the settings of arXiv 2502.15451 for
+# its three methods, and the other rules with their defaults.
+METHODS = {
+  'loss_controlled': {'name': 'loss_controlled', 'alpha': 0.1},
+  'loss_free': {'name': 'loss_free', 'rate': 1e-3},
+  'bip': {'name': 'bip', 'iterations': 4},
+  'bip_t2': {'name': 'bip', 'iterations': 2},
+  'bip_t8': {'name': 'bip', 'iterations': 8},
+  'bip_t14': {'name': 'bip', 'iterations': 14},
+  'bip_lag': {'name': 'bip', 'iterations': 4, 'lag': True},
+  'midpoint': {'name': 'midpoint', 'iterations': 4},
+  'midpoint_lag': {'name': 'midpoint', 'iterations': 4, 'lag': True},
+  'quantile': {'name': 'quantile'},
+  'quantile_histogram': {'name': 'quantile', 'estimator': 'histogram'},
+  'sinkhorn': {'name': 'sinkhorn'},
+  'unbalanced': {'name': 'unbalanced'},
+}
+
+
+def balancer_options(name: str, **arguments: Any) -> dict[str, Any]:
+  """Returns every option of a balancer, defaults filled in from its function.
+
+  Args:
+    name: a key of `BALANCERS`.
+    **arguments: those that are not to have their default.
+
+  Raises:
+    ValueError: the balancer or an option is unknown, or of the wrong type.
+  """
+  if not isinstance(name, str) or name not in BALANCERS:
+    raise ValueError(
+      f'balancer.name={shown(name)}: {expected(name, BALANCERS)}'
+    )
+  options = _defaults(name)
+  for key, value in arguments.items():
+    if key not in options:
+      raise ValueError(
+        f'balancer.{one_line(key)}: {name} has no such option, but '
+        f'{", ".join(options) or "none at all"}; another method is chosen by '
+        f'--config=FILE.py:METHOD'
+      )
+    options[key] = typed(f'balancer.{key}', value, type(options[key]))
+  return {'name': name, **options}
+
+
+def make_balancer(options: Mapping[str, Any]) -> routing.Balancer:
+  """Calls the balancer's function with its options.
+
+  Raises:
+    ValueError: an option is unknown, of the wrong type or impossible.
+  """
+  options = balancer_options(**options)
+  name = options.pop('name')
+  for key in options.keys() & ARGUMENTS.keys():
+    ARGUMENTS[key].check(f'balancer.{key}', options[key])
+  try:
+    return BALANCERS[name](**options)
+  except ValueError as error:
+    raise ValueError(f'balancer.{error}') from error
+
+
+def additive_instead(name: str) -> str:
+  """Says which options make a balancer's observations add up, if any."""
+  for options in METHODS.values():
+    if options['name'] == name and make_balancer(options).additive:
+      return ' or ' + ' and '.join(
+        f'balancer.{key}={value!r}'
+        for key, value in options.items()
+        if key != 'name'
+      )
+  return ''
+
+
+def method_of(options: Mapping[str, Any]) -> str:
+  """Returns the name of a balancer with its options, for tables and figures.
+
+  Args:
+    options: the group `balancer` of a config, of another version maybe.
+
+  Returns:
+    The key of `METHODS` that stands for exactly these options; else the
+    function and the arguments that are not its defaults, such as
+    `bip(iterations=6)`.
+  """
+  arguments = dict(options)
+  name = arguments.pop('name')
+  defaults = _defaults(name) if name in BALANCERS else {}
+  for method, of_method in METHODS.items():
+    if balancer_options(**of_method) == {'name': name, **defaults, **arguments}:
+      return method
+  changed = (
+    f'{key}={value!r}'
+    for key, value in arguments.items()
+    if key not in defaults or value != defaults[key]
+  )
+  return f'{name}({", ".join(changed)})'
+
+
+def _defaults(name: str) -> dict[str, Any]:
+  parameters = inspect.signature(BALANCERS[name]).parameters
+  return {key: parameter.default for key, parameter in parameters.items()}

@@ -1,0 +1,84 @@
+"""Configs as nested dicts, as flags and JSON have them, and back."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from moe_jax.config.balancers import BALANCERS
+from moe_jax.config.balancers import METHODS
+from moe_jax.config.balancers import balancer_options
+from moe_jax.config.schema import Config
+from moe_jax.options import build
+from moe_jax.options import expected
+from moe_jax.options import group
+from moe_jax.options import shown
+
+# Model options that follow from others and are not set by themselves.
+_DERIVED = ('vocabulary', 'capacity_factor')
+
+
+def default_config(method: str = 'bip') -> ConfigDict:
+  """Returns every option with its default and the balancer of `method`.
+
+  Args:
+    method: a key of `METHODS`.
+  """
+  if method not in METHODS:
+    raise ValueError(f'method {method!r}: {expected(method, METHODS)}')
+  balancer = balancer_options(**METHODS[method])
+  return ConfigDict(to_dict(Config(balancer=balancer)))
+
+
+def freeze(options: ConfigDict | Mapping[str, Any]) -> Config:
+  """Builds the validated `Config`.
+
+  Raises:
+    ValueError: an option is unknown, of the wrong type or impossible; the
+      message names it, its value and what would work.
+  """
+  if isinstance(options, ConfigDict):
+    options = options.to_dict()
+  options = dict(options)
+  if 'balancer' in options:
+    options['balancer'] = _balancer(group('balancer', options['balancer']))
+  if set(group('model', options.get('model', {}))) & set(_DERIVED):
+    raise ValueError(f'model: {_DERIVED} follow from other options')
+  config = build(Config, options)
+  model = dataclasses.replace(
+    config.model,
+    vocabulary=config.data.vocabulary,
+    capacity_factor=config.capacity_factor,
+  )
+  return dataclasses.replace(config, model=model)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+  """Returns the options as nested dicts of numbers, strings and booleans."""
+  options = dataclasses.asdict(config)
+  for name in _DERIVED:
+    del options['model'][name]
+  return options
+
+
+def flatten(options: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Returns nested options by their full names, such as `model.experts`."""
+  flat = {}
+  for name, value in options.items():
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def _balancer(options: Mapping[str, Any]) -> dict[str, Any]:
+  for name in options:
+    if not isinstance(name, str):
+      raise ValueError(f'balancer.{shown(name)}: names are strings')
+  if 'name' not in options:
+    raise ValueError(
+      f'balancer.name: missing; known are {", ".join(BALANCERS)}'
+    )
+  return balancer_options(**options)

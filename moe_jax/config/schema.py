@@ -1,0 +1,170 @@
+"""Every option of a training run, as frozen dataclasses."""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import math
+from typing import Any
+
+from moe_jax import routing
+from moe_jax.config.balancers import additive_instead
+from moe_jax.config.balancers import balancer_options
+from moe_jax.config.balancers import make_balancer
+from moe_jax.data import DataConfig
+from moe_jax.data.config import split_names
+from moe_jax.nn import DecoderConfig
+from moe_jax.options import check_options
+from moe_jax.options import option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Devices along each axis of the mesh; -1 takes what is left."""
+
+  data: int = option(-1, least=-1, most=2**20, change='yes')
+  """Copies of the model, each with its own part of the batch."""
+  expert: int = option(1, least=-1, most=2**14, change='yes')
+  """Parts into which the experts are split."""
+  fsdp: bool = option(False, change='yes')
+  """Whether parameters and optimizer state are split over `data` as well
+  (ZeRO-3); needs model.remat."""
+
+  def __post_init__(self):
+    check_options(self, 'mesh.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """One training run.
+
+  Raises:
+    ValueError: a value is impossible; the message names option and value.
+  """
+
+  steps: int = option(200, least=1, most=10**9, change='named')
+  """Optimizer steps. The learning rate falls to its end over all of them, so it
+  jumps where a run is continued with another number."""
+  seed: int = option(0, least=0, most=2**32 - 1)  # jax takes it modulo 2^32.
+  """Seed of the initial weights and of the order of the data."""
+  batch_size: int = option(8, least=1, most=2**24)
+  """Sequences per step, over all devices and microbatches."""
+  sequence_length: int = option(256, least=2, most=2**24)
+  """Tokens per sequence."""
+  accumulation: int = option(1, least=1, most=2**24, change='named')
+  """Microbatches per step, computed one after the other."""
+  learning_rate: float = option(5e-4, above=0, most=1e3, change='named')
+  """Peak of the learning rate, after warm-up; a cosine takes it to a tenth."""
+  warmup_steps: int = option(0, least=0, most=10**9, change='named')
+  """Steps of linear warm-up."""
+  weight_decay: float = option(0.01, least=0, most=1e3, change='named')
+  """Weight decay of AdamW, on every parameter, as in MiniMind."""
+  gradient_clip: float = option(1.0, above=0, most=1e30, change='named')
+  """Greatest global norm of the gradient."""
+  capacity_factor: float = option(0.0, least=0, most=2**14, change='named')
+  """Room of each expert in training, in units of its even share; what does not
+  fit is dropped. 0.0 is dropless; evaluation always is."""
+  eval_every: int = option(0, least=0, most=10**9, change='named')
+  """Steps between evaluations; 0 evaluates at the end only."""
+  eval_sequences: int = option(256, least=0, most=10**9, change='named')
+  """Most sequences of each evaluation set that are evaluated; 0 takes all."""
+  eval_solved: bool = option(True, change='named')
+  """Whether each evaluation makes a second pass, in which the balancer solves
+  for the prices of each batch."""
+  checkpoint_every: int = option(100, least=1, most=10**9, change='yes')
+  """Steps between checkpoints; the last step is saved as well."""
+  checkpoints_kept: int = option(2, least=1, most=10**6, change='yes')
+  """Number of newest checkpoints to keep."""
+  checkpoints_kept_every: int = option(0, least=0, most=10**9, change='yes')
+  """Steps between further checkpoints to keep; 0 keeps none of them."""
+  checkpoints_kept_best: int = option(0, least=0, most=10**6, change='yes')
+  """Number of checkpoints to keep by lowest validation loss, of those at steps
+  with an evaluation."""
+  skipped_steps: int = option(10, least=1, most=10**9, change='yes')
+  """Number of skipped steps in a row that end the run. A step whose loss,
+  gradient or router logits are not finite is skipped: it changes nothing."""
+  experts_every: int = option(1, least=1, most=10**9, change='yes')
+  """Steps between records of every expert's load and price, the greater part of
+  the metrics where there are many experts."""
+  balancer: Mapping[str, Any] = option(
+    default_factory=lambda: balancer_options('bip'), change='named'
+  )
+  """Name of the balancer and the arguments of its function."""
+  model: DecoderConfig = DecoderConfig()
+  mesh: MeshConfig = MeshConfig()
+  data: DataConfig = DataConfig()
+
+  def __post_init__(self):
+    check_options(self)
+    chosen = self.model.experts_per_token
+    pairs = self.batch_size * self.sequence_length * chosen
+    if pairs >= 2**31:
+      raise ValueError(
+        f'batch_size={self.batch_size}: times sequence_length='
+        f'{self.sequence_length} times model.experts_per_token={chosen} must '
+        'be less than 2^31, or the loads of a step could not be counted'
+      )
+    if self.batch_size % self.accumulation:
+      raise ValueError(
+        f'accumulation={self.accumulation}: must divide '
+        f'batch_size={self.batch_size}'
+      )
+    if self.warmup_steps >= self.steps:
+      raise ValueError(
+        f'warmup_steps={self.warmup_steps}: must be less than '
+        f'steps={self.steps}'
+      )
+    if self.mesh.fsdp and not self.model.remat:
+      raise ValueError(
+        'mesh.fsdp=True: needs model.remat=True, or the gathered weights of '
+        'all layers would be kept for the backward pass'
+      )
+    if self.model.round_to_capacity and 0 < self.capacity_factor < 1:
+      raise ValueError(
+        f'capacity_factor={self.capacity_factor}: must be 0 or at least 1 with '
+        'model.round_to_capacity, which drops nothing'
+      )
+    if not self.balancer_rule.additive and self.accumulation > 1:
+      raise ValueError(
+        f'accumulation={self.accumulation}: what the balancer observes does '
+        'not add up over microbatches; set accumulation=1'
+        + additive_instead(self.balancer['name'])
+      )
+    useless = why_none_is_best(
+      self.steps,
+      self.eval_every,
+      self.checkpoint_every,
+      self.data.evaluation_sets,
+    )
+    if self.checkpoints_kept_best and useless:
+      raise ValueError(
+        f'checkpoints_kept_best={self.checkpoints_kept_best}: {useless}'
+      )
+
+  @functools.cached_property
+  def balancer_rule(self) -> routing.Balancer:
+    """The balancer that the options `balancer` describe."""
+    return make_balancer(self.balancer)
+
+
+def why_none_is_best(
+  steps: int, eval_every: int, checkpoint_every: int, evaluation_sets: str
+) -> str:
+  """Says why the best checkpoint would always be the last; else empty.
+
+  The last step is saved and evaluated in any case, and kept as the newest.
+  """
+  if 'validation' not in split_names(evaluation_sets):
+    return (
+      f'data.evaluation_sets={evaluation_sets} has no validation set, whose '
+      'loss says which are best'
+    )
+  if not eval_every:
+    return 'eval_every=0 evaluates at the last step only; set it'
+  meeting = math.lcm(eval_every, checkpoint_every)
+  if meeting >= steps:
+    return (
+      f'no step before the last, steps={steps}, has both a checkpoint and an '
+      f'evaluation: eval_every={eval_every} and checkpoint_every='
+      f'{checkpoint_every} meet at step {meeting}'
+    )
+  return ''
