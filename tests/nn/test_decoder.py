@@ -255,7 +255,6 @@ def test_parameters_of_the_paper():
   ('overrides', 'words'),
   [
     ({'layers': 0}, ['model.layers=0', '1 or more']),
-    ({'vocabulary': 0}, ['model.vocabulary=0', '1 or more']),
     ({'dense_layers': 3}, ['model.dense_layers=3', 'model.layers=3']),
     ({'dense_layers': -1}, ['model.dense_layers=-1', '0 or more']),
     ({'heads': 3}, ['model.heads=3', 'model.width=16']),
