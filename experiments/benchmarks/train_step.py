@@ -35,7 +35,6 @@ import numpy as np
 from moe_jax import config as config_lib
 from moe_jax import main as command_line
 from moe_jax.parallel import mesh as meshes
-from moe_jax.train import loop
 from moe_jax.train import optimizer
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
@@ -53,7 +52,7 @@ def our_step(
     config, optimizer.make_optimizer(config), mesh
   )
   state = training.init()
-  batch = loop.to_devices(
+  batch = step_lib.to_devices(
     mesh, {'inputs': tokens_BxS[:, :-1], 'targets': tokens_BxS[:, 1:]}
   )
   compiled = (
@@ -62,8 +61,8 @@ def our_step(
 
   def step():
     nonlocal state
-    state, metrics = compiled(state, batch)
-    jax.block_until_ready((state, metrics))
+    state, *told = compiled(state, batch)
+    jax.block_until_ready((state, told))
 
   return step, compiled.as_text()
 

@@ -15,6 +15,7 @@ from moe_jax.nn.moe import ExpertParam
 from moe_jax.nn.moe import MoE
 from moe_jax.nn.moe import MoEOutput
 from moe_jax.nn.moe import RouterState
+from moe_jax.nn.router import router_metrics
 
 __all__ = [
   'Decoder',
@@ -32,4 +33,5 @@ __all__ = [
   'parameter_counts',
   'parameter_specs',
   'prices',
+  'router_metrics',
 ]

@@ -34,20 +34,19 @@ class MoEOutput(NamedTuple):
 
   Attributes:
     loss: float32 scalar, the balancer's loss and the router z-loss.
-    dropped: int32 scalar, (token, expert) pairs that found no room.
     scores: float32 [T, E], of all tokens, batch-major.
     choice: experts, raw gates and loads; rounded where that is asked for, and
       before any drop.
-    unrounded_load: int32 [E], of the choice that the balancer saw.
-    finite: bool scalar, whether all logits of unmasked tokens are.
+    sums: what adds up over the microbatches of a step, for `router_metrics`:
+      int32 `load` [E] of `choice`; `dropped`, the (token, expert) pairs that
+      found no room; `infinite`, devices with logits that are not finite; with
+      rounding, `unrounded_load` [E] of the choice that the balancer saw.
   """
 
   loss: jax.Array
-  dropped: jax.Array
   scores: jax.Array
   choice: routing.Choice
-  unrounded_load: jax.Array
-  finite: jax.Array
+  sums: dict[str, jax.Array]
 
 
 class MoE(nnx.Module):
@@ -168,14 +167,7 @@ class MoE(nnx.Module):
     )
     batch, same = meshes.BATCH, P()
     choice = routing.Choice(experts=batch, gates=batch, load=same)
-    output = MoEOutput(
-      loss=same,
-      dropped=same,
-      scores=batch,
-      choice=choice,
-      unrounded_load=same,
-      finite=same,
-    )
+    output = MoEOutput(loss=same, scores=batch, choice=choice, sums=same)
     return jax.shard_map(
       functools.partial(apply, specs=specs),
       mesh=mesh,
@@ -229,13 +221,17 @@ def _apply(
     config,
     _for_use(weights, specs, dtype),
     x_BxSxD.reshape(-1, config.width).astype(dtype),
-    routed.rounded,
+    routed.choice,
     None if mask_BxS is None else mask_BxS.reshape(-1),
     static=train and (config.capacity_factor > 0 or config.round_to_capacity),
     groups=groups,
     axis_name=None if specs is None else 'expert',
   )
-  output = _report(routed, mixed.dropped, axes)
+  sums = routed.sums | {'dropped': mixed.dropped}
+  if axes is not None:
+    sums = lax.psum(sums, axes)
+  choice = routed.choice._replace(load=sums['load'])
+  output = MoEOutput(routed.loss, routed.scores, choice, sums)
   return mixed.y.reshape(x_BxSxD.shape), output, routed.moved
 
 
@@ -247,22 +243,6 @@ def _for_use(weights, specs, dtype) -> dispatch.ExpertWeights:
     lambda weight, spec: meshes.gather_experts(weight, spec, dtype),
     weights,
     specs,
-  )
-
-
-def _report(routed: router.Routed, dropped, axes) -> MoEOutput:
-  """Adds up what each device has counted."""
-  load_E, seen_E, dropped = (
-    x if axes is None else lax.psum(x, axes)
-    for x in (routed.rounded.load, routed.choice.load, dropped)
-  )
-  return MoEOutput(
-    loss=routed.loss,
-    dropped=dropped,
-    scores=routed.scores,
-    choice=routed.rounded._replace(load=load_E),
-    unrounded_load=seen_E,
-    finite=routed.finite,
   )
 
 

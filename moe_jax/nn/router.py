@@ -23,20 +23,49 @@ class Routed(NamedTuple):
   """What a router makes of the tokens of one device.
 
   Attributes:
-    choice: the choice by prices, whose loads the balancer sees.
-    rounded: the choice to take; the same without rounding.
+    choice: the choice to take; its loads are those of this device.
     scores: float32 [T, E].
     loss: float32 scalar over all devices.
-    finite: bool scalar, whether all logits on all devices are.
+    sums: counts of this device, see `router_metrics`.
     moved: the balancer's new state and its observation; None where q is frozen.
   """
 
   choice: routing.Choice
-  rounded: routing.Choice
   scores: jax.Array
   loss: jax.Array
-  finite: jax.Array
+  sums: dict[str, jax.Array]
   moved: tuple[Any, Any] | None
+
+
+def router_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """Turns the sums of a step into metrics.
+
+  A metric is an entry here; what it is made of, if that is not there yet, is
+  an entry of `Routed.sums`: all that adds up over devices and microbatches.
+
+  Args:
+    sums: of all MoE layers, stacked along a leading layer axis.
+
+  Returns:
+    Scalars; [L] or [L, E] where the name ends in '/layer'.
+  """
+  load_LxE = sums['load']
+  violation_L = routing.max_violation(load_LxE)
+  # In float32: over all layers of a pod's step it may not fit into an int32.
+  pairs = jnp.maximum(jnp.sum(load_LxE, dtype=jnp.float32), 1)
+  dropped = jnp.sum(sums['dropped'], dtype=jnp.float32)
+  metrics = {
+    'router/max_violation': jnp.mean(violation_L),
+    'router/min_violation': jnp.mean(routing.min_violation(load_LxE)),
+    'router/dropped': dropped / pairs,
+    'router/max_violation/layer': violation_L,
+    'router/load/layer': load_LxE,
+  }
+  if 'unrounded_load' in sums:
+    metrics['router/max_violation_unrounded'] = jnp.mean(
+      routing.max_violation(sums['unrounded_load'])
+    )
+  return metrics
 
 
 def route(
@@ -92,9 +121,13 @@ def route(
   else:
     choice = routing.choose(scores_TxE, state.q, k=k, mask_T=mask_T)
     rounded, loss, moved = choice, jnp.float32(0.0), None
-  infinite = jnp.any(~jnp.isfinite(logits_BxSxE)).astype(jnp.int32)
-  finite = total(infinite) == 0
-  return Routed(choice, rounded, scores_TxE, loss, finite, moved)
+  sums = {
+    'load': rounded.load,
+    'infinite': jnp.any(~jnp.isfinite(logits_BxSxE)).astype(jnp.int32),
+  }
+  if config.round_to_capacity:
+    sums['unrounded_load'] = choice.load
+  return Routed(rounded, scores_TxE, loss, sums, moved)
 
 
 def _total(x, *, axis_name):

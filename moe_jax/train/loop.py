@@ -12,8 +12,6 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-import numpy as np
 
 from moe_jax import data
 from moe_jax import nn
@@ -45,6 +43,7 @@ from moe_jax.train.state import make_training
 from moe_jax.train.state import shards_of
 from moe_jax.train.step import Batch
 from moe_jax.train.step import make_train_step
+from moe_jax.train.step import to_devices
 from moe_jax.train.telemetry import Telemetry
 
 
@@ -184,10 +183,10 @@ class Run:
     sequence = position.next_sequence
     batches = self.training_batches(sequence)
     while step < config.steps:
-      state, metrics = train_step(state, next(batches))
+      state, metrics, diagnostics = train_step(state, next(batches))
       step += 1
       first, sequence = sequence, sequence + config.batch_size
-      telemetry.push(step, metrics, range(first, sequence))
+      telemetry.push(step, metrics, diagnostics, range(first, sequence))
       last = step == config.steps
       loss = None
       if last or (config.eval_every and step % config.eval_every == 0):
@@ -344,17 +343,6 @@ class Run:
         self.evaluation_batches(name),
       ).items()
     }
-
-
-def to_devices(mesh: Mesh, batch: dict[str, np.ndarray]) -> Batch:
-  """Splits the rows of a batch over all devices of all processes."""
-  sharding = NamedSharding(mesh, meshes.BATCH)
-  return Batch(
-    **{
-      name: jax.make_array_from_process_local_data(sharding, rows)
-      for name, rows in batch.items()
-    }
-  )
 
 
 def _with_shards(config: Config, mesh: Mesh) -> Config:

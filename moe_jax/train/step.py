@@ -1,6 +1,7 @@
 """One optimizer step: the place where the training state changes."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
 
@@ -8,12 +9,14 @@ from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+import numpy as np
 import optax
 
 from moe_jax import nn
-from moe_jax import routing
 from moe_jax.config import Config
-from moe_jax.train import telemetry
+from moe_jax.parallel import mesh as meshes
 from moe_jax.train.optimizer import make_schedule
 from moe_jax.train.state import Training
 from moe_jax.train.state import TrainState
@@ -33,15 +36,15 @@ class Batch(NamedTuple):
   mask: jax.Array | None = None
 
 
-class _Sums(NamedTuple):
-  """What adds up over microbatches, per layer where there are layers."""
-
-  loss: jax.Array
-  auxiliary_loss: jax.Array
-  load_LxE: jax.Array
-  unrounded_load_LxE: jax.Array
-  dropped: jax.Array
-  infinite_L: jax.Array  # microbatches with logits that are not finite
+def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Batch:
+  """Splits the rows of a batch over all devices of all processes."""
+  sharding = NamedSharding(mesh, meshes.BATCH)
+  return Batch(
+    **{
+      name: jax.make_array_from_process_local_data(sharding, rows)
+      for name, rows in batch.items()
+    }
+  )
 
 
 def cross_entropy(logits_BxSxV: jax.Array, batch: Batch) -> jax.Array:
@@ -52,111 +55,126 @@ def cross_entropy(logits_BxSxV: jax.Array, batch: Batch) -> jax.Array:
   return loss_BxS if batch.mask is None else jnp.where(batch.mask, loss_BxS, 0)
 
 
-def _microbatches(batch: Batch, count: int) -> Batch:
-  # Strided, so that every device has rows of each microbatch.
-  def split(x):
-    return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-
-  return jax.tree.map(split, batch)
-
-
 def make_train_step(
   config: Config, training: Training
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-  """Builds the jit-compiled step `(state, batch) -> (state, metrics)`.
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict, dict]]:
+  """Builds the jit-compiled step.
 
-  The state given is donated. The loss is the mean over the tokens of the whole
-  step; losses of balancers are averaged over microbatches.
+  The loss is the mean over the tokens of the whole step; losses of balancers
+  are averaged over microbatches.
+
+  Returns:
+    `(state, batch) -> (state, metrics, diagnostics)`. The state given is
+    donated. Metrics have a value for each MoE layer where their name ends in
+    '/layer'. Diagnostics are for the report of a step that was skipped:
+    `infinite` [L], more than 0 where a router's logits are not finite, and the
+    `squares` of `gradient` and `parameters`.
   """
-  optimizer, accumulation = training.optimizer, config.accumulation
   schedule = make_schedule(config)
 
   def losses(params, router, batch, tokens):
     model = nnx.merge(training.graphdef, params, router, copy=True)
     logits, outputs = model(batch.inputs, batch.mask, train=True)
-    sums = _Sums(
-      loss=jnp.sum(cross_entropy(logits, batch)) / tokens,
-      auxiliary_loss=jnp.sum(outputs.loss) / accumulation,
-      load_LxE=outputs.choice.load,
-      unrounded_load_LxE=outputs.unrounded_load,
-      dropped=jnp.sum(outputs.dropped, dtype=jnp.float32),
-      infinite_L=1 - outputs.finite.astype(jnp.int32),
-    )
-    router = nnx.to_pure_dict(nnx.state(model, nn.RouterState))
-    return sums.loss + sums.auxiliary_loss, (router, sums)
+    sums = {
+      'loss': jnp.sum(cross_entropy(logits, batch)) / tokens,
+      'auxiliary_loss': jnp.sum(outputs.loss) / config.accumulation,
+      'router': outputs.sums,
+    }
+    return sums['loss'] + sums['auxiliary_loss'], (sums, _router_state(model))
 
-  def gradients(params, router, batch):
-    """Returns gradients, sums and router state after all microbatches."""
-    tokens = batch.inputs.size if batch.mask is None else jnp.sum(batch.mask)
-    tokens = jnp.maximum(tokens, 1)
-    gradient = jax.grad(losses, has_aux=True)
-    if accumulation == 1:
-      total, (router, sums) = gradient(params, router, batch, tokens)
-      return total, sums, router
-
-    def add(carry, microbatch):
-      total, sums, router = carry
-      new, (router, new_sums) = gradient(params, router, microbatch, tokens)
-      total, sums = jax.tree.map(jnp.add, (total, sums), (new, new_sums))
-      return (total, sums, router), None
-
-    microbatches = _microbatches(batch, accumulation)
-    first = jax.tree.map(lambda x: x[0], microbatches)
-    shapes = jax.eval_shape(gradient, params, router, first, tokens)
-    total, (_, sums) = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), shapes
-    )
-    carry, _ = lax.scan(add, (total, sums, router), microbatches)
-    return carry
-
-  def update_router(params, router):
-    model = nnx.merge(training.graphdef, params, router, copy=True)
+  def update(state, gradient, router):
+    with jax.named_scope('optimizer'):
+      updates, optimizer = training.optimizer.update(
+        gradient, state.optimizer, state.params
+      )
+      params = optax.apply_updates(state.params, updates)
+    model = nnx.merge(training.graphdef, state.params, router, copy=True)
     model.update_router()
-    return nnx.to_pure_dict(nnx.state(model, nn.RouterState))
+    return TrainState(state.step, params, optimizer, _router_state(model))
 
   def train_step(state, batch):
-    gradient, sums, router = gradients(state.params, state.router, batch)
+    tokens = batch.inputs.size if batch.mask is None else jnp.sum(batch.mask)
+    tokens = jnp.maximum(tokens, 1)
+
+    def gradients(router, batch):
+      gradient, (sums, router) = jax.grad(losses, has_aux=True)(
+        state.params, router, batch, tokens
+      )
+      return (gradient, sums), router
+
+    (gradient, sums), router = add_up(
+      gradients, state.router, batch, config.accumulation
+    )
     gradient_squares = squares(gradient)
     gradient_norm = jnp.sqrt(sum(map(jnp.sum, gradient_squares.values())))
-    loss = sums.loss + sums.auxiliary_loss
-    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-    finite &= ~jnp.any(sums.infinite_L)
-
-    def update(state):
-      with jax.named_scope('optimizer'):
-        updates, optimizer_state = optimizer.update(
-          gradient, state.optimizer, state.params
-        )
-        params = optax.apply_updates(state.params, updates)
-      router_state = update_router(state.params, router)
-      return state._replace(
-        params=params, optimizer=optimizer_state, router=router_state
-      )
-
-    new = apply_if(finite, update, state)
-    q_LxE = nn.prices(new.router)
+    finite = jnp.isfinite(sums['loss'] + sums['auxiliary_loss'])
+    finite &= jnp.isfinite(gradient_norm)
+    finite &= ~jnp.any(sums['router']['infinite'])
+    new = apply_if(finite, lambda state: update(state, gradient, router), state)
     metrics = {
-      'train/loss': sums.loss,
-      'train/aux_loss': sums.auxiliary_loss,
+      'train/loss': sums['loss'],
+      'train/aux_loss': sums['auxiliary_loss'],
       'train/gradient_norm': gradient_norm,
       'train/learning_rate': schedule(_updates(state.optimizer)),
-      **_router_metrics(sums, config.model.round_to_capacity),
-      'router/q/layer': q_LxE,
-      telemetry.SQUARES: {
+      **nn.router_metrics(sums['router']),
+      'router/q/layer': nn.prices(new.router),
+    }
+    diagnostics = {
+      'infinite': sums['router']['infinite'],
+      'squares': {
         'gradient': gradient_squares,
         'parameters': squares_unless(finite, new.params),
       },
     }
-    return new._replace(step=state.step + 1), metrics
+    return new._replace(step=state.step + 1), metrics, diagnostics
 
   shardings = jax.tree.map(lambda x: x.sharding, training.abstract)
-  # Metrics whole on every device, so that every process can read them.
+  whole = shardings.step  # So that every process can read them.
   return jax.jit(
     train_step,
     donate_argnums=0,
-    out_shardings=(shardings, shardings.step),
+    out_shardings=(shardings, whole, whole),
     compiler_options=training.compiler_options,
   )
+
+
+def _router_state(model: nn.Decoder) -> dict[str, Any]:
+  return nnx.to_pure_dict(nnx.state(model, nn.RouterState))
+
+
+def add_up(
+  function: Callable[[Any, Batch], tuple[Any, Any]],
+  carry: Any,
+  batch: Batch,
+  count: int,
+) -> tuple[Any, Any]:
+  """Sums over microbatches what a function returns, one after the other.
+
+  Args:
+    function: `(carry, microbatch) -> (sums, carry)`.
+    carry: what the first microbatch starts from.
+    batch: to be split.
+    count: microbatches, of equal size.
+
+  Returns:
+    The sums, and the carry of the last microbatch.
+  """
+  if count == 1:
+    return function(carry, batch)
+  # Strided, so that every device has rows of each microbatch.
+  microbatches = jax.tree.map(
+    lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch
+  )
+  first = jax.tree.map(lambda x: x[0], microbatches)
+  shapes, _ = jax.eval_shape(function, carry, first)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+  def add(totals, microbatch):
+    sums, carry = totals
+    new, carry = function(carry, microbatch)
+    return (jax.tree.map(jnp.add, sums, new), carry), None
+
+  return lax.scan(add, (zeros, carry), microbatches)[0]
 
 
 def _updates(optimizer: Any) -> jax.Array:
@@ -198,23 +216,3 @@ def squares(tree: Any) -> dict[str, jax.Array]:
     axes = tuple(range(int(stacked), leaf.ndim))
     sums[name] = jnp.sum(jnp.square(leaf), axis=axes)
   return sums
-
-
-def _router_metrics(sums: _Sums, rounded: bool) -> dict[str, Any]:
-  violation_L = routing.max_violation(sums.load_LxE)
-  # In float32: over all layers of a pod's step it may not fit into an int32.
-  pairs = jnp.maximum(jnp.sum(sums.load_LxE, dtype=jnp.float32), 1)
-  metrics = {
-    'router/max_violation': jnp.mean(violation_L),
-    'router/min_violation': jnp.mean(routing.min_violation(sums.load_LxE)),
-    'router/dropped': sums.dropped / pairs,
-    # Split by layer on the host, see telemetry.py.
-    'router/max_violation/layer': violation_L,
-    'router/load/layer': sums.load_LxE,
-    telemetry.INFINITE: sums.infinite_L,
-  }
-  if rounded:
-    metrics['router/max_violation_unrounded'] = jnp.mean(
-      routing.max_violation(sums.unrounded_load_LxE)
-    )
-  return metrics

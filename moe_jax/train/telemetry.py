@@ -25,11 +25,6 @@ from rich.progress import TimeRemainingColumn
 from moe_jax.train import workdir
 from moe_jax.train.events import Events
 
-# Counts, per layer, that must be 0, and sums of squares for when they are not;
-# not written with the other metrics.
-INFINITE = 'router/infinite'
-SQUARES = 'squares'
-
 _PER_LAYER = '/layer'
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -121,18 +116,23 @@ class Telemetry:
     self._clock = time.perf_counter()
 
   def push(
-    self, step: int, metrics: dict[str, Any], sequences: range = range(0)
+    self,
+    step: int,
+    metrics: dict[str, Any],
+    diagnostics: dict[str, Any],
+    sequences: range = range(0),
   ) -> None:
     """Records a step just dispatched; reads the one before it.
 
     Args:
       step: its number.
       metrics: on the device.
+      diagnostics: on the device, for the report of a step that was skipped:
+        `infinite`, per MoE layer, and sums of `squares`.
       sequences: indices of its training sequences.
     """
     self.flush()
-    squares = metrics.pop(SQUARES, {})
-    self._pending = _Step(step, metrics, squares, sequences)
+    self._pending = _Step(step, metrics, diagnostics, sequences)
 
   def add(self, metrics: dict[str, float]) -> None:
     """Adds host values, such as an evaluation, to the last step pushed."""
@@ -169,7 +169,6 @@ class Telemetry:
         output.sync()
 
   def _write(self, pending: '_Step') -> None:
-    infinite_L = pending.metrics.pop(INFINITE, np.zeros(0))
     record = {'step': pending.step}
     for name, value in pending.metrics.items():
       if name.endswith(_PER_LAYER):
@@ -178,7 +177,7 @@ class Telemetry:
       else:
         record[name] = value.item()
     record.update(pending.extra)
-    cause = _not_finite(record, infinite_L)
+    cause = _not_finite(record, pending.diagnostics.get('infinite', ()))
     self.skipped += bool(cause)
     self.skipped_in_a_row = self.skipped_in_a_row + 1 if cause else 0
     record['train/skipped_steps'] = self.skipped
@@ -213,7 +212,7 @@ class Telemetry:
               name: _finite(np.sqrt(np.asarray(x)).tolist())
               for name, x in squares.items()
             }
-            for kind, squares in pending.squares.items()
+            for kind, squares in pending.diagnostics['squares'].items()
           },
         },
       )
@@ -229,13 +228,14 @@ class _Step:
 
   step: int
   metrics: dict[str, Any]
-  squares: dict[str, Any]
+  diagnostics: dict[str, Any]
   sequences: range
   extra: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def _not_finite(record: dict[str, Any], infinite_L: np.ndarray) -> str:
+def _not_finite(record: dict[str, Any], infinite_L: Any) -> str:
   """Returns what of a step is not finite; '' if all is well."""
+  infinite_L = np.asarray(infinite_L)
   if infinite_L.any():
     layers = ', '.join(f'{i:02d}' for i in infinite_L.nonzero()[0])
     return f'logits of the router of MoE layer {layers}'

@@ -76,8 +76,8 @@ def test_golden_logits_and_losses(case):
 
 def test_golden_scores_choices_and_gates(case):
   golden, ((_, outputs, _, _), _, _) = case
-  assert np.all(outputs.dropped == 0)
-  for layer in range(len(outputs.dropped)):
+  assert not np.any(outputs.sums['dropped'])
+  for layer in range(len(outputs.loss)):
     choice = jax.tree.map(lambda x, i=layer: x[i], outputs.choice)
     np.testing.assert_allclose(
       outputs.scores[layer], golden[f'layers_{layer}_router_scores'], atol=1e-5

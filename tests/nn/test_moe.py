@@ -82,7 +82,7 @@ def test_q_moves_in_training_and_only_there(x):
   # Evaluation chooses by that frozen q.
   choice = routing.choose(aux.scores, expected, k=K)
   jax.tree.map(np.testing.assert_array_equal, aux.choice, choice)
-  assert aux.loss == 0 and aux.dropped == 0
+  assert aux.loss == 0 and aux.sums['dropped'] == 0
 
 
 @pytest.fixture(scope='module')
@@ -361,10 +361,10 @@ def test_capacity_drops_in_training_only(wide_x):
   _, aux = _call(moe, wide_x, train=True)
   # 1.05 x 40 tokens x 2 / 8 experts = 10.5, rounded up.
   over = np.maximum(np.asarray(aux.choice.load) - 11, 0)
-  assert aux.dropped == over.sum() > 0
+  assert aux.sums['dropped'] == over.sum() > 0
   assert aux.choice.load.sum() == 80
   y, aux = _call(moe, wide_x, train=False)
-  assert aux.dropped == 0
+  assert aux.sums['dropped'] == 0
   np.testing.assert_allclose(y, _dense(moe, wide_x)[0], atol=1e-5)
 
 

@@ -59,12 +59,14 @@ def test_rounding_is_even_and_drops_nothing_from_the_first_step(
   np.testing.assert_allclose(
     routing.max_violation(aux.choice.load), violation, atol=1e-6
   )
-  assert aux.dropped == 0
+  assert aux.sums['dropped'] == 0
   # The balancer sees what it chose, not what was made of it.
   plain = make_layer(COUNTING)
   _, unrounded = call(plain, x, train=True)
   assert np.max(unrounded.choice.load) > np.max(aux.choice.load)
-  np.testing.assert_array_equal(aux.unrounded_load, unrounded.choice.load)
+  np.testing.assert_array_equal(
+    aux.sums['unrounded_load'], unrounded.choice.load
+  )
   np.testing.assert_array_equal(
     moe.observation.get_value(), unrounded.choice.load
   )
@@ -96,7 +98,7 @@ def test_rounding_splits_equal_tokens():
   moe = make_layer(routing.midpoint(), round_to_capacity=True)
   _, aux = call(moe, x, train=True)
   np.testing.assert_array_equal(aux.choice.load, 10)
-  assert np.max(aux.unrounded_load) == 40
+  assert np.max(aux.sums['unrounded_load']) == 40
 
 
 def test_each_shard_rounds_by_itself():
@@ -105,7 +107,7 @@ def test_each_shard_rounds_by_itself():
     COUNTING, round_to_capacity=True, shards=4, capacity_factor=1.0
   )
   _, aux = call(moe, x, train=True)
-  assert aux.dropped == 0
+  assert aux.sums['dropped'] == 0
   chosen = jax.nn.one_hot(aux.choice.experts, EXPERTS).sum(1)
   # 10 tokens x 2 / 8 experts = 2.5.
   assert np.max(chosen.reshape(4, 10, EXPERTS).sum(1)) == 3

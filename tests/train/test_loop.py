@@ -272,7 +272,7 @@ def poison(run, monkeypatch, steps, name, bad):
       if wrong:
         params[name] = good.at[index].set(bad)
       before = jax.device_get(state)
-      state, metrics = train_step(state, batch)
+      state, *told = train_step(state, batch)
       if wrong:
         changed = [
           jax.tree_util.keystr(path)
@@ -288,7 +288,7 @@ def poison(run, monkeypatch, steps, name, bad):
         if name == 'router':
           params = state.params['moe_blocks']['feed_forward']
         params[name] = good
-      return state, metrics
+      return state, *told
 
     return step
 

@@ -46,7 +46,7 @@ def test_a_step_is_read_when_the_next_is_under_way(tmp_path):
       new = metrics()
       for metric in waiting:
         metric.ready = True
-      telemetry.push(step, new)
+      telemetry.push(step, new, {})
       waiting = new.values()
     for metric in waiting:
       metric.ready = True
@@ -56,7 +56,7 @@ def test_a_step_is_read_when_the_next_is_under_way(tmp_path):
 
 def test_the_probe_does_fail_when_read_early(tmp_path):
   telemetry = open_telemetry(tmp_path)
-  telemetry.push(1, metrics())
+  telemetry.push(1, metrics(), {})
   with pytest.raises(AssertionError, match='the host waited'):
     telemetry.flush()
 
@@ -67,7 +67,7 @@ def ready(value=1.5):
 
 def test_record(tmp_path):
   with open_telemetry(tmp_path) as telemetry:
-    telemetry.push(1, ready())
+    telemetry.push(1, ready(), {})
     telemetry.wait()
     telemetry.add({'eval/validation/perplexity': 7.0})
   (record,) = telemetry_lib.read_steps(tmp_path / 'metrics.jsonl')
@@ -81,7 +81,7 @@ def test_record(tmp_path):
 def test_records_of_experts_may_be_rarer(tmp_path):
   with open_telemetry(tmp_path, experts_every=2) as telemetry:
     for step in (1, 2, 3):
-      telemetry.push(step, ready())
+      telemetry.push(step, ready(), {})
   first, second, third = telemetry_lib.read_steps(tmp_path / 'metrics.jsonl')
   assert set(second) - set(first) == {
     'router/load/layer_00',
@@ -92,7 +92,7 @@ def test_records_of_experts_may_be_rarer(tmp_path):
 
 def test_not_a_number_is_null_in_json(tmp_path):
   with open_telemetry(tmp_path) as telemetry:
-    telemetry.push(1, ready(float('nan')))
+    telemetry.push(1, ready(float('nan')), {'squares': {}})
     with pytest.raises(FloatingPointError, match='step 1: train/loss'):
       telemetry.flush()
   line = (tmp_path / 'metrics.jsonl').read_text()
@@ -103,13 +103,13 @@ def test_not_a_number_is_null_in_json(tmp_path):
 def test_steps_after_the_checkpoint_and_half_lines_are_removed(tmp_path):
   with open_telemetry(tmp_path) as telemetry:
     for step in (1, 2, 3, 4):
-      telemetry.push(step, ready())
+      telemetry.push(step, ready(), {})
   path = tmp_path / 'metrics.jsonl'
   path.write_bytes(path.read_bytes() + b'{"step": 5, "train/lo')
   with pytest.raises(ValueError, match='must have every step'):
     open_telemetry(tmp_path, step=5)
   with open_telemetry(tmp_path, step=2) as telemetry:
-    telemetry.push(3, ready(9.0))
+    telemetry.push(3, ready(9.0), {})
   records = telemetry_lib.read_steps(path)
   assert [r['step'] for r in records] == [1, 2, 3]
   assert records[-1]['train/loss'] == 9.0
@@ -119,8 +119,8 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
   with telemetry_lib.Telemetry(
     tmp_path, label='bip', step=0, steps=2, tokens_per_step=10
   ) as telemetry:
-    telemetry.push(1, ready())
-    telemetry.push(2, ready())
+    telemetry.push(1, ready(), {})
+    telemetry.push(2, ready(), {})
   err = capsys.readouterr().err
   assert 'bip: step 2/2  loss 1.500  MaxVio 0.250' in err
   assert '\x1b' not in err

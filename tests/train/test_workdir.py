@@ -20,7 +20,7 @@ def push(directory, step):
   with telemetry_lib.Telemetry(
     directory, label='', step=step - 1, steps=9, tokens_per_step=1, quiet=True
   ) as telemetry:
-    telemetry.push(step, {'train/loss': np.float32(step)})
+    telemetry.push(step, {'train/loss': np.float32(step)}, {})
 
 
 def steps(path):
