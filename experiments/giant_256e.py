@@ -5,9 +5,9 @@ Nobody has trained it; it is here to be planned, see launch/plan.py. Width 4096,
 of 1,536 hidden units and 32 query heads of 128 on 4 key/value heads, as in
 Qwen3-235B-A22B, which is as wide; one shared expert, as in DeepSeek-V3; two
 sequences of 4,096 tokens for each of 512 devices. The experts of a layer are
-split over 64 devices, 4 for each, and everything over the other 8, too: with
-float32 parameters and moments, 2.8 TB, no device could hold a copy. Room for
-1.25 times the even share keeps buffers at a fixed, small size.
+split over 64 devices, 4 for each. Everything is split over the other 8 as well:
+no device could hold a copy of the float32 parameters and moments, 2.8 TB. Room
+for 1.25 times the even share keeps buffers at a fixed, small size.
 
   python -m launch.plan --config=experiments/giant_256e.py:bip \\
       --topology=v5p:8x8x8
@@ -15,26 +15,26 @@ float32 parameters and moments, 2.8 TB, no device could hold a copy. Room for
 
 from ml_collections import ConfigDict
 
-from moe_jax import config as config_lib
+from moe_jax import config
 
 
 def get_config(method: str = 'bip') -> ConfigDict:
   """Returns the options under one method."""
-  config = config_lib.default_config(method)
-  config.steps = 100_000
-  config.warmup_steps = 2_000
-  config.batch_size = 1024
-  config.sequence_length = 4096
-  config.learning_rate = 3e-4
-  config.weight_decay = 0.1
-  config.eval_every = 1_000
-  config.checkpoint_every = 1_000
-  config.experts_every = 100  # A record of all takes some 0.3 MB.
-  config.capacity_factor = 1.25
-  config.mesh.data = -1
-  config.mesh.expert = 64
-  config.mesh.fsdp = True
-  config.model.update(
+  options = config.default_config(method)
+  options.steps = 100_000
+  options.warmup_steps = 2_000
+  options.batch_size = 1024
+  options.sequence_length = 4096
+  options.learning_rate = 3e-4
+  options.weight_decay = 0.1
+  options.eval_every = 1_000
+  options.checkpoint_every = 1_000
+  options.experts_every = 100  # A record of all takes some 0.3 MB.
+  options.capacity_factor = 1.25
+  options.mesh.data = -1
+  options.mesh.expert = 64
+  options.mesh.fsdp = True
+  options.model.update(
     layers=48,
     width=4096,
     hidden=1536,
@@ -45,5 +45,5 @@ def get_config(method: str = 'bip') -> ConfigDict:
     dtype='bfloat16',
     remat=True,
   )
-  config.data.vocabulary = 65_536
-  return config
+  options.data.vocabulary = 65_536
+  return options

@@ -11,21 +11,21 @@ are ours. Its text, MiniMind's pretrain_hq.jsonl, is given by
 
 from ml_collections import ConfigDict
 
-from moe_jax import config as config_lib
+from moe_jax import config
 
 
 def get_config(method: str = 'bip') -> ConfigDict:
   """Returns the options under one method."""
-  config = config_lib.default_config(method)
-  config.steps = 1000
-  config.batch_size = 256
-  config.accumulation = 8
-  config.sequence_length = 512
-  config.learning_rate = 5e-4
-  config.eval_every = 100
-  config.checkpoint_every = 100
-  config.model.experts = 16
-  config.model.experts_per_token = 4
-  if method == 'quantile':  # Exact ones do not add up over microbatches.
-    config.balancer.estimator = 'histogram'
-  return config
+  options = config.default_config(method)
+  options.steps = 1000
+  options.batch_size = 256
+  options.accumulation = 8
+  options.sequence_length = 512
+  options.learning_rate = 5e-4
+  options.eval_every = 100
+  options.checkpoint_every = 100
+  options.model.experts = 16
+  options.model.experts_per_token = 4
+  if method == 'quantile':  # Exact quantiles do not add up over microbatches.
+    options.balancer.estimator = 'histogram'
+  return options

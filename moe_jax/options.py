@@ -44,35 +44,25 @@ class Option(NamedTuple):
   def check(self, name: str, value: Any) -> None:
     """Raises ValueError, which has the name, if the value is impossible."""
     # The comparisons are such that NaN is refused.
-    if self.above is not None and not value > self.above:
-      wanted = f'greater than {self.above}'
-    elif self.least is not None and not value >= self.least:
-      wanted = f'{self.least} or more'
-    elif self.most is not None and not value <= self.most:
-      wanted = f'{self.most} or less'
-    elif self.among and value not in self.among:
-      wanted = f'one of {self.among}'
-    else:
-      return
-    raise ValueError(f'{name}={shown(value)}: must be {wanted}')
+    for holds, wanted in (
+      (self.above is None or value > self.above, f'greater than {self.above}'),
+      (self.least is None or value >= self.least, f'{self.least} or more'),
+      (self.most is None or value <= self.most, f'{self.most} or less'),
+      (not self.among or value in self.among, f'one of {self.among}'),
+    ):
+      if not holds:
+        raise ValueError(f'{name}={shown(value)}: must be {wanted}')
 
 
-def option(
-  default: Any = dataclasses.MISSING,
-  *,
-  default_factory: Any = dataclasses.MISSING,
-  least: float | None = None,
-  above: float | None = None,
-  most: float | None = None,
-  among: tuple[str, ...] = (),
-  change: Change = 'no',
-) -> Any:
-  """Declares a field of a dataclass; see `Option` for what is said of it."""
-  return dataclasses.field(
-    default=default,
-    default_factory=default_factory,
-    metadata={Option: Option(least, above, most, among, change)},
-  )
+def option(default: Any, **known: Any) -> Any:
+  """Declares a field of a dataclass as an option.
+
+  Args:
+    default: its value where none is given.
+    **known: what is known of it, see `Option`.
+  """
+  metadata = {Option: Option(**known)}
+  return dataclasses.field(default=default, metadata=metadata)
 
 
 def options_of(kind: type, prefix: str = '') -> dict[str, dataclasses.Field]:

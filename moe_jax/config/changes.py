@@ -99,12 +99,7 @@ def upgrade(options: Mapping[str, Any]) -> dict[str, Any]:
   """
   options = _filled(to_dict(Config()), options)
   options.pop('method', None)  # It followed from the balancer's options.
-  if options['checkpoints_kept_best'] and why_none_is_best(
-    options['steps'],
-    options['eval_every'],
-    options['checkpoint_every'],
-    options['data']['evaluation_sets'],
-  ):
+  if why_none_is_best(options):
     options['checkpoints_kept_best'] = 0  # It was accepted and did nothing.
   return options
 

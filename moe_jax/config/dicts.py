@@ -6,14 +6,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moe_jax.config.balancers import BALANCERS
 from moe_jax.config.balancers import METHODS
 from moe_jax.config.balancers import balancer_options
 from moe_jax.config.schema import Config
 from moe_jax.options import build
 from moe_jax.options import expected
 from moe_jax.options import group
-from moe_jax.options import shown
+from moe_jax.options import one_line
 
 # Model options that follow from others and are not set by themselves.
 _DERIVED = ('vocabulary', 'capacity_factor')
@@ -42,7 +41,10 @@ def freeze(options: ConfigDict | Mapping[str, Any]) -> Config:
     options = options.to_dict()
   options = dict(options)
   if 'balancer' in options:
-    options['balancer'] = _balancer(group('balancer', options['balancer']))
+    balancer = group('balancer', options['balancer'])
+    arguments = {one_line(name): value for name, value in balancer.items()}
+    name = arguments.pop('name', '')
+    options['balancer'] = balancer_options(name, **arguments)
   if set(group('model', options.get('model', {}))) & set(_DERIVED):
     raise ValueError(f'model: {_DERIVED} follow from other options')
   config = build(Config, options)
@@ -71,14 +73,3 @@ def flatten(options: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     else:
       flat[prefix + name] = value
   return flat
-
-
-def _balancer(options: Mapping[str, Any]) -> dict[str, Any]:
-  for name in options:
-    if not isinstance(name, str):
-      raise ValueError(f'balancer.{shown(name)}: names are strings')
-  if 'name' not in options:
-    raise ValueError(
-      f'balancer.name: missing; known are {", ".join(BALANCERS)}'
-    )
-  return balancer_options(**options)

@@ -7,12 +7,13 @@ import math
 from typing import Any
 
 from moe_jax import routing
-from moe_jax.config.balancers import additive_instead
+from moe_jax.config.balancers import METHODS
 from moe_jax.config.balancers import balancer_options
 from moe_jax.config.balancers import make_balancer
 from moe_jax.data import DataConfig
 from moe_jax.data.config import split_names
 from moe_jax.nn import DecoderConfig
+from moe_jax.options import Option
 from moe_jax.options import check_options
 from moe_jax.options import option
 
@@ -85,8 +86,9 @@ class Config:
   experts_every: int = option(1, least=1, most=10**9, change='yes')
   """Steps between records of every expert's load and price, the greater part of
   the metrics where there are many experts."""
-  balancer: Mapping[str, Any] = option(
-    default_factory=lambda: balancer_options('bip'), change='named'
+  balancer: Mapping[str, Any] = dataclasses.field(
+    default_factory=lambda: balancer_options('bip'),
+    metadata={Option: Option(change='named')},
   )
   """Name of the balancer and the arguments of its function."""
   model: DecoderConfig = DecoderConfig()
@@ -124,20 +126,16 @@ class Config:
         'model.round_to_capacity, which drops nothing'
       )
     if not self.balancer_rule.additive and self.accumulation > 1:
+      additive = [m for m in METHODS if make_balancer(METHODS[m]).additive]
       raise ValueError(
-        f'accumulation={self.accumulation}: what the balancer observes does '
-        'not add up over microbatches; set accumulation=1'
-        + additive_instead(self.balancer['name'])
+        f'accumulation={self.accumulation}: what this balancer observes does '
+        'not add up over microbatches; it does with 1, or by '
+        f'--config=FILE.py:METHOD of {", ".join(additive)}'
       )
-    useless = why_none_is_best(
-      self.steps,
-      self.eval_every,
-      self.checkpoint_every,
-      self.data.evaluation_sets,
-    )
-    if self.checkpoints_kept_best and useless:
+    why = why_none_is_best(dataclasses.asdict(self))
+    if why and self.checkpoints_kept_best:
       raise ValueError(
-        f'checkpoints_kept_best={self.checkpoints_kept_best}: {useless}'
+        f'checkpoints_kept_best={self.checkpoints_kept_best}: {why}'
       )
 
   @functools.cached_property
@@ -146,25 +144,19 @@ class Config:
     return make_balancer(self.balancer)
 
 
-def why_none_is_best(
-  steps: int, eval_every: int, checkpoint_every: int, evaluation_sets: str
-) -> str:
-  """Says why the best checkpoint would always be the last; else empty.
+def why_none_is_best(options: Mapping[str, Any]) -> str:
+  """Says why no checkpoint could be kept as the best one; else empty.
 
-  The last step is saved and evaluated in any case, and kept as the newest.
+  The last step has both a checkpoint and an evaluation, but it is the newest.
   """
-  if 'validation' not in split_names(evaluation_sets):
+  sets = options['data']['evaluation_sets']
+  if 'validation' not in split_names(sets):
+    return f'data.evaluation_sets={sets} has no validation set to choose by'
+  names = ('eval_every', 'checkpoint_every', 'steps')
+  evaluated, saved, steps = (options[name] for name in names)
+  if not evaluated or math.lcm(evaluated, saved) >= steps:
     return (
-      f'data.evaluation_sets={evaluation_sets} has no validation set, whose '
-      'loss says which are best'
-    )
-  if not eval_every:
-    return 'eval_every=0 evaluates at the last step only; set it'
-  meeting = math.lcm(eval_every, checkpoint_every)
-  if meeting >= steps:
-    return (
-      f'no step before the last, steps={steps}, has both a checkpoint and an '
-      f'evaluation: eval_every={eval_every} and checkpoint_every='
-      f'{checkpoint_every} meet at step {meeting}'
+      f'eval_every={evaluated} and checkpoint_every={saved} have no common '
+      f'step before the last, steps={steps}; make one a multiple of the other'
     )
   return ''
