@@ -350,7 +350,7 @@ def _with_shards(config: Config, mesh: Mesh) -> Config:
 
   So that such a run is not continued, or compared, on another mesh unnoticed.
   """
-  by_shard = config.balancer.get('scope') == 'shard'
+  by_shard = config.balancer_rule.per_shard
   rounded = config.model.round_to_capacity
   if not (by_shard or rounded or config.capacity_factor):
     return config

@@ -19,7 +19,6 @@ import pandas
 
 from moe_jax import nn
 from moe_jax.config import Config
-from moe_jax.config import make_balancer
 from moe_jax.parallel.grouped_matmul import compiler_options
 
 
@@ -66,7 +65,7 @@ def make_model(config: Config, mesh: Mesh | None = None) -> nn.Decoder:
   """Builds the model with initial weights that depend on the seed alone."""
   return nn.Decoder(
     config.model,
-    make_balancer(config.balancer),
+    config.balancer_rule,
     mesh=mesh,
     fsdp=config.mesh.fsdp,
     rngs=nnx.Rngs(config.seed),
@@ -143,11 +142,11 @@ def _check_mesh(config: Config, mesh: Mesh) -> None:
       f'model.shards={shards}: must be 0 or a multiple of the {mesh.size} '
       'devices, so that no shard is spread over several'
     )
-  by_shard = config.balancer.get('scope') == 'shard'
-  if by_shard and mesh.size > 1 and shards != mesh.size:
+  if config.balancer_rule.per_shard and mesh.size > 1 and shards != mesh.size:
     raise ValueError(
       f'model.shards={shards}: must be 0 or {mesh.size}, the number of '
-      "devices, where balancer.scope='shard'; on one device it is free"
+      'devices, where each shard has prices of its own; on one device it is '
+      'free'
     )
   for name, parts in (('mesh', mesh.size), ('model.shards', shards)):
     if microbatch % parts:
