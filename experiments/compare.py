@@ -11,7 +11,6 @@ initial weights, batches and every option but those of the balancer.
 """
 
 from collections.abc import Sequence
-import json
 import pathlib
 import sys
 
@@ -34,11 +33,11 @@ def write(runs: dict[str, list[analysis.Run]], workdir: pathlib.Path) -> str:
     runs: of each method, one run a seed; figures show the first.
     workdir: where the files go.
   """
-  comparison = analysis.comparison(runs)
-  markdown = analysis.comparison_markdown(comparison)
+  table = analysis.comparison(runs)
+  markdown = analysis.comparison_markdown(table)
   (workdir / 'comparison.md').write_text(markdown)
-  (workdir / 'comparison.json').write_text(
-    json.dumps(comparison, indent=2) + '\n'
+  table.reset_index().to_json(
+    workdir / 'comparison.json', orient='records', indent=2, double_precision=15
   )
   firsts = {method: of_method[0] for method, of_method in runs.items()}
   for name, figure in (

@@ -17,9 +17,9 @@ from moe_jax.analysis.frontier import frontier_figure
 from moe_jax.analysis.markdown import comparison_markdown
 from moe_jax.analysis.routed_text import RoutedText
 from moe_jax.analysis.run import Run
-from moe_jax.analysis.tables import comparison
-from moe_jax.analysis.tables import difference
-from moe_jax.analysis.tables import summarize
+from moe_jax.analysis.table import comparison
+from moe_jax.analysis.table import difference
+from moe_jax.analysis.table import summarize
 from moe_jax.analysis.text_figures import text_figure
 from moe_jax.analysis.text_figures import typical_tokens_figure
 

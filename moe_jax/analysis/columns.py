@@ -1,118 +1,303 @@
-"""How the values of a summary are headed, written and explained in tables."""
+"""What tables say of a run: each value with its heading, format and meaning.
 
+Definitions are those of arXiv 2408.15664 and 2502.15451: MaxVio of a layer in a
+step is the load of its fullest expert over the mean load, minus 1. A model's
+MaxVio is the mean over its layers within a step.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+import functools
+import math
+from typing import Any
 from typing import NamedTuple
 
-from moe_jax.analysis.tables import COMPILING_STEPS
-from moe_jax.analysis.tables import LOSS_STEPS
+import pandas as pd
+
+from moe_jax.analysis.results import COMPILING_STEPS
+from moe_jax.analysis.results import Results
+
+VALIDATION = 'validation'  # the set that the unigram facts are about
+LOSS_STEPS = 10  # the final training loss is the mean over so many steps
 
 
 class Column(NamedTuple):
-  """How one of a summary's values is shown."""
+  """A value of a run.
+
+  Attributes:
+    key: its name in data.
+    heading: its name in tables.
+    form: format of the number; '' where it is text.
+    meaning: what a reader is told of it.
+    measure: finds it; None, NaN or infinite where it is not known.
+  """
 
   key: str
   heading: str
-  form: str  # of str.format; '' is text
+  form: str
   meaning: str
+  measure: Callable[[Results], Any]
 
 
-BALANCE = (
-  Column(
-    'average_max_violation',
-    'AvgMaxVio',
-    '.3f',
-    "MaxVio, mean over the layers, then over the run's steps.",
+class Section(NamedTuple):
+  """Columns that make one table.
+
+  Attributes:
+    title: its heading.
+    text: what a reader is told of all of it.
+    columns: from left to right.
+    seeds: with so many seeds a lowest mean may count as the best; 0 for never.
+  """
+
+  title: str
+  text: str
+  columns: tuple[Column, ...]
+  seeds: int = 0
+
+
+def column(heading: str, form: str = '') -> Callable[..., Column]:
+  """Makes a column of a function, whose docstring is the meaning."""
+
+  def make(measure: Callable[[Results], Any]) -> Column:
+    meaning = ' '.join((measure.__doc__ or '').split())
+    return Column(measure.__name__, heading, form, meaning, measure)
+
+  return make
+
+
+@column('method')
+def method(run):
+  return run.method
+
+
+@column('balancer')
+def balancer(run):
+  options = dict(run.config['balancer'])
+  name = options.pop('name')
+  return f'{name}({", ".join(f"{k}={v}" for k, v in options.items())})'
+
+
+@column('seed', '.0f')
+def seed(run):
+  return run.config['seed']
+
+
+@column('steps', ',.0f')
+def steps(run):
+  """Steps that are completed."""
+  return run.metrics.index[-1]
+
+
+@column('finished')
+def finished(run):
+  return run.finished
+
+
+@column('tokens', ',.0f')
+def tokens(run):
+  """Positions trained on, padding included."""
+  return run.metrics.index[-1] * run.tokens_per_step
+
+
+@column('not finite', ',.0f')
+def first_non_finite_step(run):
+  """The first step whose training loss was not finite."""
+  loss = run.metrics['train/loss']
+  return next(iter(loss.index[~loss.abs().lt(math.inf)]), None)
+
+
+@column('AvgMaxVio', '.3f')
+def average_max_violation(run):
+  """MaxVio, mean over the layers, then over the run's steps."""
+  return run.max_violation.mean(skipna=False)
+
+
+@column('SupMaxVio', '.3f')
+def sup_max_violation(run):
+  """MaxVio, mean over the layers, at the worst step, the first included."""
+  return run.max_violation.max(skipna=False)
+
+
+@column('first step', '.3f')
+def first_max_violation(run):
+  """MaxVio, mean over the layers, at step 1."""
+  return run.max_violation.get(1)
+
+
+@column('last fifth', '.3f')
+def last_max_violation(run):
+  """MaxVio, mean over the layers, then over the last fifth of the steps."""
+  violation = run.max_violation
+  return violation.tail(max(1, len(violation) // 5)).mean(skipna=False)
+
+
+@column('AvgMaxVio, worst layer', '.3f')
+def worst_average_max_violation(run):
+  """AvgMaxVio of the layer where it is largest."""
+  return run.layer_max_violation.mean(skipna=False).max(skipna=False)
+
+
+@column('which')
+def worst_average_layer(run):
+  average = run.layer_max_violation.mean(skipna=False)
+  return average.fillna(math.inf).idxmax()
+
+
+@column('SupMaxVio, worst layer', '.3f')
+def worst_sup_max_violation(run):
+  """SupMaxVio of the layer where it is largest."""
+  return run.layer_max_violation.max(skipna=False).max(skipna=False)
+
+
+@column('which')
+def worst_sup_layer(run):
+  sup = run.layer_max_violation.max(skipna=False)
+  return sup.fillna(math.inf).idxmax()
+
+
+@column('train loss [nats/token]', '.3f')
+def train_loss(run):
+  """Cross-entropy, mean over the last 10 steps."""
+  return run.metrics['train/loss'].tail(LOSS_STEPS).mean(skipna=False)
+
+
+@column('gap to unigram [bits/byte]', '+.3f')
+def gap_to_unigram(run):
+  """Validation bits per byte (q frozen) minus the unigram entropy of the
+  validation set; below 0 the model has learnt more than how frequent tokens
+  are."""
+  bits = _last_evaluation(run, VALIDATION, 'bits_per_byte')
+  unigram = run.facts.get('unigram_bits_per_byte')
+  return None if bits is None or unigram is None else bits - unigram
+
+
+@column('tokens to unigram', ',.0f')
+def tokens_to_unigram(run):
+  """Tokens trained on when an evaluation first found the validation perplexity
+  (q frozen) below the unigram model's; no finer than the evaluations are
+  apart."""
+  unigram = run.facts.get('unigram_perplexity')
+  perplexity = run.metrics.get(f'eval/{VALIDATION}/perplexity')
+  if unigram is None or perplexity is None:
+    return None
+  below = perplexity.index[perplexity < unigram]
+  return below[0] * run.tokens_per_step if len(below) else None
+
+
+def _steady(run: Results, metric: str, quantile: float = 0.5) -> float:
+  return run.metrics[metric].iloc[COMPILING_STEPS:].quantile(quantile)
+
+
+@column('step [s]', '.3f')
+def step_seconds(run):
+  """Median time of a step, without the first 2 steps, which compile."""
+  return _steady(run, 'time/step_seconds')
+
+
+@column('25 % [s]', '.3f')
+def step_seconds_25(run):
+  """Lower quartile of the same."""
+  return _steady(run, 'time/step_seconds', 0.25)
+
+
+@column('75 % [s]', '.3f')
+def step_seconds_75(run):
+  """Upper quartile of the same."""
+  return _steady(run, 'time/step_seconds', 0.75)
+
+
+@column('tokens/s', ',.0f')
+def tokens_per_second(run):
+  """Median over the same steps."""
+  return _steady(run, 'time/tokens_per_second')
+
+
+@column('dropped', '.2%')
+def dropped(run):
+  """Share of token-expert pairs that found no room, mean over all steps."""
+  return run.metrics['router/dropped'].mean(skipna=False)
+
+
+RUNS = Section(
+  'Runs',
+  '',
+  (method, balancer, seed, steps, finished, tokens, first_non_finite_step),
+)
+BALANCE = Section(
+  'Balance',
+  'MaxVio of a layer in a step is the load of its fullest expert over the '
+  'mean load, minus 1: no unit, 0 is perfect balance, 1 is twice the mean.',
+  (
+    average_max_violation,
+    sup_max_violation,
+    first_max_violation,
+    last_max_violation,
+    worst_average_max_violation,
+    worst_average_layer,
+    worst_sup_max_violation,
+    worst_sup_layer,
   ),
-  Column(
-    'sup_max_violation',
-    'SupMaxVio',
-    '.3f',
-    'MaxVio, mean over the layers, at the worst step, the first included.',
+  seeds=1,
+)
+TRAINING = Section(
+  'Training', '', (train_loss, gap_to_unigram, tokens_to_unigram), seeds=2
+)
+COST = Section(
+  'Cost',
+  '',
+  (step_seconds, step_seconds_25, step_seconds_75, tokens_per_second, dropped),
+)
+_EVALUATED = (
+  (
+    'perplexity',
+    'perplexity',
+    '.2f',
+    'Exp of the mean cross-entropy per token, at the last evaluation, with the '
+    'q that training left: what a deployed model has.',
   ),
-  Column(
-    'first_max_violation',
-    'first step',
+  (
+    'bits_per_byte',
+    'bits/byte',
     '.3f',
-    'MaxVio, mean over the layers, at step 1.',
+    'The same cross-entropy over the bytes of the text, so that tokenizers '
+    'compare.',
   ),
-  Column(
-    'last_max_violation',
-    'last fifth',
-    '.3f',
-    'MaxVio, mean over the layers, then over the last fifth of the steps.',
+  (
+    'perplexity_solved',
+    'perplexity, q solved',
+    '.2f',
+    'With q found anew in each evaluation batch, which sees tokens that come '
+    'later; a deployed model cannot.',
   ),
-  Column(
-    'worst_average_max_violation',
-    'AvgMaxVio, worst layer',
-    '.3f',
-    'AvgMaxVio of the layer where it is largest.',
-  ),
-  Column('worst_average_layer', 'which', '', ''),
-  Column(
-    'worst_sup_max_violation',
-    'SupMaxVio, worst layer',
-    '.3f',
-    'SupMaxVio of the layer where it is largest.',
-  ),
-  Column('worst_sup_layer', 'which', '', ''),
+  ('bits_per_byte_solved', 'bits/byte, q solved', '.3f', ''),
 )
 
-TRAINING = (
-  Column(
-    'train_loss',
-    'train loss [nats/token]',
-    '.3f',
-    f'cross-entropy, mean over the last {LOSS_STEPS} steps.',
-  ),
-  Column(
-    'gap_to_unigram',
-    'gap to unigram [bits/byte]',
-    '+.3f',
-    "validation bits per byte (q frozen) minus the validation set's unigram "
-    'entropy; below 0 the model has learnt more than how frequent tokens are.',
-  ),
-  Column(
-    'tokens_to_unigram',
-    'tokens to unigram',
-    ',.0f',
-    'tokens trained on when an evaluation first found the validation '
-    "perplexity (q frozen) below the unigram model's; no finer than the "
-    'evaluations are apart.',
-  ),
-)
 
-COST = (
-  Column(
-    'step_seconds',
-    'step [s]',
-    '.3f',
-    f'median time of a step, without the first {COMPILING_STEPS} steps, '
-    'which compile.',
-  ),
-  Column('step_seconds_25', '25 % [s]', '.3f', 'lower quartile of the same.'),
-  Column('step_seconds_75', '75 % [s]', '.3f', 'upper quartile of the same.'),
-  Column(
-    'tokens_per_second',
-    'tokens/s',
-    ',.0f',
-    'median over the same steps.',
-  ),
-  Column(
-    'dropped',
-    'dropped',
-    '.2%',
-    'share of token-expert pairs that found no room, mean over all steps.',
-  ),
-)
+def sections(sets: Iterable[str]) -> list[Section]:
+  """Returns all sections of runs that were evaluated on these sets."""
+  return [RUNS, BALANCE, TRAINING, *map(_evaluation, sets), COST]
 
 
-def evaluation_columns(name: str) -> list[Column]:
-  """Returns the columns of what was evaluated on a set."""
-  return [
-    Column(f'eval/{name}/{key}', heading, form, '')
-    for key, heading, form in (
-      ('perplexity', 'perplexity', '.2f'),
-      ('bits_per_byte', 'bits/byte', '.3f'),
-      ('perplexity_solved', 'perplexity, q solved', '.2f'),
-      ('bits_per_byte_solved', 'bits/byte, q solved', '.3f'),
-    )
+def _evaluation(name: str) -> Section:
+  measures = [
+    functools.partial(_last_evaluation, name=name, key=key)
+    for key, *_ in _EVALUATED
   ]
+  columns = [
+    Column(f'eval/{name}/{key}', *shown, measure)
+    for (key, *shown), measure in zip(_EVALUATED, measures, strict=True)
+  ]
+  step = functools.partial(_last_evaluated_step, name=name)
+  columns.append(Column(f'eval/{name}/step', 'at step', ',.0f', '', step))
+  return Section(f'On {name}', '', tuple(columns), seeds=2)
+
+
+def _last_evaluated_step(run: Results, name: str) -> int | None:
+  """The last step where the perplexity was finite."""
+  perplexity = run.metrics.get(f'eval/{name}/perplexity', pd.Series())
+  return perplexity.last_valid_index()
+
+
+def _last_evaluation(run: Results, name: str, key: str) -> float | None:
+  values = run.metrics.get(f'eval/{name}/{key}', pd.Series())
+  return values.get(_last_evaluated_step(run, name))

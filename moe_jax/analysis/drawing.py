@@ -1,10 +1,11 @@
 """What figures share: colours, axes, legends, and how they are saved."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Mapping
 from collections.abc import Sequence
-from collections.abc import Sized
 import os
 from typing import Any
+import zlib
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -18,7 +19,9 @@ import numpy as np
 import pandas as pd
 from scipy import optimize
 
-# Neighbours in this order also differ in lightness.
+from moe_jax.analysis.results import Results
+
+# Okabe and Ito's, for the colour-blind.
 COLORS = (
   '#0072B2',
   '#E69F00',
@@ -28,9 +31,26 @@ COLORS = (
   '#56B4E9',
   '#D55E00',
 )
-CMAP = matplotlib.colormaps['cividis']  # light is much, in greyscale, too
 LINES = ('-', '--', '-.', ':')
-MARKERS = ('o', 's', '^', 'D', 'v', 'X', 'P', '*')
+MARKERS = ('o', 's', '^', 'D', 'v', 'X', 'P', '*', '<', '>', 'p', 'h', 'd')
+# By (color, line, marker); a variant has the color of what it is a variant of.
+_METHODS = {
+  'loss_controlled': (0, 0, 0),
+  'loss_free': (1, 1, 1),
+  'bip': (2, 2, 2),
+  'bip_t2': (2, 0, 8),
+  'bip_t8': (2, 1, 9),
+  'bip_t14': (2, 3, 10),
+  'bip_lag': (2, 0, 7),
+  'midpoint': (3, 3, 3),
+  'midpoint_lag': (3, 0, 11),
+  'quantile': (4, 0, 4),
+  'quantile_histogram': (4, 1, 12),
+  'unbalanced': (5, 1, 5),
+  'sinkhorn': (6, 2, 6),
+}
+_FILLS = ('full', 'none', 'left', 'right', 'top', 'bottom')
+CMAP = matplotlib.colormaps['cividis']  # light is much, in greyscale, too
 _ROUNDING = 1e-6  # a smaller MaxVio is float32's way to say 0
 WIDTH = 8.0  # inches: type stays readable when a README shows it 800 px wide
 
@@ -45,23 +65,39 @@ def save_figure(
     figure.savefig(f'{path}.svg', metadata={'Date': None})
 
 
-def styles(methods: Iterable[str]) -> list[dict[str, Any]]:
-  """Line properties of each method."""
-  return [
-    {
-      'color': COLORS[i % len(COLORS)],
-      'linestyle': LINES[i % len(LINES)],
-      'marker': MARKERS[i % len(MARKERS)],
-      'markersize': 5,
-      'linewidth': 1.2,
+def styles(runs: Mapping[str, Results]) -> dict[str, dict[str, Any]]:
+  """Returns the look of each run's line, by the label of the run.
+
+  Color, line and marker are those of the run's method, whichever runs there
+  are. Several runs of a method have differently filled markers.
+  """
+  looks, drawn = {}, Counter()
+  for label, run in runs.items():
+    look = method_style(run.method)
+    before = drawn[look['color'], look['marker']]
+    drawn[look['color'], look['marker']] += 1
+    looks[label] = look | {
+      # matplotlib leaves _names out of legends.
+      'label': f' {label}' if label.startswith('_') else label,
+      'fillstyle': _FILLS[before % len(_FILLS)],
     }
-    for i, _ in enumerate(methods)
-  ]
+  return looks
 
 
-def marks(values: Sized) -> dict[str, int]:
-  """Some ten markers along a line, the first of them on its first value."""
-  return {'markevery': max(1, len(values) // 10)}
+def method_style(method: str) -> dict[str, Any]:
+  """Returns the look of a method's line: in color, line and marker."""
+  number = zlib.crc32(method.encode())  # Of methods that are not in the table.
+  color, line, marker = _METHODS.get(
+    method.partition('(')[0], (number, number >> 8, number >> 16)
+  )
+  return {
+    'color': COLORS[color % len(COLORS)],
+    'linestyle': LINES[line % len(LINES)],
+    'linewidth': 1.2,
+    'marker': MARKERS[marker % len(MARKERS)],
+    'markersize': 5,
+    'markevery': 0.1,  # of the diagonal
+  }
 
 
 def log_axis(axes: Axes, values: Sequence[float], which: str = 'y') -> None:
@@ -142,6 +178,10 @@ def spread(ascending: np.ndarray, gap: float) -> np.ndarray:
   return optimize.isotonic_regression(ascending - room).x + room
 
 
+def title(axes: Axes, text: str, size: str = 'medium') -> None:
+  axes.set_title(text, loc='left', fontsize=size, parse_math=False)
+
+
 def grid(axes: Axes) -> None:
   axes.grid(color='0.9')
   axes.set_axisbelow(True)
@@ -150,11 +190,23 @@ def grid(axes: Axes) -> None:
 
 def legend(figure: Figure, axes: Axes) -> None:
   handles, labels = axes.get_legend_handles_labels()
-  figure.legend(
+  drawn = figure.legend(
     handles,
     labels,
     loc='outside upper center',
     ncols=min(len(labels), 4),
     frameon=False,
     handlelength=4,
+  )
+  for text in drawn.get_texts():
+    text.set_parse_math(False)
+
+
+def balance(axes: Axes, run: Results, **style: Any) -> None:
+  """Draws MaxVio by step: a line, and a band up to the worst layer."""
+  mean = run.max_violation
+  axes.plot(mean, **style)
+  worst = run.layer_max_violation.max(axis='columns')
+  axes.fill_between(
+    mean.index, mean, worst, color=style['color'], alpha=0.2, linewidth=0
   )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.analysis import RoutedText
+from moe_jax.config import METHODS
 
 # MaxVio of layers 0 and 1 at steps 1, 2, 3. Model: 1.0, 0.5, 0.25.
 VIOLATIONS = [[1.5, 0.5], [0.0, 1.0], [0.0, 0.5]]
@@ -63,18 +64,19 @@ def records():
 def write_run(tmp_path, records):
   """Returns a function that writes a work directory and returns its path."""
 
-  def write(name='bip', *, records=records, facts=None, **config):
+  def write(name='bip', *, records=records, method='', facts=None, **config):
     workdir = tmp_path / name
     workdir.mkdir()
+    method = method or (name if name in METHODS else 'bip')
     config = {
-      'method': name,
+      'method': method,  # Old runs have it.
       'steps': 3,
       'seed': 0,
       'batch_size': 2,
       'sequence_length': 4,
       'capacity_factor': 0.0,
       'learning_rate': 1e-3,
-      'balancer': {'name': 'bip', 'iterations': 4},
+      'balancer': METHODS.get(method, {'name': method}),
       'model': {'layers': 2, 'experts': 4, 'experts_per_token': 2},
     } | config
     facts = {

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from moe_jax.analysis import Run
+from moe_jax.analysis import figures
+from moe_jax.analysis import frontier_figure
 from moe_jax.analysis import load_heatmap_figure
 from moe_jax.analysis import loss_figure
 from moe_jax.analysis import max_violation_figure
@@ -12,6 +14,7 @@ from moe_jax.analysis import price_figure
 from moe_jax.analysis import progress_figure
 from moe_jax.analysis import save_figure
 from moe_jax.analysis.drawing import spread
+from moe_jax.config import METHODS
 
 
 @pytest.fixture
@@ -74,14 +77,54 @@ def test_zero_is_on_the_axis(write_run, records, zero):
   assert value - bottom > 0.2 * (top - bottom)
 
 
-def test_methods_stay_apart_without_colour(runs):
-  (axes,) = max_violation_figure(runs).axes
-  looks = {
-    (line.get_linestyle(), line.get_marker()) for line in axes.get_lines()
+def draw_alike(runs):
+  """The lines that stand for methods, in every figure that has any."""
+  return {
+    'violation': max_violation_figure(runs).axes[0].get_lines(),
+    'loss': loss_figure(runs).axes[0].get_lines(),
+    'frontier': frontier_figure({k: [r] for k, r in runs.items()})
+    .axes[0]
+    .get_lines()[1:],
   }
-  assert len(looks) == 2
-  (legend,) = axes.figure.legends
+
+
+def test_methods_stay_apart_without_color(write_run):
+  runs = {method: Run(write_run(method)) for method in METHODS}
+  for figure, drawn in draw_alike(runs).items():
+    looks = {(line.get_linestyle(), line.get_marker()) for line in drawn}
+    assert len(looks) == len(METHODS), figure
+  (legend,) = max_violation_figure(runs).legends
   assert [text.get_text() for text in legend.get_texts()] == list(runs)
+
+
+@pytest.mark.parametrize('method', [*METHODS, 'a rule of tomorrow'])
+def test_a_method_looks_the_same_whoever_is_beside_it(write_run, method):
+  """In all figures: color, marker and, where there are lines, their style."""
+  run = Run(write_run('it', method=method))
+  others = {m: Run(write_run(m)) for m in ('midpoint', 'bip', 'unbalanced')}
+  looks = set()
+  for runs in ({'it': run}, {**others, 'it': run}, {'it': run, **others}):
+    for figure, drawn in draw_alike(runs).items():
+      (line,) = (x for x in drawn if x.get_label() == 'it')
+      style = '' if figure == 'frontier' else line.get_linestyle()
+      looks.add((line.get_color(), line.get_marker(), style))
+  assert len({look[:2] for look in looks}) == 1
+  assert len(looks) == 2
+  (progress,) = progress_figure(run).axes[0].get_lines()
+  assert progress.get_color() == line.get_color()
+
+
+def test_runs_of_one_method_have_its_color_and_stay_apart(write_run):
+  """Seeds, and a variant that has no name."""
+  variant = {'name': 'bip', 'iterations': 6}
+  runs = {
+    'a': Run(write_run('a', method='bip')),
+    'b': Run(write_run('b', method='bip', seed=1)),
+    'c': Run(write_run('c', balancer=variant)),
+  }
+  drawn = max_violation_figure(runs).axes[0].get_lines()
+  assert len({(line.get_color(), line.get_marker()) for line in drawn}) == 1
+  assert len({line.get_fillstyle() for line in drawn}) == 3
 
 
 def test_load_heatmap(runs):
@@ -104,11 +147,11 @@ def test_load_heatmap(runs):
 
 
 def test_load_heatmap_of_a_chosen_layer(runs):
-  axes = load_heatmap_figure(runs, layer=0, maximum=3.0).axes[0]
+  axes = load_heatmap_figure(runs, layer=0).axes[0]
   assert axes.get_title('left') == 'bip, layer 0'
   (mesh,) = axes.collections
   np.testing.assert_array_equal(mesh.get_array()[:, 0], [2.5, 1.0, 0.5, 0.0])
-  assert mesh.get_clim() == (0.0, 3.0)
+  assert mesh.get_clim() == (0.0, 2.0)
   with pytest.raises(ValueError, match='layer 5'):
     load_heatmap_figure(runs, layer=5)
 
@@ -142,10 +185,11 @@ def test_loss(runs):
   assert 'bits/byte' in validation.get_ylabel()
 
 
-def test_prices(write_run, records):
+def test_prices(write_run, records, monkeypatch):
+  monkeypatch.setattr(figures, '_NAMED', 1)
   prices = [[0.0, 0.4, 0.1, 0.2], None, [0.1, 0.0, 0.3, 0.2]]
   run = Run(write_run(records=priced(records, prices)))
-  upper, lower, bar = price_figure(run, layer=0, named=1).axes
+  upper, lower, bar = price_figure(run, layer=0).axes
   drawn = lines(upper)
   assert drawn['2'].get_xdata().tolist() == [1, 3]
   assert drawn['2'].get_ydata().tolist() == [0.1, 0.3]
@@ -160,8 +204,6 @@ def test_prices(write_run, records):
   assert 'step' in lower.get_xlabel()
   with pytest.raises(ValueError, match='layer 1'):
     price_figure(run, layer=1)
-  with pytest.raises(ValueError, match='named=0'):
-    price_figure(run, layer=0, named=0)
 
 
 @pytest.mark.parametrize('experts', [2, 5])

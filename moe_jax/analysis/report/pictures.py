@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from moe_jax.analysis import figures
 from moe_jax.analysis.frontier import frontier_figure
 from moe_jax.analysis.run import Run
+from moe_jax.analysis.table import by_method
 
 _LONGEST_LABEL = 18  # characters: four fit side by side
 _LARGEST_SVG = 1_000_000  # bytes
@@ -28,10 +29,7 @@ class Picture(NamedTuple):
 
 
 def _frontier(named: Mapping[str, Run]) -> Figure:
-  methods = {}
-  for run in named.values():
-    methods.setdefault(run.method, []).append(run)
-  return frontier_figure(methods)
+  return frontier_figure(by_method(named.values()))
 
 
 def _prices(run: Run) -> Figure:
@@ -126,13 +124,10 @@ def _labelled(named: Mapping[str, Run]) -> dict[str, Run]:
   names = [run.method for run in named.values()]
   if len(set(names)) < len(names):
     names = list(named)
-  labels = {}
-  for number, (name, run) in enumerate(
-    zip(names, named.values(), strict=True), start=1
-  ):
-    if len(name) > _LONGEST_LABEL:
-      name = f'{number}: …{name[3 - _LONGEST_LABEL :]}'
-    # matplotlib reads $ as mathematics, and leaves _names out of legends.
-    space = ' ' * name.startswith('_')
-    labels[space + name.replace('$', r'\$')] = run
-  return labels
+  labels = [
+    name
+    if len(name) <= _LONGEST_LABEL
+    else f'{number}: …{name[3 - _LONGEST_LABEL :]}'
+    for number, name in enumerate(names, start=1)
+  ]
+  return dict(zip(labels, named.values(), strict=True))

@@ -8,7 +8,8 @@ for (const button of document.querySelectorAll('th button')) {
     const rows = Array.from(body.rows, (row) => {
       const cell = row.cells[heading.cellIndex];
       const text = cell.textContent.trim();
-      return {row, text, number: Number(cell.dataset.order ?? text)};
+      const number = Number(text.split(' ')[0].replace(/[,%]/g, ''));
+      return {row, text, number};
     });
     const unknown = ({text}) => text === '–';
     const compare = (a, b) =>

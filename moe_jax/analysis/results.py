@@ -1,0 +1,182 @@
+"""What a run recorded, in numbers."""
+
+from collections.abc import Sequence
+import functools
+import json
+import math
+import os
+from typing import Any
+
+from etils import epath
+import numpy as np
+import pandas as pd
+
+from moe_jax.config import method_of
+from moe_jax.config import upgrade
+
+COMPILING_STEPS = 2  # whose times say nothing of the others
+_PACE_STEPS = 20
+
+
+def steady(values: Sequence[float]) -> Sequence[float]:
+  """Returns a metric without the steps that compile, if there are others."""
+  return values[COMPILING_STEPS:] if len(values) > COMPILING_STEPS else values
+
+
+def pace(seconds: Sequence[float]) -> float:
+  """Returns the median time of the last 20 steps; NaN of none."""
+  return float(np.median(steady(seconds)[-_PACE_STEPS:]))
+
+
+class Results:
+  """What one training run recorded in its work directory.
+
+  The run may be under way, or copied here from another machine. Files are read
+  when first asked for and kept.
+
+  Attributes:
+    workdir: the work directory, local or gs://...
+  """
+
+  def __init__(self, workdir: str | os.PathLike[str]):
+    self.workdir = epath.Path(workdir)
+
+  def __repr__(self) -> str:
+    return f'{type(self).__name__}({os.fspath(self.workdir)!r})'
+
+  @functools.cached_property
+  def config(self) -> dict[str, Any]:
+    """The nested config, from `config.json`, its options named as today."""
+    return upgrade(self._read_json('config.json'))
+
+  @functools.cached_property
+  def facts(self) -> dict[str, Any]:
+    """What the run found out about itself, from `run.json`."""
+    return self._read_json('run.json')
+
+  @functools.cached_property
+  def metrics(self) -> pd.DataFrame:
+    """One row a completed step (1-based index), one column a metric key.
+
+    A metric that a step does not have, such as an evaluation, is NaN, and so is
+    one that was not finite. A last line that does not parse is left out: it was
+    being written.
+
+    Raises:
+      FileNotFoundError: there is no `metrics.jsonl`.
+      ValueError: another line is malformed, or steps do not increase.
+    """
+    path = self._path('metrics.jsonl')
+    lines = path.read_bytes().splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+      try:
+        row = json.loads(line)
+      except ValueError as error:
+        if number == len(lines):
+          break
+        raise ValueError(f'{path}:{number}: not JSON: {error}') from error
+      step = row.get('step') if isinstance(row, dict) else None
+      if not isinstance(step, int):
+        raise ValueError(f'{path}:{number}: not an object with an int `step`')
+      if rows and step <= rows[-1]['step']:
+        last = rows[-1]['step']
+        raise ValueError(f'{path}:{number}: step {step} comes after {last}')
+      rows.append({k: math.nan if v is None else v for k, v in row.items()})
+    return pd.DataFrame(rows or {'step': []}).set_index('step')
+
+  @functools.cached_property
+  def not_finite(self) -> dict[int, dict[str, Any]]:
+    """What is known of the steps after which the run gave up; by step.
+
+    There, too many steps in a row had a loss, gradient or router logits that
+    were not finite. Keys: `cause`, `sequences` (indices of the training
+    sequences), `record` (the step's metrics, with the loads), `norms` (of the
+    `gradient` and the `parameters`, by array, and by layer in a stack), ...;
+    None is what was not finite.
+    """
+    dumps = sorted(self.workdir.glob('not_finite_step_*.json'))
+    read = (self._read_json(path.name) for path in dumps)
+    return {dump['step']: dump for dump in read}
+
+  @property
+  def finished(self) -> bool:
+    """Whether the last of the configured steps was completed."""
+    return self.config['steps'] in self.metrics.index[-1:]
+
+  @property
+  def tokens_per_step(self) -> int:
+    """Positions a step trains on, padding included."""
+    return self.config['batch_size'] * self.config['sequence_length']
+
+  @property
+  def method(self) -> str:
+    """The balancer's name in tables and figures."""
+    return method_of(self.config['balancer'])
+
+  @property
+  def evaluation_sets(self) -> list[str]:
+    """Names of the sets that were evaluated, in the order first met."""
+    parts = (key.split('/') for key in self.metrics)
+    return [p[1] for p in parts if p[0] == 'eval' and p[-1] == 'perplexity']
+
+  @property
+  def max_violation(self) -> pd.Series:
+    """MaxVio by step, mean over the MoE layers."""
+    return self.metrics['router/max_violation']
+
+  @property
+  def layer_max_violation(self) -> pd.DataFrame:
+    """MaxVio by step and MoE layer; columns `layer_00` and so on."""
+    prefix = 'router/max_violation/'
+    keys = sorted(key for key in self.metrics if key.startswith(prefix))
+    return self.metrics[keys].rename(columns=lambda k: k.removeprefix(prefix))
+
+  @property
+  def least_balanced_layer(self) -> int:
+    """The MoE layer of worst AvgMaxVio."""
+    worst = self.layer_max_violation.mean().idxmax()
+    return int(worst.removeprefix('layer_'))
+
+  def loads(self, layer: int) -> pd.DataFrame:
+    """Tokens that each expert of a layer got; a column an expert.
+
+    A row for each step that they were recorded of, see `experts_every`.
+
+    Raises:
+      ValueError: the run has no loads of that layer.
+    """
+    return self._by_expert('load', layer)
+
+  def prices(self, layer: int) -> pd.DataFrame:
+    """q of each expert of a layer, as it was after a step; as `loads`.
+
+    Raises:
+      ValueError: the run has no prices of that layer; runs before version 0.2
+        recorded none.
+    """
+    return self._by_expert('q', layer)
+
+  def _by_expert(self, what: str, layer: int) -> pd.DataFrame:
+    key = f'router/{what}/layer_{layer:02d}'
+    if key not in self.metrics:
+      group = key.removesuffix(f'{layer:02d}')
+      has = sorted(k for k in self.metrics if k.startswith(group))
+      raise ValueError(
+        f'layer {layer}: {self} has no {key}, but {has or "none of these"}'
+      )
+    rows = self.metrics[key].dropna()
+    return pd.DataFrame(rows.tolist(), index=rows.index)
+
+  def _path(self, name: str) -> epath.Path:
+    path = self.workdir / name
+    if not path.is_file():
+      raise FileNotFoundError(f'{path} is missing: not a run, or not yet begun')
+    return path
+
+  def _read_json(self, name: str) -> dict[str, Any]:
+    path = self._path(name)
+    try:
+      return json.loads(path.read_bytes())
+    except ValueError as error:
+      raise ValueError(f'{path}: not JSON: {error}') from error

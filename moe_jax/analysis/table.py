@@ -1,0 +1,245 @@
+"""Runs in numbers: one data frame, a row a run, a column a value.
+
+Columns are those of `summarize`, then every option as `config.<option>` and
+every fact as `facts.<fact>`.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import json
+import math
+import numbers
+import os
+from typing import Any
+
+import pandas as pd
+
+from moe_jax.analysis import columns
+from moe_jax.analysis.naming import name_paths
+from moe_jax.analysis.results import Results
+from moe_jax.config import flatten
+from moe_jax.config import is_among
+from moe_jax.config import may_change
+
+UNKNOWN = '–'
+_NAMES = ('method', 'balancer', 'seed')  # of a run; no results
+
+
+def summarize(run: Results) -> dict[str, Any]:
+  """Sums a run up in one flat dict that JSON can hold.
+
+  Returns:
+    Every value of `columns.sections`, by its key: `method`, `seed`, `steps`,
+    `average_max_violation`, `train_loss`, `eval/<set>/perplexity` and so on;
+    of each layer, `average_max_violation/layer_00` and `sup_max_violation/...`.
+    None is a value that is unknown or not finite.
+
+  Raises:
+    ValueError: no step is completed.
+  """
+  if run.metrics.empty:
+    raise ValueError(f'{run}: no step is completed yet')
+  summary = {
+    column.key: column.measure(run)
+    for section in columns.sections(run.evaluation_sets)
+    for column in section.columns
+  }
+  layers = run.layer_max_violation
+  average, sup = layers.mean(skipna=False), layers.max(skipna=False)
+  summary |= average.add_prefix('average_max_violation/')
+  summary |= sup.add_prefix('sup_max_violation/')
+  return {key: _plain(value) for key, value in summary.items()}
+
+
+def tabulate(runs: Mapping[str, Results]) -> pd.DataFrame:
+  """Returns the table of any runs, by their names.
+
+  Raises:
+    ValueError: a run has completed no step, or is of an older version.
+  """
+  summaries, settings = [], []
+  for run in runs.values():
+    try:
+      summary = summarize(run)
+    except KeyError as error:
+      raise ValueError(f'{run}: has no {error}; of an older version') from error
+    summaries.append(
+      {k: math.nan if v is None else v for k, v in summary.items()}
+    )
+    facts = {name: fact for name, fact in run.facts.items() if name != 'run'}
+    settings.append(flatten({'config': run.config, 'facts': facts}))
+  # As objects: a number that some runs do not have would become a float.
+  return pd.DataFrame(summaries, index=runs).join(
+    pd.DataFrame(settings, index=runs, dtype=object)
+  )
+
+
+def by_method(runs: Iterable[Results]) -> dict[str, list[Results]]:
+  """Sorts runs by their methods, in the order first met."""
+  methods = {}
+  for run in runs:
+    methods.setdefault(run.method, []).append(run)
+  return methods
+
+
+def comparison(runs: Mapping[str, Sequence[Results]]) -> pd.DataFrame:
+  """Sets methods side by side, each with one run a seed.
+
+  Args:
+    runs: the runs of each method, by the method's name.
+
+  Returns:
+    The table of all runs; its index is (`method`, `seed`), its columns are the
+    other values of `summarize`, then `config.<option>` and `facts.<fact>`.
+    `groupby('method')` gives means and deviations.
+
+  Raises:
+    ValueError: runs differ in other fields than the balancer and the seed, runs
+      of one method in other fields than the seed, two of them share a seed, the
+      texts differ, or a method has no runs.
+  """
+  if empty := [method for method, of_method in runs.items() if not of_method]:
+    raise ValueError(f'{empty[0]}: no runs to compare')
+  named = [(method, run) for method in runs for run in runs[method]]
+  table = tabulate({i: run for i, (_, run) in enumerate(named)})
+  table.index = [os.fspath(run.workdir) for _, run in named]
+  table['method'] = [method for method, _ in named]
+  for method, of_method in table.groupby('method', sort=False):
+    _refuse_differences(of_method, but=['seed'])
+    if not of_method['seed'].is_unique:
+      seeds = of_method['seed'].tolist()
+      raise ValueError(f'{method}: two runs share a seed; seeds are {seeds}')
+  firsts = table.groupby('method', sort=False).head(1)
+  _refuse_differences(firsts, but=['balancer', 'seed'])
+  # The text's hash is not in the config, yet perplexities hang on it.
+  texts = table.get('facts.text_fingerprint', pd.Series())
+  if texts.nunique(dropna=False) > 1:
+    raise ValueError(f'text_fingerprint differs: {texts.to_dict()}')
+  return table.set_index(['method', 'seed'])
+
+
+def difference(a: Results, b: Results) -> pd.DataFrame:
+  """Sets two runs side by side, whatever they are.
+
+  Returns:
+    A row for each option in which they differ, then one for each number of
+    their summaries; columns: the two runs, by the names of their work
+    directories, and `difference`, b minus a, NaN where there is none.
+
+  Raises:
+    ValueError: one of them has completed no step, or they are the same.
+  """
+  first, second = name_paths([a.workdir, b.workdir])
+  table = tabulate({first: a, second: b})
+  shown = settings(table)
+  options = [key for key in shown if key.startswith('config.')]
+  options = [key for key in options if shown[key].nunique() > 1]
+  results = [key for key in summarize(a) if key not in _NAMES]
+  both = table[options + results].astype(object).T
+  both['difference'] = [_minus(*pair) for pair in both.itertuples(index=False)]
+  return both
+
+
+def over_seeds(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+  """Returns mean and standard deviation (of a sample, n - 1), a row a method.
+
+  Both are NaN where a value is, the deviation also where there is one seed.
+  Texts that differ are joined.
+  """
+  groups = table.groupby('method', sort=False)
+  measured = table.select_dtypes('number').columns.drop('seed', errors='ignore')
+  texts = groups[['balancer', 'worst_average_layer', 'worst_sup_layer']]
+  return (
+    groups[measured].mean(skipna=False).join(texts.agg(_distinct)),
+    groups[measured].std(skipna=False),
+  )
+
+
+def settings(table: pd.DataFrame) -> pd.DataFrame:
+  """Returns options and facts as texts, an option as a flag has it."""
+  return table.filter(regex=r'^(config|facts)\.').map(_setting)
+
+
+def notes(table: pd.DataFrame) -> list[str]:
+  """Returns what a reader must know before believing a table, as sentences."""
+  said = []
+  names = table.index.map(lambda x: x if isinstance(x, str) else _seeded(*x))
+  table = table.reset_index()
+  for name, run in zip(names, table.to_dict('records'), strict=True):
+    if not run['finished']:
+      total = run['config.steps']
+      said.append(
+        f'{name} is not finished: step {run["steps"]:,.0f} of {total:,}.'
+      )
+    if not math.isnan(run['first_non_finite_step']):
+      step = run['first_non_finite_step']
+      said.append(f'{name} diverged: no finite loss at step {step:,.0f}.')
+  seeds = table.groupby('method', sort=False)['seed'].nunique()
+  if alone := list(seeds.index[seeds == 1]):
+    said.append(
+      f'One seed ({", ".join(alone)}): how much chance does is not known, and '
+      'small differences in loss mean nothing.'
+    )
+  if len(alone) < len(seeds):
+    said.append('Mean ± standard deviation over seeds (of a sample, n - 1).')
+  facts = settings(table).filter(like='facts.')
+  differ = facts.groupby(table['seed']).nunique().gt(1).any()
+  if differ.any():
+    these = ', '.join(
+      key.removeprefix('facts.') for key in facts.loc[:, differ]
+    )
+    said.append(f'Facts that differ between runs of one seed: {these}.')
+  for key, reasons in facts.filter(like='facts.not_evaluated.').items():
+    for reason in reasons[reasons != UNKNOWN].unique():
+      name = key.removeprefix('facts.not_evaluated.')
+      said.append(f'Not evaluated: {name}, because {reason.rstrip(".")}.')
+  return [*said, f'{UNKNOWN} is a value that is unknown or not finite.']
+
+
+def _refuse_differences(table: pd.DataFrame, but: Sequence[str]) -> None:
+  shown = settings(table).filter(like='config.')
+  shown.columns = shown.columns.str.removeprefix('config.')
+  differing = [
+    f'{option}: {" and ".join(values.unique())}'
+    for option, values in shown.items()
+    if values.nunique() > 1
+    and may_change(option) != 'yes'
+    and not is_among(option, but)
+  ]
+  if differing:
+    raise ValueError(
+      f'{" and ".join(table.index)} may differ in {", ".join(but)} only, but '
+      f'differ in {"; ".join(differing)}'
+    )
+
+
+def _minus(a: Any, b: Any) -> float:
+  known = all(
+    isinstance(x, numbers.Real) and not isinstance(x, bool) for x in (a, b)
+  )
+  return b - a if known else math.nan
+
+
+def _distinct(values: pd.Series) -> str:
+  return ', '.join(values.astype(str).unique())
+
+
+def _seeded(method: str, seed: int) -> str:
+  return f'{method}, seed {seed}'
+
+
+def _setting(value: Any) -> str:
+  if value is None or value != value:
+    return UNKNOWN
+  if value == '':
+    return '(empty)'
+  return value if isinstance(value, str) else json.dumps(value)
+
+
+def _plain(value: Any) -> Any:
+  """Makes NumPy scalars Python's, and what is not finite None."""
+  value = value.item() if hasattr(value, 'item') else value
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
