@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import pathlib
+from typing import BinaryIO
 
 import numpy as np
 import tokenizers
@@ -72,11 +73,6 @@ class Tokenizer:
     Raises:
       ValueError: vocabulary is too small.
     """
-    if vocabulary < SMALLEST_VOCABULARY:
-      raise ValueError(
-        f'data.vocabulary={vocabulary}: must be at least {SMALLEST_VOCABULARY} '
-        '(256 bytes and the end-of-document token)'
-      )
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
@@ -102,11 +98,6 @@ class Tokenizer:
   def to_json(self) -> str:
     """Returns the tokenizer in the JSON format of HF tokenizers."""
     return self._model.to_str()
-
-  @property
-  def merges(self) -> int:
-    """Number of tokens that stand for more than one byte."""
-    return self._model.get_vocab_size() - SMALLEST_VOCABULARY
 
   def encode(self, text: str) -> np.ndarray:
     """Returns the token ids of a text, `dtype` [N]."""
@@ -139,19 +130,16 @@ def load_tokenizer(
     vocabulary: number of ids.
     log: takes a line about work that was not cached.
   """
-  try:
-    size = cache.check_file(path)
-    text = path.read_bytes()[:size].decode()
-    return Tokenizer.from_json(text, vocabulary)
-  except FileNotFoundError:
-    pass
-  except ValueError:
-    log(f'data: {path} is damaged; making it again')
-  log(f'data: training a tokenizer of {vocabulary} tokens')
-  tokenizer = Tokenizer.train(documents(), vocabulary)
-  with cache.atomic_file(path) as file:
+
+  def load(path: pathlib.Path, size: int) -> Tokenizer:
+    return Tokenizer.from_json(path.read_bytes()[:size].decode(), vocabulary)
+
+  def make(file: BinaryIO) -> None:
+    log(f'data: training a tokenizer of {vocabulary} tokens')
+    tokenizer = Tokenizer.train(documents(), vocabulary)
     file.write(tokenizer.to_json().encode())
-  return tokenizer
+
+  return cache.load_or_make(path, load, make, log)
 
 
 def load_tokens(
@@ -172,14 +160,18 @@ def load_tokens(
     The documents' tokens one after the other, the end-of-document token after
     each; tokenizer.dtype [N], memory-mapped and read-only.
   """
-  try:
-    return _open_tokens(path, tokenizer.dtype)
-  except FileNotFoundError:
-    pass
-  except (ValueError, EOFError):
-    log(f'data: {path} is damaged; making it again')
-  with cache.atomic_file(path) as file:
-    _write_header(file, tokenizer.dtype, 0)
+
+  def load(path: pathlib.Path, size: int) -> np.ndarray:
+    del size  # It is in the header.
+    tokens_N = np.load(path, mmap_mode='r', allow_pickle=False)
+    if tokens_N.dtype != tokenizer.dtype or tokens_N.ndim != 1:
+      raise ValueError(f'{path} holds {tokens_N.dtype} {tokens_N.shape}')
+    return tokens_N
+
+  def make(file: BinaryIO) -> None:
+    header = {'descr': tokenizer.dtype.str, 'fortran_order': False}
+    write_header = np.lib.format.write_array_header_1_0
+    write_header(file, header | {'shape': (0,)})
     start = file.tell()
     end = np.array([tokenizer.end_of_document], tokenizer.dtype).tobytes()
     for texts in _groups(documents()):
@@ -187,28 +179,10 @@ def load_tokens(
         file.write(ids_N.tobytes() + end)
     size = (file.tell() - start) // tokenizer.dtype.itemsize
     file.seek(0)
-    _write_header(file, tokenizer.dtype, size)
+    write_header(file, header | {'shape': (size,)})
     assert file.tell() == start, 'numpy pads headers so that lengths can grow'
-  return _open_tokens(path, tokenizer.dtype)
 
-
-def _open_tokens(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
-  cache.check_file(path)
-  tokens_N = np.load(path, mmap_mode='r', allow_pickle=False)
-  if tokens_N.dtype != dtype or tokens_N.ndim != 1:
-    raise ValueError(f'{path} holds {tokens_N.dtype} {tokens_N.shape}')
-  return tokens_N
-
-
-def _write_header(file, dtype: np.dtype, size: int) -> None:
-  np.lib.format.write_array_header_1_0(
-    file,
-    {
-      'descr': np.lib.format.dtype_to_descr(dtype),
-      'fortran_order': False,
-      'shape': (size,),
-    },
-  )
+  return cache.load_or_make(path, load, make, log)
 
 
 def _groups(documents: Iterable[str]) -> Iterator[list[str]]:

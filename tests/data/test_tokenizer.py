@@ -54,7 +54,7 @@ def test_end_of_document_decodes_to_nothing_and_has_no_bytes(tokenizer):
 def test_merges_are_learnt(tokenizer):
   # 'the' and its surroundings come six times: it must have become one token.
   assert len(tokenizer.encode(' the')) == 1
-  assert tokenizer.merges > 5
+  assert (tokenizer.token_bytes_V > 1).sum() > 5
 
 
 def test_training_is_deterministic(tokenizer):
@@ -65,7 +65,6 @@ def test_training_is_deterministic(tokenizer):
 def test_small_text_leaves_ids_unused():
   tokenizer = Tokenizer.train(['ab ab ab'], 1000)
   assert tokenizer.vocabulary == 1000
-  assert tokenizer.merges == 2  # 'ab', ' ab'.
   assert tokenizer.token_bytes_V.shape == (1000,)
   assert tokenizer.token_bytes_V.sum() == 256 + 2 + 3
   assert not tokenizer.token_bytes_V[259:].any()
@@ -78,7 +77,7 @@ def test_dtype_holds_every_id(vocabulary, dtype):
 
 
 def test_vocabulary_below_the_bytes_is_refused():
-  with pytest.raises(ValueError, match=r'data\.vocabulary=256: .* 257'):
+  with pytest.raises(ValueError, match='at most 256 ids'):
     Tokenizer.train(DOCUMENTS, 256)
 
 

@@ -1,0 +1,226 @@
+"""Documents of .txt (one a file) and .jsonl (one a line), also with .gz."""
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import glob
+import gzip
+import hashlib
+import itertools
+import json
+import pathlib
+import re
+import sys
+from typing import BinaryIO
+import zlib
+
+from moe_jax.data import cache
+from moe_jax.data.corpus import Corpus
+from moe_jax.options import shown
+
+FORMAT = 1  # Part of every key: raise it when these files read differently.
+SUFFIXES = ('.txt', '.jsonl', '.txt.gz', '.jsonl.gz')
+# A document, or a line of a .jsonl file, has at most so many bytes.
+LARGEST_DOCUMENT = 1 << 30
+# A .gz file has at most its own size times the one plus the other inside. Text
+# shrinks 3 to 10 times; nothing shrinks more than 1032 times.
+LARGEST_EXPANSION = 100
+SMALL_EXPANSION = 1 << 28
+
+
+def find_files(option: str, patterns: str) -> tuple[pathlib.Path, ...]:
+  """Returns the files that comma-separated paths and globs name.
+
+  Args:
+    option: what errors name.
+    patterns: a glob's files come sorted; a file named twice comes once.
+
+  Raises:
+    FileNotFoundError: a path or glob names nothing.
+    ValueError: a name is a directory's, or does not end in one of `SUFFIXES`.
+  """
+  found = {}
+  for pattern in filter(None, map(str.strip, patterns.split(','))):
+    try:
+      path = pathlib.Path(pattern).expanduser()
+      # A path that exists may hold characters that mean something in a glob.
+      names = [path] if path.exists() else sorted(glob.glob(str(path)))
+      names = [pathlib.Path(name).resolve() for name in names]
+    except (OSError, RuntimeError) as error:  # Such as a loop of links.
+      raise ValueError(f'{option}={pattern}: {error}') from error
+    if not names:
+      raise FileNotFoundError(f'{option}={pattern}: no such file')
+    for name in names:
+      if name.is_dir():
+        raise ValueError(
+          f'{option}={name}: not a file; '
+          f'to read a directory write {name / ("*" + SUFFIXES[0])}'
+        )
+      if not name.is_file():
+        raise ValueError(f'{option}={name}: not a regular file')
+      if not name.name.endswith(SUFFIXES):
+        raise ValueError(
+          f'{option}={name}: the name must end in {", ".join(SUFFIXES)}'
+        )
+      found[name] = None
+  return tuple(found)
+
+
+@dataclasses.dataclass(eq=False)
+class Files:
+  """Text files, which are known by their content, not by their place.
+
+  Attributes:
+    option: what errors name beside the file.
+    paths: files that end in one of `SUFFIXES`.
+    text_field: name of the text in a .jsonl line.
+    contents: whether each file is .jsonl and .gz, and its SHA-256.
+
+  Raises:
+    ValueError: a file cannot be read.
+  """
+
+  option: str
+  paths: Sequence[pathlib.Path]
+  text_field: str = 'text'
+
+  def __post_init__(self):
+    self.contents = self._contents()
+
+  def _contents(self) -> list[tuple[bool, bool, str]]:
+    found = []
+    for path in self.paths:
+      with reading(f'{self.option}={path}'), path.open('rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+      by_line = path.name.endswith(('.jsonl', '.jsonl.gz'))
+      found.append((by_line, path.name.endswith('.gz'), digest))
+    return found
+
+  def check(self) -> None:
+    """Raises ValueError if the files are no longer what they were."""
+    if self._contents() != self.contents:
+      raise ValueError(f'{self.option}: changed while being read; start again')
+
+  def documents(self) -> Iterator[str]:
+    """Yields the documents; empty ones are skipped.
+
+    Raises:
+      ValueError: a file is damaged, or holds no text; the message has the file,
+        and the line or byte.
+    """
+    for path, (by_line, packed, _) in zip(
+      self.paths, self.contents, strict=True
+    ):
+      room, opener = sys.maxsize, open
+      with reading(f'{self.option}={path}'):
+        if packed:
+          room = SMALL_EXPANSION + path.stat().st_size * LARGEST_EXPANSION
+          opener = gzip.open
+        with opener(path, 'rb') as file:
+          texts = _lines(file, room, self.text_field)
+          if not by_line:
+            texts = [_whole(file, room)]
+          empty = True
+          for text in filter(None, texts):
+            empty = False
+            yield text
+        if empty:
+          raise ValueError('no text in this file')
+
+  def corpus(self, kind: str) -> Corpus:
+    """Returns the corpus of all documents; `kind` is part of its key."""
+    key = cache.content_key(kind, FORMAT, self.contents)
+    return Corpus(key, self.documents, self.check)
+
+
+@contextlib.contextmanager
+def reading(where: str) -> Iterator[None]:
+  """Raises what is wrong with a text as a ValueError that begins with `where`.
+
+  The contexts of a file and of a line in it can be nested.
+  """
+  try:
+    yield
+  except (ValueError, OSError, EOFError, zlib.error) as error:
+    raise ValueError(f'{where}: {_problem(error)}') from error
+
+
+def _problem(error: Exception) -> str:
+  match error:
+    case UnicodeDecodeError():
+      return f'byte {error.start} is not valid UTF-8; convert it to UTF-8'
+    case gzip.BadGzipFile() | EOFError() | zlib.error():
+      return f'damaged gzip file: {error}'
+    case OSError():
+      return f'cannot be read: {error.strerror or error}'
+  return str(error)
+
+
+def decode(data: bytes) -> str:
+  """Decodes UTF-8 without its byte order mark."""
+  return data.decode().removeprefix('\ufeff')
+
+
+def _whole(file: BinaryIO, room: int) -> str:
+  """Reads a file, a MiB at a time and no more of it than is allowed."""
+  chunks, left = [], min(LARGEST_DOCUMENT, room) + 1
+  while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+    chunks.append(chunk)
+    left -= len(chunk)
+  data = b''.join(chunks)
+  _check_size(len(data), room)
+  return decode(data)
+
+
+def _lines(file: BinaryIO, room: int, text_field: str) -> Iterator[str]:
+  """Yields the texts of a .jsonl file."""
+  for number in itertools.count(1):
+    line = file.readline(min(LARGEST_DOCUMENT, room) + 1)
+    if not line:
+      return
+    try:
+      _check_size(len(line), room)
+      if line.strip():
+        yield _parse(decode(line), text_field)
+    except ValueError as error:
+      raise ValueError(f'line {number}: {_problem(error)}') from error
+    room -= len(line)
+
+
+def _check_size(size: int, room: int) -> None:
+  if size > room:
+    raise ValueError(
+      f'the file expands to more than {LARGEST_EXPANSION} times its size plus '
+      f'{SMALL_EXPANSION} bytes, which is no text; if it is, unpack it'
+    )
+  if size > LARGEST_DOCUMENT:
+    raise ValueError(
+      f'longer than {LARGEST_DOCUMENT} bytes, the most that a document may '
+      'have; divide it'
+    )
+
+
+def _parse(line: str, text_field: str) -> str:
+  """Returns the text of one line of a .jsonl file."""
+  try:
+    record = json.loads(line)
+  # ValueError also for integers of more digits than Python likes.
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'invalid JSON: {error}') from error
+  if not isinstance(record, dict):
+    raise ValueError(f'expected a JSON object, found {shown(record)}')
+  if text_field not in record:
+    raise ValueError(
+      f'no field data.text_field={text_field}; '
+      f'this line has {shown(", ".join(sorted(record)))}'
+    )
+  text = record[text_field]
+  if not isinstance(text, str):
+    raise ValueError(f'{text_field} must be a string, not {shown(text)}')
+  if half := re.search('[\ud800-\udfff]', text):
+    raise ValueError(
+      f'{text_field} has half a surrogate pair at character {half.start()}, '
+      'which is no Unicode text'
+    )
+  return text

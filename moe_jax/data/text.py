@@ -1,0 +1,149 @@
+"""From the options to tokens: reads, tokenizes and caches a text.
+
+Shape letters: N tokens, V vocabulary.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import functools
+import itertools
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+
+from moe_jax.data import cache
+from moe_jax.data import sources
+from moe_jax.data.config import DataConfig
+from moe_jax.data.config import split_names
+from moe_jax.data.corpus import Corpus
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer import load_tokenizer
+from moe_jax.data.tokenizer import load_tokens
+
+_FORMAT = 1  # Part of every key: raise it when tokens are made differently.
+_SECONDS_BETWEEN_REPORTS = 5.0
+
+
+class TextData(NamedTuple):
+  """Tokenized text. Token arrays are memory-mapped, uint16 or uint32 [N].
+
+  Each document is followed by the end-of-document token; `token_counts` tells
+  how many documents and bytes there are.
+
+  Attributes:
+    tokenizer: trained on the training text alone.
+    train_tokens: to give to `training_batches`.
+    evaluation: set name -> tokens, to give to `evaluation_batches`.
+    not_evaluated: name of a set that was asked for -> why it is not there.
+    fingerprint: hash of training text and tokenizer; equal on all machines.
+  """
+
+  tokenizer: Tokenizer
+  train_tokens: np.ndarray
+  evaluation: dict[str, np.ndarray]
+  not_evaluated: dict[str, str]
+  fingerprint: str
+
+
+def print_log(message: str) -> None:
+  """Prints a line to stderr."""
+  print(message, file=sys.stderr, flush=True)
+
+
+def load_text(
+  config: DataConfig, log: Callable[[str], None] = print_log
+) -> TextData:
+  """Reads, tokenizes and caches the text that a config asks for.
+
+  The first call for a text takes seconds per 10 MB; later ones only hash the
+  source files and what is cached. Any number of processes may call it at once.
+
+  Args:
+    config: what to read.
+    log: takes lines about work that was not cached.
+
+  Raises:
+    ValueError, FileNotFoundError: bad input; the message names the option and
+      the file.
+  """
+  cache_dir = cache.open_cache(config.cache_dir)
+  corpus = sources.open_corpora(config, log)
+  if count := config.maximum_documents:
+    corpus = {
+      split: _first_documents(part, count) for split, part in corpus.items()
+    }
+  train = corpus['train']
+  key = cache.content_key(
+    _FORMAT, train.key, config.vocabulary, tokenizers.__version__
+  )
+  tokenizer = load_tokenizer(
+    cache_dir / f'tokenizer-{key}.json',
+    functools.partial(_read, train, 'read for the tokenizer', log),
+    config.vocabulary,
+    log,
+  )
+
+  def tokens_key(part: Corpus) -> str:
+    return cache.content_key(_FORMAT, part.key, tokenizer.to_json())
+
+  def tokens(name: str, part: Corpus) -> np.ndarray:
+    documents = functools.partial(_read, part, f'tokenized ({name})', log)
+    path = cache_dir / f'tokens-{tokens_key(part)}.npy'
+    return load_tokens(path, documents, tokenizer, log)
+
+  evaluation, not_evaluated = {}, {}
+  for name in split_names(config.evaluation_sets):
+    opener = sources.EVALUATION_SETS.get(name)
+    part = opener() if opener else corpus[name]
+    if isinstance(part, str):
+      not_evaluated[name] = part
+    else:
+      evaluation[name] = tokens(name, part)
+  return TextData(
+    tokenizer=tokenizer,
+    train_tokens=tokens('train', train),
+    evaluation=evaluation,
+    not_evaluated=not_evaluated,
+    fingerprint=tokens_key(train),
+  )
+
+
+def _first_documents(corpus: Corpus, count: int) -> Corpus:
+  return corpus._replace(
+    key=cache.content_key(corpus.key, count),
+    documents=lambda: itertools.islice(corpus.documents(), count),
+  )
+
+
+def _read(
+  corpus: Corpus, what: str, log: Callable[[str], None]
+) -> Iterator[str]:
+  """Yields checked documents, and logs a line every few seconds."""
+  due = time.monotonic() + _SECONDS_BETWEEN_REPORTS
+  size = 0
+  for number, text in enumerate(corpus.documents(), 1):
+    yield text
+    size += len(text)
+    if time.monotonic() > due:
+      log(f'data: {what}: {number} documents, {size / 1e6:.1f} M characters')
+      due = time.monotonic() + _SECONDS_BETWEEN_REPORTS
+  corpus.check()
+
+
+def token_counts(tokens_N: np.ndarray, vocabulary: int) -> np.ndarray:
+  """Counts how often each token occurs, without loading a file into memory.
+
+  `counts_V[tokenizer.end_of_document]` is the number of documents, and
+  `counts_V @ tokenizer.token_bytes_V` the number of bytes.
+
+  Returns:
+    int64 [V].
+  """
+  counts_V = np.zeros(vocabulary, np.int64)
+  for start in range(0, len(tokens_N), 1 << 24):
+    chunk = tokens_N[start : start + (1 << 24)]
+    counts_V += np.bincount(chunk, minlength=vocabulary)
+  return counts_V
