@@ -548,6 +548,7 @@ def test_refused_flags_leave_work_directories_alone_long(argv):
     'data.dataset=text_files',
     'data.files=nothing_of_that_name.txt',
     'data.cache_dir=Makefile/below',
+    'data.cache_dir=gs://bucket/cache',
     'data.cache_dir=' + 'x' * 300,
     'data.cache_dir=~nobody_of_that_name/cache',
     'data.files=~nobody_of_that_name/a.txt',

@@ -10,6 +10,8 @@ import dataclasses
 import grain
 import numpy as np
 
+from moe_jax.options import Option
+
 
 def training_batches(
   tokens_N: np.ndarray,
@@ -50,10 +52,8 @@ def training_batches(
       sequence needs.
   """
   local = _local_size(sequence_length, batch_size, process_index, process_count)
-  if seed < 0:
-    raise ValueError(f'seed={seed}: must be at least 0')
-  if not 0 <= start < 1 << 62:
-    raise ValueError(f'start={start}: must be at least 0 and below 2**62')
+  Option(least=0).check('seed', seed)
+  Option(least=0, most=2**62 - 1).check('start', start)
   if len(tokens_N) <= sequence_length:
     raise ValueError(
       f'sequence_length={sequence_length}: the training text has only '
@@ -137,10 +137,7 @@ def evaluation_batches(
     ValueError: an argument is impossible, or there are fewer than two tokens.
   """
   local = _local_size(sequence_length, batch_size, process_index, process_count)
-  if maximum_sequences < 0:
-    raise ValueError(
-      f'maximum_sequences={maximum_sequences}: must be positive, or 0 for all'
-    )
+  Option(least=0).check('maximum_sequences', maximum_sequences)
   if len(tokens_N) < 2:
     raise ValueError(
       f'evaluation set of {len(tokens_N)} tokens: nothing to predict; it needs '
@@ -157,13 +154,10 @@ def evaluation_batches(
 
 def _local_size(sequence_length, batch_size, process_index, process_count):
   """Returns the rows of a batch that each process gets."""
-  if sequence_length < 1:
-    raise ValueError(f'sequence_length={sequence_length}: must be at least 1')
-  if process_count < 1 or not 0 <= process_index < process_count:
-    raise ValueError(
-      f'process_index={process_index}: must be at least 0 and less than '
-      f'process_count={process_count}'
-    )
+  Option(least=1).check('sequence_length', sequence_length)
+  Option(least=1).check('process_count', process_count)
+  last = process_count - 1
+  Option(least=0, most=last).check('process_index', process_index)
   if batch_size < 1 or batch_size % process_count:
     raise ValueError(
       f'batch_size={batch_size}: must be a positive multiple of the number of '

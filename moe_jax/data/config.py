@@ -1,10 +1,10 @@
 """Which text to train and evaluate on."""
 
 import dataclasses
-import difflib
 
 from moe_jax.data.tokenizer import SMALLEST_VOCABULARY
 from moe_jax.options import check_options
+from moe_jax.options import expected
 from moe_jax.options import option
 
 EVALUATION_SETS = ('validation', 'shakespeare')
@@ -38,10 +38,10 @@ class DataConfig:
   """Most documents that are read of the data set for training, and as many for
   validation; 0 for all."""
   tfds_dir: str = option('', change='yes')
-  """Directory of prepared TFDS data sets; empty for TFDS's default,
-  ~/tensorflow_datasets."""
+  """Directory of prepared TFDS data sets, which may be remote; empty for TFDS's
+  default, ~/tensorflow_datasets."""
   cache_dir: str = option('', change='yes')
-  """Directory of prepared corpora, tokenizers and token files; empty for
+  """Local directory of tokenizers and token files; empty for
   $XDG_CACHE_HOME/moe_jax or ~/.cache/moe_jax."""
 
   def __post_init__(self):
@@ -60,10 +60,8 @@ class DataConfig:
         )
     for name in split_names(self.evaluation_sets):
       if name not in EVALUATION_SETS:
-        close = difflib.get_close_matches(name, EVALUATION_SETS, 1, 0.0)
         raise ValueError(
-          f'data.evaluation_sets={self.evaluation_sets}: unknown set {name}; '
-          f'did you mean {close[0]}? There are {", ".join(EVALUATION_SETS)}'
+          f'data.evaluation_sets={name}: {expected(name, EVALUATION_SETS)}'
         )
 
 

@@ -16,6 +16,7 @@ from typing import BinaryIO
 import zlib
 
 from moe_jax.data import cache
+from moe_jax.data.config import split_names
 from moe_jax.data.corpus import Corpus
 from moe_jax.options import shown
 
@@ -41,7 +42,7 @@ def find_files(option: str, patterns: str) -> tuple[pathlib.Path, ...]:
     ValueError: a name is a directory's, or does not end in one of `SUFFIXES`.
   """
   found = {}
-  for pattern in filter(None, map(str.strip, patterns.split(','))):
+  for pattern in split_names(patterns):
     try:
       path = pathlib.Path(pattern).expanduser()
       # A path that exists may hold characters that mean something in a glob.

@@ -1,6 +1,7 @@
 """Batches: complete, shuffled, seekable, and the same for any sharding."""
 
 import dataclasses
+import functools
 import itertools
 
 import hypothesis
@@ -24,6 +25,12 @@ def rows(count, **options):
   """Which sequences come, in order."""
   taken = batches(count, **options)
   return np.concatenate([batch['inputs'][:, 0] for batch in taken]) // S
+
+
+@functools.cache
+def one_by_one():
+  """The first 240 rows."""
+  return rows(240, batch_size=1)
 
 
 # --- Training ----------------------------------------------------------------
@@ -67,9 +74,9 @@ def test_neighbouring_seeds_share_no_epoch():
 @hypothesis.settings(max_examples=20, deadline=None)
 @hypothesis.given(start=st.integers(0, 200), batch_size=st.integers(1, 12))
 def test_seeking_equals_skipping(start, batch_size):
-  skipped = rows(start + 30, batch_size=1)[start:]
   sought = rows(-(-30 // batch_size), start=start, batch_size=batch_size)
-  np.testing.assert_array_equal(sought[:30], skipped)
+  expected = one_by_one()[start : start + 30]
+  np.testing.assert_array_equal(sought[:30], expected)
 
 
 def test_seeking_far_is_as_good_as_near():
@@ -262,7 +269,7 @@ def test_long_work_is_reported(sotu_config, tmp_path, monkeypatch):
     ({'validation_files': 'a.txt'}, r'data\.validation_files=a\.txt: '),
     (
       {'evaluation_sets': 'validation,shakespear'},
-      r'data\.evaluation_sets=.*unknown set shakespear; .*mean shakespeare\?',
+      r'data\.evaluation_sets=shakespear: unknown; did you mean shakespeare\?',
     ),
   ],
 )

@@ -1,8 +1,11 @@
 """Data sets of TFDS are opened by name and bad ones are told by it."""
 
 import json
+import os
+import pathlib
 import shutil
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -43,9 +46,8 @@ def load_named(folder, name, **options):
     dataset=name,
     vocabulary=300,
     evaluation_sets='validation',
-    tfds_dir=str(folder / 'tfds'),
     cache_dir=str(folder / 'cache'),
-    **options,
+    **{'tfds_dir': str(folder / 'tfds')} | options,
   )
   return data.load_text(config, log=quiet)
 
@@ -64,6 +66,37 @@ def test_mocked_lm1b_goes_the_same_way(tmp_path, lm1b):
     train, validation = train_and_validation(load_named(tmp_path, 'lm1b'))
   assert len(train) == len(validation) == 5
   assert set(''.join(train)) <= set(' abcdefghij')
+
+
+@pytest.mark.parametrize(
+  'tfds_dir, expected',
+  [
+    ('gs://bucket/data', 'gs://bucket/data'),
+    ('~/data', os.path.expanduser('~/data')),
+    ('', None),
+  ],
+)
+def test_directory_is_passed_on(tmp_path, monkeypatch, tfds_dir, expected):
+  seen = []
+
+  def builder(name, data_dir):
+    seen.append(data_dir)
+    raise OSError('stop here')
+
+  monkeypatch.setattr(tfds, 'builder', builder)
+  with pytest.raises(ValueError, match='^data.dataset=lm1b: stop here'):
+    load_named(tmp_path, 'lm1b', tfds_dir=tfds_dir)
+  assert seen == [expected]
+
+
+def test_nothing_is_left_in_the_systems_temporary_directory(
+  tmp_path, temporary_files
+):
+  left = set(pathlib.Path(temporary_files).glob('*tfds'))
+  with pytest.raises(ValueError, match='needs TensorFlow'):
+    load_named(tmp_path, 'lm1b')
+  (made,) = set(pathlib.Path(temporary_files).glob('*tfds')) - left
+  assert pathlib.Path(tempfile.gettempdir()) == made.parent
 
 
 def test_other_file_formats_are_refused(tmp_path, lm1b):
