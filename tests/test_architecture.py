@@ -2,6 +2,9 @@
 
 import ast
 import pathlib
+import sys
+
+import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / 'moe_jax'
 # Each room may import itself and what is listed.
@@ -19,12 +22,17 @@ ALLOWED = {
 
 
 def imported_modules(path: pathlib.Path) -> set[str]:
+  """Returns full names; those of relative imports start with the package's."""
   names = set()
+  # `from . import x`, one dot, is the folder that the file lies in.
+  folders = path.relative_to(PACKAGE.parent).parts[:-1]
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
       names |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
-      names |= {f'{node.module}.{alias.name}' for alias in node.names}
+      parent = folders[: len(folders) + 1 - node.level] if node.level else ()
+      module = '.'.join((*parent, *filter(None, [node.module])))
+      names |= {f'{module}.{alias.name}' for alias in node.names}
   return names
 
 
@@ -44,13 +52,37 @@ def test_imports_go_one_way():
   assert not wrong
 
 
+def test_relative_imports_are_seen(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys.modules[__name__], 'PACKAGE', tmp_path / 'moe_jax')
+  room = tmp_path / 'moe_jax' / 'data'
+  room.mkdir(parents=True)
+  lines = ['from . import a', 'from .b import c', 'from ..train.loop import d']
+  (room / 'file.py').write_text('\n'.join([*lines, 'from e import f']))
+  assert imported_modules(room / 'file.py') == {
+    'moe_jax.data.a',
+    'moe_jax.data.b.c',
+    'moe_jax.train.loop.d',
+    'e.f',
+  }
+  with pytest.raises(AssertionError, match='moe_jax.train.loop.d'):
+    test_imports_go_one_way()
+
+
 def test_routing_imports_jax_only():
-  allowed = ('jax', 'moe_jax', 'typing', 'collections', 'math')
+  """And itself by relative imports, so that the folder works anywhere."""
+  allowed = ('jax', 'typing', 'collections', 'functools', 'math')
   # The linear programs are solved on the host. SciPy is imported by the
   # function that needs it, so that others need not wait for it.
   exceptions = {'oracle.py': ('numpy', 'scipy')}
-  for path in (PACKAGE / 'routing').glob('*.py'):
-    for name in imported_modules(path):
+  for path in (PACKAGE / 'routing').rglob('*.py'):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+      elif isinstance(node, ast.ImportFrom):
+        assert node.level < 2, f'{path}: from {"." * node.level}{node.module}'
+        names = [] if node.level else [node.module]
+      else:
+        continue
       known = allowed + exceptions.get(path.name, ())
-      assert name.split('.')[0] in known, f'{path}: {name}'
-      assert not name.startswith('moe_jax') or 'moe_jax.routing' in name
+      for name in names:
+        assert name.split('.')[0] in known, f'{path}: {name}'

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moe_jax.routing import balancer as base
+from .selection import check_k
+from .selection import choose
 
 
 class Optimum(NamedTuple):
@@ -101,7 +102,7 @@ def optimality(scores: ArrayLike, q: ArrayLike, k: int) -> Optimality:
   q_E = np.asarray(q, np.float64)
   if q_E.shape != (experts,) or not np.all(np.isfinite(q_E)):
     raise ValueError(f'q={q}: must be {experts} finite prices')
-  choice = base.choose(scores_TxE, np.float32(q_E), k=k)
+  choice = choose(scores_TxE, np.float32(q_E), k=k)
   best = lp_optimum(scores_TxE, k)
   rows_equal = lp_optimum(scores_TxE, k, rows_equal=True)
   return Optimality(
@@ -147,21 +148,16 @@ def lp_optimum(
   k_T = np.full(tokens, k)
   capacity_E = np.full(experts, _capacity(scores_TxE, k))
   if rows_equal:
-    constraints = {
-      'A_ub': columns,
-      'b_ub': capacity_E,
-      'A_eq': rows,
-      'b_eq': k_T,
-    }
+    limits = {'A_ub': columns, 'b_ub': capacity_E, 'A_eq': rows, 'b_eq': k_T}
   else:
-    constraints = {
+    limits = {
       'A_ub': sparse.vstack([columns, rows]),
       'b_ub': np.concatenate([capacity_E, k_T]),
     }
   # HiGHS takes costs below an absolute 1e-7 for 0.
   scale = np.abs(scores_TxE).max(initial=0) or 1.0
   result = optimize.linprog(
-    -scores_TxE.ravel() / scale, bounds=(0, 1), method='highs', **constraints
+    -scores_TxE.ravel() / scale, bounds=(0, 1), method='highs', **limits
   )
   if not result.success:
     raise RuntimeError(f'HiGHS: {result.message}')
@@ -183,7 +179,7 @@ def _check_scores(scores, k: int) -> np.ndarray:
     raise ValueError(
       f'scores of shape {scores_TxE.shape}: must be [tokens, experts]'
     )
-  base.check_k(k, scores_TxE.shape[1])
+  check_k(k, scores_TxE.shape[1])
   bad = np.argwhere(~np.isfinite(scores_TxE))
   if len(bad):
     token, expert = bad[0]

@@ -3,6 +3,8 @@
 Shape letters: T tokens, E experts, K largest.
 """
 
+import functools
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -18,14 +20,6 @@ def _slices(x: jax.Array, axis: int, split: bool) -> list[jax.Array]:
   """Splits `axis` in even parts; just one where that cannot be."""
   even = split and x.shape[axis] % _SLICES == 0
   return jnp.split(x, _SLICES if even else 1, axis)
-
-
-def _combined(combine, parts: list[jax.Array]) -> jax.Array:
-  """Reduces element by element."""
-  result, *rest = parts
-  for part in rest:
-    result = combine(result, part)
-  return result
 
 
 def _is_local(axis_name) -> bool:
@@ -73,8 +67,9 @@ def _count_at_least(thresholds, keys, axis, axis_name) -> jax.Array:
   return jnp.sum(at_least, axis + 1, dtype=jnp.int32)
 
 
-def _total(count: jax.Array, axis_name) -> jax.Array:
-  return count if axis_name is None else lax.psum(count, axis_name)
+def total(x, axis_name: str | tuple[str, ...] | None):
+  """Adds a pytree up over shards, where there are any."""
+  return x if axis_name is None else lax.psum(x, axis_name)
 
 
 def _kth_largest_16_bits(keys, k, axis, axis_name, bits) -> jax.Array:
@@ -85,9 +80,7 @@ def _kth_largest_16_bits(keys, k, axis, axis_name, bits) -> jax.Array:
   def narrow(step, low):
     shift = (16 - bits * (step + 1)).astype(jnp.uint16)
     thresholds = low + (digits << shift)
-    count = _total(
-      _count_at_least(thresholds, keys, axis, axis_name), axis_name
-    )
+    count = total(_count_at_least(thresholds, keys, axis, axis_name), axis_name)
     # Counts fall as the digit rises, so this is the greatest that has k.
     return low + (jnp.sum(count >= k, 0, dtype=jnp.uint16) << shift)
 
@@ -158,21 +151,20 @@ def kth_and_next_largest(
   axis: int,
   where: jax.Array | None = None,
   axis_name: str | tuple[str, ...] | None = None,
-  bits_per_pass: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Selects the k-th and (k+1)-th largest, for one pass more than the k-th.
 
-  Args and values as of `kth_largest`; two more all-reduces of one number for
-  each value of a result.
+  Args and values are those of `kth_largest`. Two more all-reduces of one
+  number for each value of a result.
   """
   axis %= x.ndim
   keys = _keys(x, where)
-  key = _select(keys, k, axis, axis_name, bits_per_pass)
+  key = _select(keys, k, axis, axis_name, None)
   (count,) = _count_at_least(key[None], keys, axis, axis_name)
-  count = _total(count, axis_name)
+  count = total(count, axis_name)
   parts = _slices(keys, axis, _is_local(axis_name))
   at = jnp.expand_dims(key, axis)
-  below = _combined(
+  below = functools.reduce(
     jnp.maximum, [jnp.where(part < at, part, jnp.uint32(0)) for part in parts]
   )
   below = jnp.max(below, axis)
@@ -270,7 +262,7 @@ def top_k(x_TxE: jax.Array, k: int) -> jax.Array:
       after = jnp.where(top[i] == top[i - 1], found[-1], -1)
       fits = (x_ExT == top[i]) & (index_E > after)
       parts = _slices(jnp.where(fits, index_E, experts), 0, True)
-      found.append(jnp.min(_combined(jnp.minimum, parts), 0))
+      found.append(jnp.min(functools.reduce(jnp.minimum, parts), 0))
     return jnp.stack(found[1:])
 
   # Each of the k searches passes over a block: few and large ones are better.

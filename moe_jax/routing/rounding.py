@@ -5,8 +5,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from moe_jax.routing import balancer as base
-from moe_jax.routing.order_statistic import top_k
+from .order_statistic import top_k
+from .selection import Choice
+from .selection import adjusted_scores
+from .selection import check_k
+from .selection import choose
+from .selection import chosen
 
 
 def round_to_capacity(
@@ -16,7 +20,7 @@ def round_to_capacity(
   k: int,
   capacity: int | None = None,
   mask_T: jax.Array | None = None,
-) -> base.Choice:
+) -> Choice:
   """Routes each token to k experts, none of which gets more than `capacity`.
 
   Starts from `choose` and moves choices, the cheapest first, from experts above
@@ -44,7 +48,7 @@ def round_to_capacity(
     The constraints of Sun, arXiv 2502.15451, problem (BIP), met exactly.
   """
   tokens, experts = scores_TxE.shape
-  base.check_k(k, experts)
+  check_k(k, experts)
   least = -(-tokens * k // experts)
   capacity = least if capacity is None else capacity
   if capacity < least:
@@ -52,14 +56,14 @@ def round_to_capacity(
       f'capacity={capacity}: {experts} experts have too little room for '
       f'{tokens} tokens x k={k}; it takes {least} or more'
     )
-  choice = base.choose(scores_TxE, q_E, k=k, mask_T=mask_T)
+  choice = choose(scores_TxE, q_E, k=k, mask_T=mask_T)
   if mask_T is None:
     mask_T = jnp.ones(tokens, bool)
   scores_TxE = jnp.where(mask_T[:, None], scores_TxE.astype(jnp.float32), 0.0)
   # Finite, so that a difference is never NaN.
   limit = jnp.finfo(jnp.float32).max
-  adjusted_TxE = jnp.clip(base.adjusted_scores(scores_TxE, q_E), -limit, limit)
-  chosen_TxE = jnp.any(choice.experts[..., None] == jnp.arange(experts), axis=1)
+  adjusted_TxE = jnp.clip(adjusted_scores(scores_TxE, q_E), -limit, limit)
+  chosen_TxE = chosen(choice.experts, experts)
 
   # This ends. An expert f above capacity has more tokens than an expert e with
   # room, and while there is an f there is an e, so some token of f can go to e:
@@ -76,7 +80,8 @@ def round_to_capacity(
     chosen_TxE = _move_cheapest(
       adjusted_TxE, chosen_TxE, load_E - capacity, mask_T
     )
-    return chosen_TxE, _load(chosen_TxE, mask_T)
+    valid_TxE = chosen_TxE & mask_T[:, None]
+    return chosen_TxE, jnp.sum(valid_TxE, axis=0, dtype=jnp.int32)
 
   chosen_TxE, load_E = lax.while_loop(
     unfinished, move, (chosen_TxE, choice.load)
@@ -85,7 +90,7 @@ def round_to_capacity(
     top_k(jnp.where(chosen_TxE, adjusted_TxE, -jnp.inf), k), 'experts'
   )
   gates_TxK = jnp.take_along_axis(scores_TxE, experts_TxK, axis=-1)
-  return base.Choice(experts_TxK, gates_TxK, load_E)
+  return Choice(experts_TxK, gates_TxK, load_E)
 
 
 def _move_cheapest(adjusted_TxE, chosen_TxE, excess_E, mask_T):
@@ -114,7 +119,3 @@ def _cheapest(cost_T, group_T, quota_E, where_T):
   start_E = jnp.searchsorted(group_T, jnp.arange(experts))
   last_T = (start_E + quota_E).at[group_T].get(mode='fill', fill_value=0)
   return where_T.at[order_T].set(jnp.arange(tokens) < last_T)
-
-
-def _load(chosen_TxE, mask_T):
-  return jnp.sum(chosen_TxE & mask_T[:, None], axis=0, dtype=jnp.int32)

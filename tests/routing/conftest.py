@@ -6,6 +6,8 @@
 import os
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 
@@ -19,3 +21,11 @@ def optimizations():
     jax.config.update('jax_disable_most_optimizations', quickly)
     if not quickly:
       yield
+
+
+@pytest.fixture(scope='module')
+def scores():
+  """Softmax scores with a preferred expert, [256, 8]."""
+  generator = np.random.default_rng(1)
+  logits = generator.normal(size=(256, 8)) + 2 * np.eye(8)[3]
+  return jax.nn.softmax(jnp.asarray(logits, jnp.float32))

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax import routing
 
@@ -35,6 +36,12 @@ BY_COUNTING = [
   for name, rule in RULES.items()
   if name not in BY_SUMS and not rule.per_shard
 ]
+
+# Four tokens, three experts, k = 1. Without q: 0, 0, 1, 0.
+SCORES = np.array(
+  [[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.2, 0.7, 0.1], [0.4, 0.3, 0.3]],
+  np.float32,
+)
 
 
 def step(balancer, state, scores_TxE, *, k, mask_T=None, axis_name=None):

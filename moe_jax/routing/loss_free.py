@@ -1,9 +1,9 @@
-"""Loss-Free Balancing: a bias per expert, moved by how overloaded it is."""
+"""Loss-Free Balancing: a bias per expert that follows its overload."""
 
-from jax import lax
 import jax.numpy as jnp
 
-from moe_jax.routing import balancer as base
+from . import balancer as base
+from .order_statistic import total
 
 _RULES = ('sign', 'proportional')
 
@@ -25,17 +25,14 @@ def loss_free(
   References:
     Wang et al., arXiv 2408.15664, Algorithm 1 (their bias is -q).
   """
-  if rate < 0:
-    raise ValueError(f'rate={rate}: must be 0 or more')
-  if rule not in _RULES:
-    raise ValueError(f'rule={rule!r}: must be one of {_RULES}')
+  base.check_at_least(0, rate=rate)
+  base.check_known(_RULES, rule=rule)
 
   def observe(
     state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
   ):
     del state, q_E, scores_TxE, k, mask_T
-    load_E = choice.load
-    return load_E if axis_name is None else lax.psum(load_E, axis_name)
+    return total(choice.load, axis_name)
 
   def update(state, load_E, *, k):
     del k
@@ -57,10 +54,4 @@ def loss_free(
     q_E = state.q + base.rounded(move_E).astype(jnp.float32)
     return base.State(base.centred(q_E, unless=state.q) if centre else q_E)
 
-  return base.Balancer(
-    init=base.zero_prices,
-    solve=base.keep_prices,
-    observe=observe,
-    update=update,
-    loss=base.no_loss,
-  )
+  return base.Balancer(observe=observe, update=update)

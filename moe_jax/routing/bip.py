@@ -1,15 +1,18 @@
 """Dual iterations of the assignment program: BIP and the midpoint rule."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-from moe_jax.routing import balancer as base
-from moe_jax.routing.order_statistic import kth_and_next_largest
-from moe_jax.routing.order_statistic import kth_and_next_of_row
-from moe_jax.routing.order_statistic import kth_largest
+from . import balancer as base
+from .order_statistic import kth_and_next_largest
+from .order_statistic import kth_and_next_of_row
+from .order_statistic import kth_largest
+from .selection import check_k
+from .selection import rankable
 
 _CUTOFFS = ('next', 'midpoint')
 _SCOPES = ('global', 'shard')
@@ -55,17 +58,16 @@ def dual_iterations(
     Sun, arXiv 2502.15451, Algorithm 1, lines 4-12.
   """
   experts = scores_TxE.shape[-1]
-  base.check_k(k, experts)
-  if cutoff not in _CUTOFFS:
-    raise ValueError(f'cutoff={cutoff!r}: must be one of {_CUTOFFS}')
-  if isinstance(iterations, int) and iterations < 0:
-    raise ValueError(f'iterations={iterations}: must be 0 or more')
+  check_k(k, experts)
+  base.check_known(_CUTOFFS, cutoff=cutoff)
+  if isinstance(iterations, int):
+    base.check_at_least(0, iterations=iterations)
   capacity = base.even_share(
     base.count_tokens(scores_TxE, mask_T, axis_name), k, experts
   )
   if k == experts or (isinstance(capacity, int) and capacity == 0):
     return q_E
-  scores_TxE = base.rankable(scores_TxE)
+  scores_TxE = rankable(scores_TxE)
   q_E = lax.stop_gradient(q_E)
   if axis_name is None:
     # Changes nothing, but in `jax.shard_map` the loop below must start from a
@@ -97,7 +99,7 @@ class LaggedState(NamedTuple):
 
   Attributes:
     q: float32 [E], prices this step's choices.
-    pending: float32 [E], goes on being improved during the step.
+    pending: float32 [E], improved by each batch of the step.
   """
 
   q: jax.Array
@@ -136,56 +138,50 @@ def bip(
   References:
     Sun, arXiv 2502.15451, Algorithm 1.
   """
-  if iterations < 0:
-    raise ValueError(f'iterations={iterations}: must be 0 or more')
-  for name, value, known in (
-    ('cutoff', cutoff, _CUTOFFS),
-    ('scope', scope, _SCOPES),
-  ):
-    if value not in known:
-      raise ValueError(f'{name}={value!r}: must be one of {known}')
+  base.check_at_least(0, iterations=iterations)
+  base.check_known(_CUTOFFS, cutoff=cutoff)
+  base.check_known(_SCOPES, scope=scope)
+  iterate = functools.partial(
+    dual_iterations, iterations=iterations, clip=clip, cutoff=cutoff
+  )
 
   def improve(q_E, scores_TxE, *, k, mask_T=None, axis_name=None):
-    solved_E = dual_iterations(
-      scores_TxE,
-      q_E,
-      k=k,
-      iterations=iterations,
-      clip=clip,
-      cutoff=cutoff,
-      mask_T=mask_T,
-      axis_name=axis_name,
-    )
+    solved_E = iterate(scores_TxE, q_E, k=k, mask_T=mask_T, axis_name=axis_name)
     return solved_E if clip else base.centred(solved_E, unless=q_E)
 
-  return (_by_shard if scope == 'shard' else _global)(improve, lag)
+  if scope == 'shard':
+    return _by_shard(improve, lag)
+  return _lagged(improve) if lag else _chained(improve)
 
 
-def _global(improve, lag: bool) -> base.Balancer:
-  """One q for all tokens, chained from microbatch to microbatch."""
+def _chained(improve) -> base.Balancer:
+  """One q for all tokens, handed on from microbatch to microbatch."""
+
+  def solve(state, scores_TxE, *, k, mask_T=None, axis_name=None):
+    q_E = improve(state.q, scores_TxE, k=k, mask_T=mask_T, axis_name=axis_name)
+    return q_E, base.State(q_E)
+
+  return base.Balancer(solve=solve)
+
+
+def _lagged(improve) -> base.Balancer:
+  """The q of the step before, while the next one is solved for."""
 
   def init(experts):
     q_E = jnp.zeros(experts, jnp.float32)
-    return LaggedState(q_E, q_E) if lag else base.State(q_E)
+    return LaggedState(q_E, q_E)
 
-  def solve(state, scores_TxE, **kwargs):
-    if lag:
-      pending_E = improve(state.pending, scores_TxE, **kwargs)
-      return state.q, LaggedState(state.q, pending_E)
-    q_E = improve(state.q, scores_TxE, **kwargs)
-    return q_E, base.State(q_E)
+  def solve(state, scores_TxE, *, k, mask_T=None, axis_name=None):
+    pending_E = improve(
+      state.pending, scores_TxE, k=k, mask_T=mask_T, axis_name=axis_name
+    )
+    return state.q, LaggedState(state.q, pending_E)
 
   def update(state, observation, *, k):
     del observation, k
-    return LaggedState(state.pending, state.pending) if lag else state
+    return LaggedState(state.pending, state.pending)
 
-  return base.Balancer(
-    init=init,
-    solve=solve,
-    observe=base.observe_nothing,
-    update=update,
-    loss=base.no_loss,
-  )
+  return base.Balancer(init=init, solve=solve, update=update)
 
 
 def _by_shard(improve, lag: bool) -> base.Balancer:
@@ -209,12 +205,7 @@ def _by_shard(improve, lag: bool) -> base.Balancer:
     return base.State(base.mean_price(observation, otherwise=state.q))
 
   return base.Balancer(
-    init=base.zero_prices,
-    solve=solve,
-    observe=observe,
-    update=update,
-    loss=base.no_loss,
-    per_shard=True,
+    solve=solve, observe=observe, update=update, per_shard=True
   )
 
 

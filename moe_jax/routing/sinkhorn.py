@@ -6,7 +6,9 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from moe_jax.routing import balancer as base
+from . import balancer as base
+from .order_statistic import total
+from .selection import check_k
 
 
 def sinkhorn(
@@ -35,14 +37,13 @@ def sinkhorn(
   References:
     Clark et al., arXiv 2202.01169, section 2.1 and appendix B (S-BASE).
   """
-  if iterations < 0:
-    raise ValueError(f'iterations={iterations}: must be 0 or more')
+  base.check_at_least(0, iterations=iterations)
   if not temperature > 0:
     raise ValueError(f'temperature={temperature}: must be greater than 0')
 
   def solve(state, scores_TxE, *, k, mask_T=None, axis_name=None):
     experts = scores_TxE.shape[-1]
-    base.check_k(k, experts)
+    check_k(k, experts)
     if k == experts:
       return state.q, state
     scores_TxE = lax.stop_gradient(scores_TxE.astype(jnp.float32))
@@ -68,13 +69,7 @@ def sinkhorn(
     q_E = base.centred(q_E, unless=state.q)
     return q_E, base.State(q_E)
 
-  return base.Balancer(
-    init=base.zero_prices,
-    solve=solve,
-    observe=base.observe_nothing,
-    update=base.keep_state,
-    loss=base.no_loss,
-  )
+  return base.Balancer(solve=solve)
 
 
 def _logsumexp_of_tokens(x_TxE, valid_T, axis_name):
@@ -83,7 +78,5 @@ def _logsumexp_of_tokens(x_TxE, valid_T, axis_name):
   if axis_name is not None:
     top_E = lax.pmax(top_E, axis_name)
   top_E = jnp.where(jnp.isfinite(top_E), top_E, 0.0)
-  sum_E = jnp.sum(jnp.exp(x_TxE - top_E), axis=0)
-  if axis_name is not None:
-    sum_E = lax.psum(sum_E, axis_name)
+  sum_E = total(jnp.sum(jnp.exp(x_TxE - top_E), axis=0), axis_name)
   return top_E + jnp.log(sum_E)

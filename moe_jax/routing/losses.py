@@ -1,17 +1,13 @@
 """Loss-Controlled balancing: an auxiliary loss that rewards even loads."""
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 
-from moe_jax.routing import balancer as base
+from . import balancer as base
+from .order_statistic import total
+from .selection import chosen
 
-_SCOPES = ('sequence', 'batch')
-
-
-def _check_scope(over: str) -> None:
-  if over not in _SCOPES:
-    raise ValueError(f'over={over!r}: must be one of {_SCOPES}')
+_POOLS = ('sequence', 'batch')
 
 
 def auxiliary_loss(
@@ -42,33 +38,28 @@ def auxiliary_loss(
     Fedus et al., arXiv 2101.03961, equations 4-6; per sequence: DeepSeek-V2,
     arXiv 2405.04434, equations 23-25.
   """
-  _check_scope(over)
-
-  def total(x):
-    return x if axis_name is None else lax.psum(x, axis_name)
-
+  base.check_known(_POOLS, over=over)
   if mask_BxS is None:
     mask_BxS = jnp.ones(scores_BxSxE.shape[:2], bool)
   experts, k = scores_BxSxE.shape[-1], experts_BxSxK.shape[-1]
   scores_BxSxE = jnp.where(mask_BxS[..., None], scores_BxSxE, 0.0)
-  chosen_BxSxE = jnp.any(
-    experts_BxSxK[..., None] == jnp.arange(experts), axis=-2
-  )
+  chosen_BxSxE = chosen(experts_BxSxK, experts)
   count_BxE = jnp.sum(chosen_BxSxE & mask_BxS[..., None], axis=1)
   score_BxE = jnp.sum(scores_BxSxE, axis=1)
   tokens_B = jnp.sum(mask_BxS, axis=1)
   if over == 'batch':
     # One pool: the same formula for a single, long sequence.
     count_BxE, score_BxE, tokens_B = (
-      total(jnp.sum(x, axis=0))[None] for x in (count_BxE, score_BxE, tokens_B)
+      total(jnp.sum(x, axis=0), axis_name)[None]
+      for x in (count_BxE, score_BxE, tokens_B)
     )
   n_B = jnp.maximum(tokens_B, 1).astype(jnp.float32)
   f_BxE = count_BxE * (experts / k) / n_B[:, None]
   loss_B = jnp.sum(f_BxE * score_BxE / n_B[:, None], axis=-1)
   if over == 'batch':
     return loss_B[0]
-  pools = total(jnp.sum(tokens_B > 0))
-  return total(jnp.sum(loss_B)) / jnp.maximum(pools, 1)
+  pools = total(jnp.sum(tokens_B > 0), axis_name)
+  return total(jnp.sum(loss_B), axis_name) / jnp.maximum(pools, 1)
 
 
 def loss_controlled(
@@ -83,24 +74,12 @@ def loss_controlled(
   References:
     Lepikhin et al., arXiv 2006.16668; Fedus et al., arXiv 2101.03961.
   """
-  if alpha < 0:
-    raise ValueError(f'alpha={alpha}: must be 0 or more')
-  _check_scope(over)
+  base.check_at_least(0, alpha=alpha)
+  base.check_known(_POOLS, over=over)
 
   def loss(scores_BxSxE, choice, *, k, mask_BxS=None, axis_name=None):
     experts_BxSxK = choice.experts.reshape(*scores_BxSxE.shape[:2], k)
-    return alpha * auxiliary_loss(
-      scores_BxSxE,
-      experts_BxSxK,
-      over=over,
-      mask_BxS=mask_BxS,
-      axis_name=axis_name,
-    )
+    pooled = {'over': over, 'mask_BxS': mask_BxS, 'axis_name': axis_name}
+    return alpha * auxiliary_loss(scores_BxSxE, experts_BxSxK, **pooled)
 
-  return base.Balancer(
-    init=base.zero_prices,
-    solve=base.keep_prices,
-    observe=base.observe_nothing,
-    update=base.keep_state,
-    loss=loss,
-  )
+  return base.Balancer(loss=loss)

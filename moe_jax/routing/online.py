@@ -18,7 +18,12 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from moe_jax.routing import balancer as base
+from .balancer import check_at_least
+from .selection import Choice
+from .selection import check_k
+from .selection import choose
+from .selection import chosen
+from .selection import rankable
 
 
 class StreamState(NamedTuple):
@@ -52,7 +57,7 @@ class StreamRule(NamedTuple):
 
 def assign_stream(
   rule: StreamRule, scores_NxE: jax.Array, state: Any = None
-) -> tuple[base.Choice, Any]:
+) -> tuple[Choice, Any]:
   """Chooses for each arrival in turn: a scan of `rule.step`.
 
   Args:
@@ -69,7 +74,7 @@ def assign_stream(
   state, experts_NxK = lax.scan(rule.step, state, scores_NxE)
   gates_NxK = jnp.take_along_axis(scores_NxE, experts_NxK, axis=-1)
   load_E = jnp.bincount(experts_NxK.ravel(), length=experts)
-  choice = base.Choice(
+  choice = Choice(
     experts_NxK, gates_NxK.astype(jnp.float32), load_E.astype(jnp.int32)
   )
   return choice, state
@@ -122,11 +127,11 @@ def online_exact(
   def init(experts, capacity):
     return jnp.full((experts, capacity + 1), -jnp.inf, jnp.float32)
 
-  def price(largest_ExR, capacity):
+  def price(largest_ExR, margin_E, capacity):
     # The newcomer's rank is all that is open: with it, the (c+1)-th largest
     # is the old one, the newcomer, or the old c-th largest.
     before_E, last_E = largest_ExR[:, capacity - 1], largest_ExR[:, capacity]
-    return lambda margin_E: jnp.clip(margin_E, last_E, before_E)
+    return jnp.clip(margin_E, last_E, before_E)
 
   def insert(largest_ExR, margin_E):
     # Sorted insertion: what is below the newcomer moves down by one.
@@ -173,8 +178,7 @@ def online_histogram(
   References:
     Sun, arXiv 2502.15451, the approximate online algorithm.
   """
-  if bins < 1:
-    raise ValueError(f'bins={bins}: must be 1 or more')
+  check_at_least(1, bins=bins)
   if not lower < upper:
     raise ValueError(f'lower={lower}: must be below upper={upper}')
   width = (upper - lower) / bins
@@ -190,30 +194,26 @@ def online_histogram(
     del capacity
     return jnp.zeros((experts, bins), jnp.int32)
 
-  def price(count_ExB, capacity):
+  def price(count_ExB, margin_E, capacity):
     # The newcomer, if it counts, can move the block up to where c were
     # already, no further than its own.
+    newcomer_E = block_of(margin_E)
     old_E = jnp.sum(count_ExB > capacity, axis=1) - 1
     most_E = jnp.sum(count_ExB >= capacity, axis=1) - 1
+    block_E = jnp.maximum(old_E, jnp.minimum(newcomer_E, most_E))
 
-    def price_with(margin_E):
-      newcomer_E = block_of(margin_E)
-      block_E = jnp.maximum(old_E, jnp.minimum(newcomer_E, most_E))
+    def count_from(edge_E):
+      count_Ex1 = jnp.take_along_axis(
+        count_ExB, edge_E[:, None], axis=1, mode='fill', fill_value=0
+      )
+      return count_Ex1[:, 0] + (edge_E <= newcomer_E)
 
-      def count_from(edge_E):
-        count_Ex1 = jnp.take_along_axis(
-          count_ExB, edge_E[:, None], axis=1, mode='fill', fill_value=0
-        )
-        return count_Ex1[:, 0] + (edge_E <= newcomer_E)
-
-      # Half way between the c-th and the (c+1)-th, both being optimal.
-      above_E = count_from(block_E + 1)
-      inside_E = count_from(jnp.maximum(block_E, 0)) - above_E
-      depth_E = (capacity - above_E + 0.5) / jnp.maximum(inside_E, 1)
-      q_E = (offset + (block_E + 1) - depth_E) * width
-      return jnp.where(block_E < 0, 0.0, q_E)
-
-    return price_with
+    # Half way between the c-th and the (c+1)-th, both being optimal.
+    above_E = count_from(block_E + 1)
+    inside_E = count_from(jnp.maximum(block_E, 0)) - above_E
+    depth_E = (capacity - above_E + 0.5) / jnp.maximum(inside_E, 1)
+    q_E = (offset + (block_E + 1) - depth_E) * width
+    return jnp.where(block_E < 0, 0.0, q_E)
 
   def insert(count_ExB, margin_E):
     return count_ExB + (jnp.arange(bins) <= block_of(margin_E)[:, None])
@@ -223,13 +223,10 @@ def online_histogram(
 
 def _stream_rule(horizon, k, iterations, paced, init_memory, price, insert):
   """Builds a rule from how it remembers margins and prices by them."""
-  if horizon < 1:
-    raise ValueError(f'horizon={horizon}: must be 1 or more')
-  if iterations < 1:
-    raise ValueError(f'iterations={iterations}: must be 1 or more')
+  check_at_least(1, horizon=horizon, iterations=iterations)
 
   def capacity_of(experts):
-    base.check_k(k, experts)
+    check_k(k, experts)
     return 0 if k == experts else horizon * k // experts
 
   def init(experts):
@@ -244,21 +241,20 @@ def _stream_rule(horizon, k, iterations, paced, init_memory, price, insert):
   def step(state, scores_E):
     experts = scores_E.shape[0]
     capacity = capacity_of(experts)
-    scores_E = base.rankable(scores_E)
+    scores_E = rankable(scores_E)
     q_E, memory, seen = state
     seen += 1
     if capacity:
       share = capacity
       if paced:
         share = jnp.minimum(seen * k // experts, capacity)
-      price_with = price(memory, share)
       for _ in range(iterations):
         best_K, _ = lax.top_k(scores_E - q_E, k + 1)
         margin_E = scores_E - jnp.maximum(best_K[k], 0.0)
-        q_E = jnp.maximum(price_with(margin_E), 0.0)
+        q_E = jnp.maximum(price(memory, margin_E, share), 0.0)
         q_E = jnp.where(share > 0, q_E, 0.0)  # paced, before anyone's share
       memory = insert(memory, margin_E)
-    experts_1xK = base.choose(scores_E[None], q_E, k=k).experts
+    experts_1xK = choose(scores_E[None], q_E, k=k).experts
     return StreamState(q_E, memory, seen), experts_1xK[0]
 
   return StreamRule(init, step)
@@ -277,13 +273,13 @@ def within_capacity(
   Returns:
     bool [arrivals, K].
   """
-  chosen_NxE = jnp.any(experts_NxK[..., None] == jnp.arange(experts), axis=1)
+  chosen_NxE = chosen(experts_NxK, experts)
   place_NxE = jnp.cumsum(chosen_NxE, axis=0, dtype=jnp.int32)
   return jnp.take_along_axis(place_NxE, experts_NxK, axis=1) <= capacity
 
 
 def regret(
-  choice: base.Choice,
+  choice: Choice,
   optimum: float | jax.Array,
   *,
   capacity: int | None = None,

@@ -1,14 +1,21 @@
-"""Quantile Balancing: the dual iteration without clips, for the next batch."""
+"""Quantile Balancing: the dual iteration without clips, for the next batch.
 
+Shape letters: T tokens, E experts, N bins, R and C rows and columns of bins.
+"""
+
+import functools
 import math
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-from moe_jax.routing import balancer as base
-from moe_jax.routing.dual import dual_iterations
-from moe_jax.routing.order_statistic import kth_and_next_of_row
+from . import balancer as base
+from .bip import dual_iterations
+from .order_statistic import kth_and_next_of_row
+from .order_statistic import total
+from .selection import check_k
+from .selection import rankable
 
 _ESTIMATORS = ('exact', 'histogram')
 
@@ -38,24 +45,22 @@ def quantile(
   """
   if not 0 <= ema < 1:
     raise ValueError(f'ema={ema}: must be 0 or more and less than 1')
-  if estimator not in _ESTIMATORS:
-    raise ValueError(f'estimator={estimator!r}: must be one of {_ESTIMATORS}')
-  if bins < 2:
-    raise ValueError(f'bins={bins}: must be 2 or more')
+  base.check_known(_ESTIMATORS, estimator=estimator)
+  base.check_at_least(2, bins=bins)
 
-  def observe_exact(
+  if estimator == 'histogram':
+    return _by_histogram(ema, bins)
+  return _exact(ema)
+
+
+def _exact(ema: float) -> base.Balancer:
+  iterate = functools.partial(dual_iterations, iterations=1, clip=False)
+
+  def observe(
     state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
   ):
     del state
-    q_E = dual_iterations(
-      scores_TxE,
-      q_E,
-      k=k,
-      iterations=1,
-      clip=False,
-      mask_T=mask_T,
-      axis_name=axis_name,
-    )
+    q_E = iterate(scores_TxE, q_E, k=k, mask_T=mask_T, axis_name=axis_name)
     # All shards hold the same q: their mean is it, and shards without a token
     # must not keep the others from having it.
     prices = base.observe_prices(q_E, choice, None)
@@ -63,9 +68,9 @@ def quantile(
       return prices
     return prices._replace(total=q_E, count=lax.pmax(prices.count, axis_name))
 
-  def update_exact(state, prices, *, k):
+  def update(state, prices, *, k):
     del k
-    # Known in a notebook; compiled, it is for the caller to see to it.
+    # Known in a notebook; in compiled code the caller asks `additive`.
     known = not isinstance(prices.count, jax.core.Tracer)
     if known and int(prices.count) > 1:
       raise ValueError(
@@ -75,25 +80,20 @@ def quantile(
     q_E = base.mean_price(prices, otherwise=state.q)
     return _moved(state, q_E, ema)
 
-  def observe_histogram(
+  return base.Balancer(observe=observe, update=update, additive=False)
+
+
+def _by_histogram(ema: float, bins: int) -> base.Balancer:
+  def observe(
     state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
   ):
     del state, choice
-    count_ExN = margin_histogram(scores_TxE, q_E, k=k, bins=bins, mask_T=mask_T)
-    return count_ExN if axis_name is None else lax.psum(count_ExN, axis_name)
+    return total(_histogram(scores_TxE, q_E, k, bins, mask_T), axis_name)
 
-  def update_histogram(state, count_ExN, *, k):
-    return _moved(state, price_of_histogram(count_ExN, state.q, k=k), ema)
+  def update(state, count_ExN, *, k):
+    return _moved(state, _price(count_ExN, state.q, k), ema)
 
-  exact = estimator == 'exact'
-  return base.Balancer(
-    init=base.zero_prices,
-    solve=base.keep_prices,
-    observe=observe_exact if exact else observe_histogram,
-    update=update_exact if exact else update_histogram,
-    loss=base.no_loss,
-    additive=not exact,
-  )
+  return base.Balancer(observe=observe, update=update)
 
 
 def _moved(state: base.State, q_E: jax.Array, ema: float) -> base.State:
@@ -112,31 +112,16 @@ def _range(q_E: jax.Array) -> tuple[jax.Array, jax.Array]:
   return top, top - (jnp.min(q_E) - 1)
 
 
-def margin_histogram(
-  scores_TxE: jax.Array,
-  q_E: jax.Array,
-  *,
-  k: int,
-  bins: int,
-  mask_T: jax.Array | None = None,
-) -> jax.Array:
+def _histogram(scores_TxE, q_E, k: int, bins: int, mask_T) -> jax.Array:
   """Counts the margins s_ij - p_i of each expert, the greatest in bin 0.
 
-  Args:
-    scores_TxE: router scores in [0, 1].
-    q_E: prices, which set p and the bins' range, float32 [experts].
-    k: experts per token.
-    bins: N, of equal width.
-    mask_T: bool [tokens]; False leaves a token out.
-
-  Returns:
-    int32 [E, N]; all 0 where k = E, as no margin exists.
+  Returns int32 [E, N]; all 0 where k = E, as no margin exists.
   """
   experts = scores_TxE.shape[-1]
-  base.check_k(k, experts)
+  check_k(k, experts)
   if k == experts:
     return jnp.zeros((experts, bins), jnp.int32)
-  scores_TxE, q_E = base.rankable(scores_TxE), lax.stop_gradient(q_E)
+  scores_TxE, q_E = rankable(scores_TxE), lax.stop_gradient(q_E)
   _, p_T = kth_and_next_of_row(scores_TxE, k, minus_E=q_E)
   top, span = _range(q_E)
   depth_TxE = (top - (scores_TxE - p_T[:, None])) * (bins / span)
@@ -147,22 +132,22 @@ def margin_histogram(
   # A scatter is slow on accelerators, the matrix product on CPUs.
   return lax.platform_dependent(
     bin_TxE,
-    cpu=lambda bin_TxE: count_by_scatter(bin_TxE, bins),
-    default=lambda bin_TxE: count_by_product(bin_TxE, bins),
+    cpu=lambda bin_TxE: _count_by_scatter(bin_TxE, bins),
+    default=lambda bin_TxE: _count_by_product(bin_TxE, bins),
   )
 
 
 _NO_BIN = 2**30  # beyond every histogram: counted nowhere
 
 
-def count_by_scatter(bin_TxE: jax.Array, bins: int) -> jax.Array:
+def _count_by_scatter(bin_TxE: jax.Array, bins: int) -> jax.Array:
   """Counts each column's values below `bins`; int32 [E, bins]."""
   experts = bin_TxE.shape[1]
   count_ExN = jnp.zeros((experts, bins), jnp.int32)
   return count_ExN.at[jnp.arange(experts), bin_TxE].add(1, mode='drop')
 
 
-def count_by_product(bin_TxE: jax.Array, bins: int) -> jax.Array:
+def _count_by_product(bin_TxE: jax.Array, bins: int) -> jax.Array:
   """The same as a product of two one-hot matrices for each column."""
   side = math.isqrt(bins - 1) + 1  # a bin is a cell of a square of this side
 
@@ -175,18 +160,11 @@ def count_by_product(bin_TxE: jax.Array, bins: int) -> jax.Array:
   return lax.map(count, bin_TxE.T)
 
 
-def price_of_histogram(
-  count_ExN: jax.Array, q_E: jax.Array, *, k: int
-) -> jax.Array:
+def _price(count_ExN, q_E, k: int) -> jax.Array:
   """Estimates the (c+1)-th largest margin, c = floor(n k / E).
 
-  Args:
-    count_ExN: of `margin_histogram`, summed over the n tokens of a step.
-    q_E: prices that set its range.
-    k: experts per token.
-
-  Returns:
-    float32 [E], interpolated within a bin; `q_E` where c is 0.
+  Counts are of all tokens of a step and q_E prices that set their range, which
+  is returned where c is 0.
   """
   experts, bins = count_ExN.shape
   capacity = base.even_share(jnp.sum(count_ExN[0]), k, experts)

@@ -1,0 +1,102 @@
+"""The auxiliary loss against values worked by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from moe_jax import routing
+from moe_jax.parallel import mesh as meshes
+
+# Two sequences of three tokens, three experts, k = 1.
+BATCH = jnp.array(
+  [
+    [[0.5, 0.25, 0.25], [0.5, 0.5, 0.0], [0.25, 0.75, 0.0]],
+    [[0.0, 0.25, 0.75], [0.25, 0.0, 0.75], [0.25, 0.25, 0.5]],
+  ]
+)
+EXPERTS = jnp.array([[[0], [0], [1]], [[2], [2], [2]]])
+
+
+def test_auxiliary_loss_by_hand():
+  # Sequence 0: f = (2, 1, 0), P = (1.25, 1.5, 0.25) / 3; sum f P = 4 / 3.
+  # Sequence 1: f = (0, 0, 3), P = (.5, .5, 2) / 3; sum f P = 2.
+  loss = routing.auxiliary_loss(BATCH, EXPERTS, over='sequence')
+  assert loss == pytest.approx((4 / 3 + 2) / 2)
+  # Together: f = (1, 0.5, 1.5), P = (1.75, 2, 2.25) / 6; sum f P = 6.125 / 6.
+  loss = routing.auxiliary_loss(BATCH, EXPERTS, over='batch')
+  assert loss == pytest.approx(6.125 / 6)
+  balancer = routing.loss_controlled(0.5, over='batch')
+  choice = routing.choose(BATCH.reshape(6, 3), jnp.zeros(3), k=1)
+  np.testing.assert_array_equal(choice.experts.reshape(EXPERTS.shape), EXPERTS)
+  assert balancer.loss(BATCH, choice, k=1) == pytest.approx(6.125 / 12)
+
+
+@pytest.mark.parametrize('over', ['sequence', 'batch'])
+def test_auxiliary_loss_with_a_mask_is_that_of_the_tokens_left(over):
+  generator = np.random.default_rng(2)
+  scores = jax.nn.softmax(jnp.asarray(generator.normal(size=(3, 5, 4))))
+  _, experts = jax.lax.top_k(scores, 2)
+  keep = [0, 3, 4]
+  # The same places in the first two sequences; nothing of the third.
+  mask = jnp.zeros((3, 5), bool).at[:2, jnp.array(keep)].set(True)
+  masked = routing.auxiliary_loss(
+    jnp.where(mask[..., None], scores, jnp.nan),
+    experts,
+    over=over,
+    mask_BxS=mask,
+  )
+  left = routing.auxiliary_loss(scores[:2, keep], experts[:2, keep], over=over)
+  np.testing.assert_allclose(masked, left, rtol=1e-6)
+  assert abs(left - 1) > 1e-3
+  nothing = routing.auxiliary_loss(
+    scores, experts, over=over, mask_BxS=mask & False
+  )
+  assert nothing == 0
+
+
+@pytest.mark.parametrize('over', ['sequence', 'batch'])
+def test_auxiliary_loss_is_one_at_balance(over):
+  """Every expert is chosen equally often, whatever the scores are."""
+  scores = jax.nn.softmax(
+    jnp.asarray(np.random.default_rng(3).normal(size=(2, 8, 4)))
+  )
+  experts = jnp.stack([jnp.arange(8) % 4, (jnp.arange(8) + 1) % 4], axis=-1)
+  experts = jnp.broadcast_to(experts, (2, 8, 2))
+  loss = routing.auxiliary_loss(scores, experts, over=over)
+  np.testing.assert_allclose(loss, 1, rtol=1e-6)
+
+
+def test_auxiliary_loss_has_a_gradient_through_scores_only():
+  """d/ds of sum_j f_j P_j is f_j / n, counts being constants."""
+  balancer = routing.loss_controlled(1.0, over='batch')
+
+  def loss(scores):
+    choice = routing.choose(scores.reshape(6, 3), jnp.zeros(3), k=1)
+    return balancer.loss(scores, choice, k=1)
+
+  f = np.array([1, 0.5, 1.5])
+  np.testing.assert_allclose(
+    jax.grad(loss)(BATCH), np.broadcast_to(f / 6, BATCH.shape), rtol=1e-6
+  )
+
+
+def test_auxiliary_loss_over_shards_is_that_of_the_batch():
+  mesh = meshes.make_mesh(devices=jax.devices()[:2])
+  mask = jnp.array([[True, True, False], [True, True, True]])
+  for over in ('sequence', 'batch'):
+    loss = functools.partial(routing.auxiliary_loss, over=over)
+    sharded = jax.shard_map(
+      lambda s, e, m, loss=loss: loss(s, e, mask_BxS=m, axis_name=meshes.AXES),
+      mesh=mesh,
+      in_specs=P(meshes.AXES),
+      out_specs=P(),
+    )
+    np.testing.assert_allclose(
+      jax.jit(sharded)(BATCH, EXPERTS, mask),
+      loss(BATCH, EXPERTS, mask_BxS=mask),
+      rtol=1e-6,
+    )
