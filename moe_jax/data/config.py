@@ -19,8 +19,9 @@ class DataConfig:
   """
 
   dataset: str = option('sotu')
-  """'sotu' (State of the Union addresses), 'text_files', or the name of a TFDS
-  data set, such as 'lm1b', prepared as array_record."""
+  """Name of a source in `moe_jax/data/sources.py`, such as 'sotu' (State of the
+  Union addresses) or 'text_files', or of a TFDS data set, such as 'lm1b',
+  prepared as array_record."""
   files: str = option('')
   """For 'text_files', comma-separated paths and globs of .txt (one document a
   file), .jsonl (one a line) and .gz of both."""

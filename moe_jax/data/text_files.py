@@ -23,30 +23,26 @@ def open_corpora(config: DataConfig) -> dict[str, Corpus]:
     ValueError, FileNotFoundError: a file is missing, cannot be read, or is
       named for both.
   """
-  paths, others = (
-    documents.find_files(f'data.{option}', getattr(config, option))
-    for option in ('files', 'validation_files')
-  )
-  if both := set(paths) & set(others):
+  files = _find('data.files', config.files, config)
+  others = _find('data.validation_files', config.validation_files, config)
+  if both := set(files.paths) & set(others.paths):
     raise ValueError(
       f'data.validation_files={min(both)}: this file is also in data.files; '
       'name it in one of them'
     )
-  field = config.text_field
-  train = documents.Files('data.files', paths, field)
-  if not others:
-    return {
-      'train': _corpus(train, field, 'rest'),
-      'validation': _corpus(train, field, 'held out'),
-    }
-  validation = documents.Files('data.validation_files', others, field)
-  return {
-    'train': _corpus(train, field, 'whole'),
-    'validation': _corpus(validation, field, 'whole'),
-  }
+  if others.paths:
+    train, validation = _corpus(files, 'whole'), _corpus(others, 'whole')
+  else:
+    train, validation = _corpus(files, 'rest'), _corpus(files, 'held out')
+  return {'train': train, 'validation': validation}
 
 
-def _corpus(files: documents.Files, text_field: str, part: str) -> Corpus:
+def _find(option: str, patterns: str, config: DataConfig) -> documents.Files:
+  paths = documents.find_files(option, patterns)
+  return documents.Files(option, paths, config.text_field)
+
+
+def _corpus(files: documents.Files, part: str) -> Corpus:
   def read() -> Iterator[str]:
     texts = files.documents()
     if part != 'whole':
@@ -54,9 +50,8 @@ def _corpus(files: documents.Files, text_field: str, part: str) -> Corpus:
     # A second byte order mark was always dropped here; caches rest on it.
     return (text.removeprefix('\ufeff') for text in texts)
 
-  key = cache.content_key(
-    'text_files', documents.FORMAT, text_field, (part, files.contents)
-  )
+  named = 'text_files', documents.FORMAT, files.text_field
+  key = cache.content_key(*named, (part, files.contents))
   return Corpus(key, read, files.check)
 
 
