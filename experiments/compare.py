@@ -16,8 +16,9 @@ import sys
 
 from moe_jax import analysis
 from moe_jax import main as command_line
-from moe_jax.parallel import preemption
-from moe_jax.parallel import processes
+from moe_jax.options import Refused
+from moe_jax.runs import preemption
+from moe_jax.runs import processes
 
 _FLAGS = {
   'methods': 'loss_controlled,loss_free,bip',
@@ -76,7 +77,8 @@ def main(argv: Sequence[str]) -> int:
       raise ValueError('--workdir=DIR: missing')
     workdir = pathlib.Path(values.workdir)
     from moe_jax import config
-    from moe_jax.train import loop
+    from moe_jax.train.loop import train
+    from moe_jax.train.plan import plan
 
     if any(flag.startswith('--config.seed') for flag in argv):
       raise ValueError('--config.seed: give --seeds=0,1 instead')
@@ -89,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
         options.seed = int(seed)
         name = f'{method}_seed_{int(seed)}'
         # All of them before the first is trained: a mistake costs nothing.
-        plans[method, name] = loop.Run(
+        plans[method, name] = plan(
           config.freeze(options),
           workdir / name,
           config.split_names(values.allow_config_change),
@@ -98,14 +100,14 @@ def main(argv: Sequence[str]) -> int:
     print(f'error: {error}', file=sys.stderr)
     return 2
   runs, failed = {}, False
-  for (method, name), run in plans.items():
+  for (method, name), planned in plans.items():
     try:
       with preemption.notice() as preempted:
-        run.train(preempted)
+        train(planned, preempted)
     except preemption.Preempted as error:
       print(f'preempted: {error}; the same command continues', file=sys.stderr)
       return 75
-    except processes.Refused as error:
+    except Refused as error:
       print(f'error: {error}', file=sys.stderr)
       return 2
     except FloatingPointError as error:

@@ -25,7 +25,7 @@ Examples:
   python -m moe_jax.main --config=experiments/paper_64e.py:bip --print_sharding
 
 The same command again continues the run, also with another number of
-processes (see moe_jax/parallel/processes.py). All of them must see DIR, which
+processes (see moe_jax/runs/processes.py). All of them must see DIR, which
 may be gs://BUCKET/... where gcsfs is installed. DIR/config.json lists all
 options with their values. Another config than the run's is refused, but for
 what --allow_config_change=OPTION,... names.
@@ -48,11 +48,12 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections import config_flags
 
+from moe_jax.options import Refused
 from moe_jax.options import is_plain
 from moe_jax.options import one_line
 from moe_jax.options import shown
-from moe_jax.parallel import preemption
-from moe_jax.parallel import processes
+from moe_jax.runs import preemption
+from moe_jax.runs import processes
 
 _FLAGS = {'print_sharding': False, 'allow_config_change': ''}
 
@@ -203,20 +204,21 @@ def _train(argv: Sequence[str], preempted: Callable[[], bool]) -> int:
         raise ValueError('--workdir=DIR: missing')
       # Late: a wrong flag is answered at once, before anything big is loaded.
       from moe_jax import config
-      from moe_jax.train import loop
+      from moe_jax.train.loop import train
+      from moe_jax.train.plan import plan
 
       frozen = config.freeze(options)
       if values.print_sharding:
         _print_sharding(frozen)
         return 0
     allowed = config.split_names(values.allow_config_change)
-    run = loop.Run(frozen, values.workdir, allowed)
+    planned = plan(frozen, values.workdir, allowed)
   except (ValueError, OSError) as error:
     print(f'error: {one_line(error)}', file=sys.stderr)
     return 2
   try:
-    run.train(preempted)
-  except processes.Refused as error:
+    train(planned, preempted)
+  except Refused as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   except preemption.Preempted as error:
@@ -227,7 +229,7 @@ def _train(argv: Sequence[str], preempted: Callable[[], bool]) -> int:
     return 1
   except OSError as error:
     print(f'error: {error}', file=sys.stderr)
-    print('The same command goes on from the last checkpoint.', file=sys.stderr)
+    print('The same command resumes from the last checkpoint.', file=sys.stderr)
     return 1
   except Exception as error:
     if not _is_out_of_memory(error):

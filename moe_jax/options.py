@@ -141,6 +141,10 @@ def expected(name: Any, known: Iterable[str]) -> str:
   return f'unknown; {hint}known are {", ".join(known)}'
 
 
+class Refused(ValueError):
+  """What was asked for cannot be done; the message says why, in one line."""
+
+
 def shown(value: Any) -> str:
   """Returns `repr(value)` on one line, cut where it is long."""
   text = one_line(value, repr)

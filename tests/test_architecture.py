@@ -10,14 +10,18 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'moe_jax'
 # Each room may import itself and what is listed.
 ALLOWED = {
   'routing': set(),
-  'parallel': {'routing'},
+  'parallel': {'routing', 'options'},
   'options': set(),
   'nn': {'routing', 'parallel', 'options'},
   'data': {'options'},
+  'runs': {'options'},
   'config': {'routing', 'data', 'nn', 'options'},
-  'train': {'routing', 'parallel', 'nn', 'data', 'config'},
-  'analysis': {'routing', 'parallel', 'nn', 'data', 'config', 'train'},
-  'main': {'parallel', 'config', 'options', 'train'},
+  'train': {'routing', 'parallel', 'nn', 'data', 'runs', 'config', 'options'},
+  'analysis': {
+    *('routing', 'parallel', 'nn', 'data', 'runs', 'config', 'train'),
+    'options',
+  },
+  'main': {'parallel', 'runs', 'config', 'options', 'train'},
 }
 
 

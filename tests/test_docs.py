@@ -12,7 +12,6 @@ from mkdocs.config import load_config
 import pytest
 
 from docs import configuration
-from moe_jax.train import loop
 from tests.train import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -133,7 +132,7 @@ def test_the_inspection_of_a_run_runs(tmp_path, monkeypatch):
   bip, loss_free = (
     tmp_path / f'runs/demo/{m}_seed_0' for m in ('bip', 'loss_free')
   )
-  loop.Run(tiny.tiny_config(text), bip).train()
+  tiny.run(tiny.tiny_config(text), bip)
   shutil.copytree(bip, loss_free)
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv('MPLBACKEND', 'agg')

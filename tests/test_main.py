@@ -94,16 +94,16 @@ def test_too_big_a_model_is_refused_before_it_is_made(
       RuntimeError('RESOURCE_EXHAUSTED: Out of memory'),
       'batch_size',
     ),
-    (OSError('No space left'), 'goes on from the last checkpoint'),
+    (OSError('No space left'), 'resumes from the last checkpoint'),
   ],
 )
 def test_what_ends_a_run_is_told_in_a_line(
   arguments, capsys, monkeypatch, error, said
 ):
-  def fail(self, preempted):
+  def fail(plan, preempted):
     raise error
 
-  monkeypatch.setattr(loop.Run, 'train', fail)
+  monkeypatch.setattr(loop, 'train', fail)
   assert command_line.main(arguments) == 1
   output = capsys.readouterr().err
   assert f'error: {" ".join(str(error).split())}' in output and said in output

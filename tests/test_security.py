@@ -3,7 +3,6 @@
 import ast
 from collections.abc import Iterator
 import ipaddress
-import json
 import pathlib
 import pickle
 import re
@@ -12,9 +11,11 @@ import sys
 from jax.experimental import multihost_utils
 import pytest
 
-from moe_jax.parallel import processes
-from moe_jax.train import checkpoint
+from moe_jax.runs import checkpoints
+from moe_jax.runs import processes
+from moe_jax.runs.reader import Reader
 from moe_jax.train import loop
+from moe_jax.train import plan as plan_lib
 from tests import several_processes
 from tests.several_processes import ROOT
 from tests.train import tiny
@@ -152,23 +153,25 @@ def test_a_run_unpickles_nothing_and_listens_on_nothing(
     'unbalanced',
     **{'steps': 2, 'model.layers': 1, 'data.evaluation_sets': ''},
   )
-  run = loop.Run(config, tmp_path / 'run')
-  batches, seen = run.training_batches, []
+  batches, seen = loop.training_batches, []
 
-  def watched(sequence):
-    for batch in batches(sequence):
+  def watched(*args):
+    for batch in batches(*args):
       seen.append(listening())
       yield batch
 
-  monkeypatch.setattr(run, 'training_batches', watched)
-  run.train()
+  monkeypatch.setattr(loop, 'training_batches', watched)
+  tiny.run(config, tmp_path / 'run')
   assert seen == [set(), set()]
 
-  again = loop.Run(config, tmp_path / 'run')  # Tokenizer and tokens.
+  abstract = plan_lib.plan(config, tmp_path / 'run').training.abstract
   directory = tmp_path / 'run' / 'checkpoints'
-  name = json.loads((tmp_path / 'run' / 'run.json').read_text())['run']
-  checkpoint.restore_newest(
-    directory, name, lambda config: again.training.abstract
+  checkpoints.restore_newest(
+    directory,
+    Reader(tmp_path / 'run').facts['run'],
+    lambda config: {
+      name: getattr(abstract, name) for name in checkpoints.ITEMS
+    },
   )
   assert unpickled == []
   files = [path for path in directory.rglob('*') if path.is_file()]

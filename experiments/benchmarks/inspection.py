@@ -21,11 +21,13 @@ import jax
 from moe_jax import config as config_lib
 from moe_jax import main as command_line
 from moe_jax.parallel import mesh as meshes
-from moe_jax.train import checkpoint
+from moe_jax.runs import files
+from moe_jax.runs.checkpoints import ITEMS
+from moe_jax.runs.checkpoints import Position
+from moe_jax.runs.saver import Saver
 from moe_jax.train import facts
 from moe_jax.train import optimizer
 from moe_jax.train import state as states
-from moe_jax.train import workdir as workdirs
 
 OPENS = r"""
 import json, re, sys, time
@@ -58,17 +60,19 @@ def write(config: config_lib.Config, directory: pathlib.Path) -> None:
     return state._replace(optimizer={'none': state.step})
 
   state = init()
-  workdirs.write_json(directory / 'config.json', config_lib.to_dict(config))
-  workdirs.write_json(
+  options = config_lib.to_dict(config)
+  files.write_json(directory / 'config.json', options)
+  files.write_json(
     directory / 'run.json', {'run': 'random', 'versions': facts.versions()}
   )
-  with checkpoint.Checkpoints(
+  with Saver(
     directory / 'checkpoints',
-    config,
+    options,
     'random',
     largest=max(x.nbytes for x in jax.tree.leaves(state)),
-  ) as checkpoints:
-    checkpoints.save(state, checkpoint.Position(1), wait=True)
+  ) as saver:
+    items = {name: getattr(state, name) for name in ITEMS}
+    saver.save(items, Position(1), record={}, wait=True)
 
 
 def opened(directory: pathlib.Path, what: str) -> tuple[float, float]:

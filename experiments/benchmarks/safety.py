@@ -24,9 +24,9 @@ from experiments.benchmarks.train_step import seconds
 from moe_jax import config as config_lib
 from moe_jax import main as command_line
 from moe_jax.parallel import mesh as meshes
-from moe_jax.parallel import preemption
-from moe_jax.train import checkpoint
-from moe_jax.train import facts
+from moe_jax.runs import checksums
+from moe_jax.runs import preemption
+from moe_jax.runs.checkpoints import ITEMS
 from moe_jax.train import optimizer
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
@@ -58,7 +58,8 @@ def each_checkpoint(
   training = state_lib.make_training(
     config, optimizer.make_optimizer(config), mesh
   )
-  arrays = checkpoint.arrays_of(training.init())
+  state = training.init()
+  arrays = {name: getattr(state, name) for name in ITEMS}
   jax.block_until_ready(arrays)
   times = {'checksums': [], 'metrics on the disk': []}
   with tempfile.NamedTemporaryFile() as file:
@@ -69,7 +70,7 @@ def each_checkpoint(
       os.fsync(file.fileno())
 
     for _ in range(repeats + 1):
-      times['checksums'].append(seconds(lambda: facts.checksums(arrays)))
+      times['checksums'].append(seconds(lambda: checksums.checksums(arrays)))
       times['metrics on the disk'].append(seconds(sync))
   return {name: statistics.median(values[1:]) for name, values in times.items()}
 

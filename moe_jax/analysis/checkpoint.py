@@ -20,7 +20,7 @@ from moe_jax import config as config_lib
 from moe_jax import nn
 from moe_jax.analysis.routed_text import RoutedText
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.train import checkpoint
+from moe_jax.runs import checkpoints as checkpoint
 from moe_jax.train import state as states
 
 _SEQUENCES_AT_ONCE = 8  # on each device

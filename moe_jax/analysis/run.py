@@ -14,7 +14,7 @@ from moe_jax.analysis.routed_text import RoutedText
 from moe_jax.analysis.table import difference
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.parallel import mesh as meshes
-from moe_jax.train import checkpoint
+from moe_jax.runs import checkpoints as checkpoint
 
 
 class Run(Results):

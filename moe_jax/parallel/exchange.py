@@ -29,7 +29,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from moe_jax.parallel.processes import Refused
+from moe_jax.options import Refused
 
 
 def static(

@@ -3,15 +3,19 @@
 from collections.abc import Callable
 from collections.abc import Iterable
 import math
-from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
+from moe_jax.config import Config
+from moe_jax.data import TextData
 from moe_jax.data import token_counts
+from moe_jax.train.batches import evaluation_batches
 from moe_jax.train.state import Training
+from moe_jax.train.state import TrainState
 from moe_jax.train.step import Batch
 from moe_jax.train.step import cross_entropy
 
@@ -52,17 +56,40 @@ def make_evaluation_step(
   )
 
 
+def make_evaluation(
+  config: Config, training: Training, mesh: Mesh, text: TextData
+) -> Callable[[TrainState, Callable[[], bool]], dict[str, float] | None]:
+  """Builds `(state, stop) -> metrics`, which evaluates on all sets of a text.
+
+  `stop` is asked before each batch, in all processes alike; where it says yes,
+  there are no metrics: None.
+  """
+  step = make_evaluation_step(training, text.tokenizer.token_bytes_V)
+
+  def evaluate_all(state, stop):
+    metrics = {}
+    for name, tokens_N in text.evaluation.items():
+      batches = evaluation_batches(config, mesh, tokens_N)
+      of_set = evaluate(step, state, batches, stop)
+      if of_set is None:
+        return None
+      metrics |= {f'eval/{name}/{key}': value for key, value in of_set.items()}
+    return metrics
+
+  return evaluate_all
+
+
 def evaluate(
   evaluation_step: Callable[..., dict[str, jax.Array]],
-  params: Any,
-  router: Any,
+  state: TrainState,
   batches: Iterable[Batch],
-) -> dict[str, float]:
+  stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
   """Sums over the batches of a set, in float64.
 
   Returns:
     `perplexity` and `bits_per_byte` with q frozen, and both with the suffix
-    `_solved`.
+    `_solved`; None if `stop` said yes before a batch.
   """
   sums = dict.fromkeys(('loss', 'loss_solved', 'tokens', 'bytes'), 0.0)
   # A batch's sums are read when the next one is under way.
@@ -73,7 +100,9 @@ def evaluate(
       sums[name] += float(value)
 
   for batch in batches:
-    waiting.insert(0, evaluation_step(params, router, batch))
+    if stop():
+      return None
+    waiting.insert(0, evaluation_step(state.params, state.router, batch))
     if len(waiting) > 1:
       read()
   while waiting:

@@ -1,14 +1,10 @@
 """What a run was made with: run.json, beside its config."""
 
-import hashlib
 import importlib.metadata
-import json
 from typing import Any
 import uuid
 
 import jax
-from jax import lax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
@@ -17,6 +13,7 @@ from moe_jax import nn
 from moe_jax.config import Config
 from moe_jax.data import TextData
 from moe_jax.train import evaluate as evaluation
+from moe_jax.train.state import shards_of
 
 _PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers')
 
@@ -36,6 +33,7 @@ def of_run(
     'devices': jax.device_count(),
     'processes': jax.process_count(),
     'mesh': dict(mesh.shape),
+    'shards': shards_that_matter(config, mesh),
     'parameters': total,
     'active_parameters': active,
     'tokens_per_step': config.batch_size * config.sequence_length,
@@ -51,48 +49,23 @@ def of_run(
   return facts
 
 
+def shards_that_matter(config: Config, mesh: Mesh) -> int:
+  """Returns into how many parts a batch is split that route by themselves.
+
+  0 where results do not depend on it.
+  """
+  matter = (
+    config.balancer_rule.per_shard
+    or config.model.round_to_capacity
+    or config.capacity_factor
+  )
+  return shards_of(config, mesh) if matter else 0
+
+
 def versions() -> dict[str, str]:
   """Returns the versions of the packages that results may depend on."""
   packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
   return {'moe_jax': moe_jax.__version__, **packages}
-
-
-def digest(tree: Any) -> str:
-  """Hashes the values and positions of all numbers of a tree of arrays."""
-  sums = list(checksums(tree).values())
-  return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
-
-
-def checksums(tree: Any) -> dict[str, int]:
-  """Returns a checksum of every array of a tree of 32-bit arrays, by its name.
-
-  Which device has which part does not matter. Each adds up its own, modulo
-  2^32: an array need not fit into one host. A change of a single element always
-  changes the sum, any other one does but for one chance in 2^32.
-  """
-  names = [
-    jax.tree_util.keystr(path, simple=True, separator='.')
-    for path, _ in jax.tree.leaves_with_path(tree)
-  ]
-  sums = jax.device_get(_checksums(jax.tree.leaves(tree)))
-  return dict(zip(names, map(int, sums), strict=True))
-
-
-@jax.jit
-def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-  return [_checksum(leaf) for leaf in leaves]
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-  bits = lax.bitcast_convert_type(x, jnp.uint32)
-  position = jnp.zeros(x.shape, jnp.uint32)
-  for axis, size in enumerate(x.shape):
-    index = lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    position = position * np.uint32(size) + index
-  # Multiplications and shifts that mix well: those of MurmurHash3.
-  mixed = (bits ^ position) * np.uint32(0x85EBCA6B)
-  mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
-  return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
 def _evaluated(config: Config, tokens_N: np.ndarray) -> np.ndarray:

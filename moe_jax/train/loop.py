@@ -1,372 +1,186 @@
-"""A run from its config to its last checkpoint."""
+"""A run from its plan to its last checkpoint."""
 
 from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
-import contextlib
 import dataclasses
 import json
-import os
+import math
 import sys
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
 
-from moe_jax import data
+from moe_jax import config as config_lib
 from moe_jax import nn
-from moe_jax.config import Config
-from moe_jax.config import flatten
-from moe_jax.config import freeze
-from moe_jax.config import method_of
-from moe_jax.config import to_dict
-from moe_jax.config import upgrade
 from moe_jax.data.cache import open_cache
 from moe_jax.parallel import exchange
-from moe_jax.parallel import mesh as meshes
-from moe_jax.parallel import preemption
-from moe_jax.parallel import processes
-from moe_jax.train import evaluate as evaluation
+from moe_jax.runs import checksums
+from moe_jax.runs import events
+from moe_jax.runs import preemption
+from moe_jax.runs.checkpoints import ITEMS
+from moe_jax.runs.checkpoints import Position
+from moe_jax.runs.checkpoints import Saved
+from moe_jax.runs.reader import Reader
+from moe_jax.runs.writer import Writer
+from moe_jax.runs.writer import open_writer
 from moe_jax.train import facts as facts_lib
-from moe_jax.train import lock
-from moe_jax.train import workdir as workdirs
-from moe_jax.train.checkpoint import Checkpoints
-from moe_jax.train.checkpoint import Position
-from moe_jax.train.checkpoint import restore_newest
-from moe_jax.train.checkpoint import steps
-from moe_jax.train.events import describe
+from moe_jax.train.batches import training_batches
+from moe_jax.train.evaluate import make_evaluation
 from moe_jax.train.optimizer import make_optimizer
+from moe_jax.train.optimizer import make_schedule
+from moe_jax.train.plan import Plan
 from moe_jax.train.state import Training
 from moe_jax.train.state import TrainState
-from moe_jax.train.state import check_memory
 from moe_jax.train.state import make_training
-from moe_jax.train.state import shards_of
-from moe_jax.train.step import Batch
 from moe_jax.train.step import make_train_step
-from moe_jax.train.step import to_devices
-from moe_jax.train.telemetry import Telemetry
 
 
-class Run:
-  """A training run that is ready to go; the rest can only fail by faults.
-
-  With several processes, each makes the same run. The first one writes all
-  that is not a checkpoint.
+def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
+  """Trains from the newest checkpoint, or from scratch, to the last step.
 
   Args:
-    config: what to do.
-    workdir: where to leave it, gs://... or a directory that all processes see;
-      a run found there is continued.
-    allow_config_change: options that may differ from that run's.
+    plan: of `plan.plan`.
+    preempted: asked after each step, and within evaluations, whether to save
+      and end now; see `preemption.notice`.
 
   Raises:
-    ValueError, OSError: config, text or work directory are of no use, or
-      processes disagree. Nothing is compiled and nothing is written before
-      that.
+    Refused: the work directory cannot be used after all, or no checkpoint in
+      it.
+    FloatingPointError: too many steps in a row were not finite.
+    Preempted: `preempted` said so, and all is saved.
   """
-
-  def __init__(
-    self,
-    config: Config,
-    workdir: str | os.PathLike[str],
-    allow_config_change: Sequence[str] = (),
+  config, steps = plan.config, plan.config.steps
+  _use_compilation_cache()
+  with (
+    exchange.refusal_explained(),
+    open_writer(
+      plan.workdir, plan.options, label=plan.label, check=plan.check_workdir
+    ) as run,
   ):
-    with processes.agreement() as facts:
-      self.workdir = workdirs.open_workdir(workdir)
-      self.mesh = meshes.make_mesh(config.mesh.data, config.mesh.expert)
-      self.config = config = _with_shards(config, self.mesh)
-      self._allowed = allow_config_change
-      workdirs.check_same_config(self.workdir, config, allow_config_change)
-      self.training = make_training(config, make_optimizer(config), self.mesh)
-      check_memory(self.training.abstract)
-      self.text = data.load_text(config.data)
-      if config.sequence_length >= len(self.text.train_tokens):
-        raise ValueError(
-          f'sequence_length={config.sequence_length}: the training text has '
-          f'{len(self.text.train_tokens)} tokens only'
-        )
-      self._check_workdir()
-      facts |= {
-        'text': self.text.fingerprint,
-        'devices of each process': jax.local_device_count(),
-        **facts_lib.versions(),
-        **{
-          f'config.{name}': value
-          for name, value in flatten(to_dict(config)).items()
-        },
-      }
-
-  def _check_workdir(self) -> None:
-    """Raises ValueError if the work directory is that of another run."""
-    workdirs.check_same_config(self.workdir, self.config, self._allowed)
-    workdirs.check_same_text(self.workdir, self.text.fingerprint)
-
-  def train(self, preempted: Callable[[], bool] = preemption.never) -> None:
-    """Trains from the newest checkpoint, or from scratch, to the last step.
-
-    Args:
-      preempted: asked after each step whether to save and end now; see
-        `preemption.notice`.
-
-    Raises:
-      Refused: the work directory cannot be used after all, or no checkpoint in
-        it.
-      FloatingPointError: too many steps in a row were not finite.
-      Preempted: `preempted` said so.
-    """
-    _use_compilation_cache()
-    with contextlib.ExitStack() as stack:
-      with processes.agreement():
-        if jax.process_index() == 0:
-          self.workdir.mkdir(parents=True, exist_ok=True)
-        still_ours = stack.enter_context(lock.hold(self.workdir))
-        self._check_workdir()  # Another run may have come first.
-      state, position = self._open()
-      if position.step >= self.config.steps:
-        print(
-          f'{self.workdir}: already at step {position.step}', file=sys.stderr
-        )
-        return
-      with processes.agreement():
-        checkpoints = stack.enter_context(self._checkpoints())
-        directory, upload = stack.enter_context(
-          workdirs.local_log(self.workdir, still_ours)
-        )
-        telemetry = stack.enter_context(
-          Telemetry(
-            directory,
-            label=f'{method_of(self.config.balancer)} seed {self.config.seed}',
-            step=position.step,
-            steps=self.config.steps,
-            tokens_per_step=self.config.batch_size
-            * self.config.sequence_length,
-            skipped=(position.skipped, position.skipped_in_a_row),
-            allowed=self.config.skipped_steps,
-            experts_every=self.config.experts_every,
-            text=self._description() if directory else '',
-          )
-        )
-
-      def save(
-        state: TrainState, position: Position, loss: float | None, wait: bool
-      ) -> None:
-        still_ours()
-        telemetry.flush(sync=True)
-        # First: a checkpoint without its metrics could not be continued.
-        workdirs.patiently(upload, f'{self.workdir}: upload')
-        position = position._replace(
-          skipped=telemetry.skipped,
-          skipped_in_a_row=telemetry.skipped_in_a_row,
-        )
-        checkpoints.save(state, position, loss=loss, wait=wait)
-        telemetry.restart_clock()
-
-      with exchange.refusal_explained():
-        self._steps(state, position, telemetry, save, preempted)
-
-  def _steps(
-    self,
-    state: TrainState,
-    position: Position,
-    telemetry: Telemetry,
-    save: Callable[..., None],
-    preempted: Callable[[], bool],
-  ) -> None:
-    """Trains from `position` to the last step, evaluates and saves."""
-    config, step = self.config, position.step
+    state, position = _restore_or_begin(plan, run)
+    late = plan.evaluates_after(position.step) and not run.evaluated
+    if position.step >= steps and not late:
+      print(f'{plan.workdir}: already at step {steps}', file=sys.stderr)
+      return
+    run.open(_description(plan), largest=max(_sizes(plan)))
     if preempted():  # While text or checkpoint were read.
-      raise preemption.Preempted(f'before step {step + 1} of {config.steps}')
-    train_step = make_train_step(config, self.training)
-    evaluation_step = evaluation.make_evaluation_step(
-      self.training, self.text.tokenizer.token_bytes_V
+      raise preemption.Preempted(f'before step {position.step + 1} of {steps}')
+    train_step = make_train_step(config, plan.training)
+    evaluate = make_evaluation(config, plan.training, plan.mesh, plan.text)
+    if late and not run.add(evaluate(state, preempted)):
+      raise preemption.Preempted(f'after step {position.step} of {steps}')
+    batches = training_batches(
+      config, plan.mesh, plan.text.train_tokens, position.next_sequence
     )
-    sequence = position.next_sequence
-    batches = self.training_batches(sequence)
-    while step < config.steps:
-      state, metrics, diagnostics = train_step(state, next(batches))
-      step += 1
-      first, sequence = sequence, sequence + config.batch_size
-      telemetry.push(step, metrics, diagnostics, range(first, sequence))
-      last = step == config.steps
-      loss = None
-      if last or (config.eval_every and step % config.eval_every == 0):
-        telemetry.wait()
-        evaluated = self._evaluate(evaluation_step, state)
-        loss = evaluated.get('eval/validation/bits_per_byte')
-        telemetry.add(evaluated)
-        telemetry.flush()
-        telemetry.restart_clock()
-      ends = preempted() or last
-      if ends or step % config.checkpoint_every == 0:
-        save(state, Position(step, sequence), loss, ends)
-      if ends and not last:
-        raise preemption.Preempted(f'saved after step {step} of {config.steps}')
-
-  def _description(self) -> str:
-    facts = workdirs.read_json(self.workdir / 'run.json')
-    return describe(to_dict(self.config), facts)
-
-  def _checkpoints(self) -> Checkpoints:
-    run = ''
-    if jax.process_index() == 0:  # Who writes all that is no array.
-      run = workdirs.read_json(self.workdir / 'run.json')['run']
-    arrays = jax.tree.leaves(self.training.abstract)
-    return Checkpoints(
-      self.workdir / 'checkpoints',
-      self.config,
-      run,
-      largest=max(x.size * x.dtype.itemsize for x in arrays),
-    )
-
-  def _open(self) -> tuple[TrainState, Position]:
-    """Reads the state of the run that the work directory holds, or makes one.
-
-    Only then the config that is wanted now is written down.
-    """
-    size = sum(
-      x.size * x.dtype.itemsize for x in jax.tree.leaves(self.training.abstract)
-    )
-    with processes.agreement() as facts:
-      found = steps(self.workdir / 'checkpoints')
-      facts['checkpoints in --workdir'] = str(found)
-      if jax.process_index() == 0:
-        missing = self.config.checkpoints_kept + 1 - len(found)
-        workdirs.check_space(self.workdir, size, max(1, missing))
-        if not found:
-          workdirs.check_nothing_is_lost(
-            self.workdir, 2 * self.config.checkpoint_every
-          )
-    saved = self._restore() if found else None
-    options = to_dict(self.config)
-    with processes.agreement():
-      if jax.process_index() == 0:
-        workdirs.write_json(self.workdir / 'config.json', options)
-        # Who has the work directory can read and write the model's tokens.
-        tokenizer = json.loads(self.text.tokenizer.to_json())
-        workdirs.write_json(self.workdir / 'tokenizer.json', tokenizer)
-    with processes.agreement():
-      workdirs.check_shared(self.workdir, options)
-    return saved or self._begin()
-
-  def _begin(self) -> tuple[TrainState, Position]:
-    """Makes the initial state; writes run.json: what the run was made with."""
-    state = self.training.init()
-    # By all processes together, as each has a part of the parameters only.
-    initial = facts_lib.digest(state.params)
-    with processes.agreement():
-      if jax.process_index() == 0:
-        facts = facts_lib.of_run(
-          self.config, self.mesh, self.text, state.params
-        )
-        facts['initial_parameters_digest'] = initial
-        workdirs.write_json(self.workdir / 'run.json', facts)
-    return state, Position()
-
-  def _restore(self) -> tuple[TrainState, Position]:
-    """Reads the newest checkpoint of use, also one of another balancer.
-
-    The config that it was saved with says which state its routers have.
-    """
-    with processes.agreement():
-      facts = workdirs.read_json(self.workdir / 'run.json')
-
-    def training_under(config: dict[str, Any]) -> Training:
-      if config['balancer'] == self.config.balancer:
-        return self.training
-      # All of the old options: they agree with each other.
-      mesh = dataclasses.asdict(self.config.mesh)
-      before = freeze(upgrade(config) | {'mesh': mesh})
-      return make_training(before, make_optimizer(before), self.mesh)
-
-    state, position, config = restore_newest(
-      self.workdir / 'checkpoints',
-      facts.get('run', ''),
-      lambda config: training_under(config).abstract,
-    )
-    changes = {
-      step: change
-      for step, change in facts.get('config_changes', {}).items()
-      if int(step) < position.step  # What came later reached no checkpoint.
-    }
-    now = workdirs.differences(config, to_dict(self.config))
-    if now:
-      changes[str(position.step)] = {
-        name: {'from': before, 'to': after}
-        for name, (before, after) in now.items()
-      }
-    if changes != facts.get('config_changes', {}):
-      with processes.agreement():
-        if jax.process_index() == 0:
-          workdirs.write_json(
-            self.workdir / 'run.json', facts | {'config_changes': changes}
-          )
-    if config['balancer'] != self.config.balancer:
-      router = nn.carry_prices(state.router, self.training.init_router())
-      state = state._replace(router=router)
-    return state, position
-
-  def training_batches(self, sequence: int) -> Iterator[Batch]:
-    """Yields the batches from a global sequence index on, on the devices."""
-    batches = data.training_batches(
-      self.text.train_tokens,
-      sequence_length=self.config.sequence_length,
-      batch_size=self.config.batch_size,
-      seed=self.config.seed,
-      start=sequence,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-    for batch in batches:
-      yield to_devices(self.mesh, batch)
-
-  def evaluation_batches(self, name: str) -> Iterator[Batch]:
-    """Yields all batches of an evaluation set, on the devices."""
-    batches = data.evaluation_batches(
-      self.text.evaluation[name],
-      sequence_length=self.config.sequence_length,
-      batch_size=self.config.batch_size // self.config.accumulation,
-      maximum_sequences=self.config.eval_sequences,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-    for batch in batches:
-      yield to_devices(self.mesh, batch)
-
-  def _evaluate(self, evaluation_step, state: TrainState) -> dict[str, float]:
-    return {
-      f'eval/{name}/{key}': value
-      for name in self.text.evaluation
-      for key, value in evaluation.evaluate(
-        evaluation_step,
-        state.params,
-        state.router,
-        self.evaluation_batches(name),
-      ).items()
-    }
+    for step in range(position.step + 1, steps + 1):
+      state, *told = train_step(state, next(batches))
+      run.record(step, *told)  # It is read while the next step runs.
+      last, stop = step == steps, preempted()
+      if last or stop or step % config.checkpoint_every == 0:
+        run.save(state, wait=last or stop)  # Before the evaluation can fail.
+      if not stop and plan.evaluates_after(step):
+        stop = not run.add(evaluate(state, preempted))
+      if stop:
+        run.save(state, wait=True)
+        raise preemption.Preempted(f'saved after step {step} of {steps}')
 
 
-def _with_shards(config: Config, mesh: Mesh) -> Config:
-  """Writes down the number of shards where results depend on it.
+def _restore_or_begin(plan: Plan, run: Writer) -> tuple[TrainState, Position]:
+  """Reads the state of the run in the work directory, or makes the first one.
 
-  So that such a run is not continued, or compared, on another mesh unnoticed.
+  Only then is the config that is wanted now written down.
   """
-  by_shard = config.balancer_rule.per_shard
-  rounded = config.model.round_to_capacity
-  if not (by_shard or rounded or config.capacity_factor):
-    return config
-  model = dataclasses.replace(config.model, shards=shards_of(config, mesh))
-  return dataclasses.replace(config, model=model)
+
+  def items_under(options: dict[str, Any]) -> dict[str, Any]:
+    # Routers have the state of the balancer that the checkpoint was saved by.
+    abstract = _training_under(plan, options).abstract
+    return {name: getattr(abstract, name) for name in ITEMS}
+
+  saved = run.restore(items_under, size=sum(_sizes(plan)))
+  if saved is None:
+    state, position = plan.training.init(), Position()
+    facts = facts_lib.of_run(plan.config, plan.mesh, plan.text, state.params)
+    # By all processes together, as each has only a part of the parameters.
+    facts['initial_parameters_digest'] = checksums.digest(state.params)
+  else:
+    state, position = _continued(plan, saved), saved.position
+    facts = _changed_facts(plan, saved)
+  run.begin(saved, facts, json.loads(plan.text.tokenizer.to_json()))
+  return state, position
+
+
+def _sizes(plan: Plan) -> list[int]:
+  """Returns the bytes of each array of the state."""
+  leaves = jax.tree.leaves(plan.training.abstract)
+  return [leaf.size * leaf.dtype.itemsize for leaf in leaves]
+
+
+def _training_under(plan: Plan, options: dict[str, Any]) -> Training:
+  """Plans the model under the balancer of a checkpoint, on the mesh of now."""
+  if options['balancer'] == plan.config.balancer:
+    return plan.training
+  mesh = dataclasses.asdict(plan.config.mesh)
+  config = config_lib.freeze(config_lib.upgrade(options) | {'mesh': mesh})
+  return make_training(config, make_optimizer(config), plan.mesh)
+
+
+def _continued(plan: Plan, saved: Saved) -> TrainState:
+  """Returns the state to go on from, also under another balancer."""
+  step = np.int32(saved.position.step)
+  sharding = plan.training.abstract.step.sharding
+  state = TrainState(step=jax.device_put(step, sharding), **saved.items)
+  if saved.config['balancer'] == plan.config.balancer:
+    return state
+  router = nn.carry_prices(state.router, plan.training.init_router())
+  return state._replace(router=router)
+
+
+def _changed_facts(plan: Plan, saved: Saved) -> dict[str, Any]:
+  """Returns run.json with what changes from this checkpoint on."""
+  facts, step = Reader(plan.workdir).facts, saved.position.step
+  before = config_lib.upgrade(saved.config)
+  changes = {
+    at: change
+    for at, change in facts.get('config_changes', {}).items()
+    if int(at) < step  # What came later reached no checkpoint.
+  }
+  now = config_lib.differences(before, plan.options)
+  if now:
+    changes[str(step)] = {
+      name: {'from': old, 'to': new} for name, (old, new) in now.items()
+    }
+    updates = step - saved.position.skipped
+    old, new = (
+      float(make_schedule(config)(updates))
+      for config in (config_lib.freeze(before), plan.config)
+    )
+    if jax.process_index() == 0 and not math.isclose(old, new, rel_tol=1e-3):
+      print(
+        f'note: {", ".join(now)} changed: the learning rate of step {step + 1} '
+        f'is {new:.3g}, without the change it would be {old:.3g}',
+        file=sys.stderr,
+      )
+  return facts | ({'config_changes': changes} if changes else {})
+
+
+def _description(plan: Plan) -> str:
+  facts = Reader(plan.workdir).facts
+  return events.describe(
+    plan.label, config_lib.flatten(plan.options), config_lib.flatten(facts)
+  )
 
 
 def _use_compilation_cache() -> None:
-  """Keeps compiled programs in the user's own cache directory.
+  """Keeps compiled programs, unless the user has named a place for them.
 
-  They are native code: the directory is readable by nobody else and never part
-  of a work directory.
+  They are native code: the directory is the user's own, readable by nobody
+  else, and never part of a work directory.
   """
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
   try:
     directory = open_cache('') / 'xla'
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
   except (OSError, ValueError):
-    return  # Everything works without, only later.
+    return  # All works without it, only later.
   jax.config.update('jax_compilation_cache_dir', str(directory))

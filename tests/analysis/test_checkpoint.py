@@ -11,8 +11,7 @@ import pytest
 import moe_jax
 from moe_jax.analysis import Run
 from moe_jax.parallel import mesh as meshes
-from moe_jax.train import checkpoint as checkpoints
-from moe_jax.train import loop
+from moe_jax.runs import checkpoints
 from tests.train import tiny
 
 TEXT = 'the load of the expert of a token of the router ' * 9
@@ -23,9 +22,7 @@ def trained(tmp_path_factory):
   """A run on eight devices."""
   text = tiny.write_text(tmp_path_factory.mktemp('text'))
   config = tiny.tiny_config(text)
-  run = loop.Run(config, tmp_path_factory.mktemp('trained'))
-  run.train()
-  return run
+  return tiny.run(config, tmp_path_factory.mktemp('trained'))
 
 
 @pytest.fixture
@@ -198,7 +195,7 @@ def test_an_empty_text_is_refused(opened):
 def test_runs_of_other_kinds_open_on_one_device(method, options, tmp_path):
   text = tiny.write_text(tmp_path)
   config = tiny.tiny_config(text, method, **options, steps=3)
-  loop.Run(config, tmp_path / 'run').train()
+  tiny.run(config, tmp_path / 'run')
   run = Run(tmp_path / 'run')
   routed = run.route(TEXT)
   assert routed.load.sum() == 2 * 2 * len(routed.ids)

@@ -17,9 +17,9 @@ import time
 # as the program goes on before it is computed.
 PHASES = {
   'data preparation': ('moe_jax.data', 'load_text'),
-  'restore': ('moe_jax.train.loop', 'Run._restore'),
-  'evaluation': ('moe_jax.train.loop', 'Run._evaluate'),
-  'save': ('moe_jax.train.checkpoint', 'Checkpoints.save'),
+  'restore': ('moe_jax.runs.checkpoints', 'restore_newest'),
+  'evaluation': ('moe_jax.train.evaluate', 'evaluate'),
+  'save': ('moe_jax.runs.saver', 'Saver.save'),
 }
 
 

@@ -15,7 +15,7 @@ from moe_jax import routing
 from moe_jax.parallel import dispatch
 from moe_jax.parallel import exchange
 from moe_jax.parallel import mesh as meshes
-from moe_jax.parallel import processes
+from moe_jax.runs import processes
 from tests import several_processes
 
 BATCH, SEQUENCE, WIDTH, EXPERTS, K = 8, 16, 12, 8, 2

@@ -12,7 +12,7 @@ import pytest
 
 from moe_jax import routing
 from moe_jax.parallel import mesh as meshes
-from moe_jax.parallel import processes
+from moe_jax.runs import processes
 from tests import several_processes
 from tests.routing import rules
 

@@ -14,14 +14,18 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from moe_jax import analysis
 from moe_jax import config as config_lib
-from moe_jax.parallel import preemption
-from moe_jax.train import checkpoint as checkpoint_lib
+from moe_jax import nn
+from moe_jax.runs import checkpoints
+from moe_jax.runs import checksums
+from moe_jax.runs import preemption
+from moe_jax.runs.reader import Reader
+from moe_jax.train import batches as batches_lib
 from moe_jax.train import evaluate as evaluation
 from moe_jax.train import facts as facts_lib
 from moe_jax.train import loop
+from moe_jax.train import plan as plan_lib
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
-from moe_jax.train import telemetry
 from tests.train import tiny
 
 METHODS = ('loss_controlled', 'loss_free', 'bip')
@@ -31,30 +35,39 @@ def records(workdir):
   """Metrics without times, which are never the same twice."""
   return [
     {name: x for name, x in record.items() if not name.startswith('time/')}
-    for record in telemetry.read_steps(workdir / 'metrics.jsonl')
+    for record in Reader(workdir).records
   ]
 
 
-def latest(run):
+def abstract_items(plan):
+  abstract = plan.training.abstract
+  return {name: getattr(abstract, name) for name in checkpoints.ITEMS}
+
+
+def latest(plan):
   """Returns what the newest checkpoint holds."""
-  name = json.loads((run.workdir / 'run.json').read_text())['run']
-  return checkpoint_lib.restore_newest(
-    run.workdir / 'checkpoints', name, lambda config: run.training.abstract
+  return checkpoints.restore_newest(
+    plan.workdir / 'checkpoints',
+    Reader(plan.workdir).facts['run'],
+    lambda config: abstract_items(plan),
+  )
+
+
+def batches_of(plan, sequence=0):
+  return batches_lib.training_batches(
+    plan.config, plan.mesh, plan.text.train_tokens, sequence
   )
 
 
 @pytest.fixture(scope='module')
 def finished(text, tmp_path_factory):
-  run = loop.Run(
-    tiny.tiny_config(text, eval_every=4), tmp_path_factory.mktemp('run')
-  )
-  run.train()
-  return run
+  config = tiny.tiny_config(text, eval_every=4)
+  return tiny.run(config, tmp_path_factory.mktemp('run'))
 
 
 def test_what_a_run_leaves(finished):
   workdir = finished.workdir
-  steps = telemetry.read_steps(workdir / 'metrics.jsonl')
+  steps = Reader(workdir).records
   assert [record['step'] for record in steps] == [1, 2, 3, 4, 5, 6]
   for record in steps:
     assert record.keys() >= {
@@ -94,8 +107,20 @@ def test_tensorboard_shows_a_run(finished):
 
 def test_the_same_command_again_does_nothing(finished):
   before = records(finished.workdir)
-  loop.Run(finished.config, finished.workdir).train()
+  tiny.run(finished.config, finished.workdir)
   assert records(finished.workdir) == before
+
+
+def interrupt(monkeypatch, config, workdir, count):
+  """Trains on so many batches, then ends as by Ctrl-C without a handler."""
+
+  def some_batches(*args):
+    yield from itertools.islice(batches_lib.training_batches(*args), count)
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(loop, 'training_batches', some_batches)
+    tiny.run(config, workdir)
 
 
 @pytest.mark.long
@@ -103,48 +128,38 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
   finished, tmp_path, monkeypatch
 ):
   """Stopped in step 6, continued from the checkpoint of step 3."""
-  stopped = loop.Run(finished.config, tmp_path / 'run')
-  batches = stopped.training_batches(0)
-
-  def five_batches(sequence):
-    for _ in range(5):
-      yield next(batches)
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(stopped, 'training_batches', five_batches)
-  with pytest.raises(KeyboardInterrupt):
-    stopped.train()
-  assert [r['step'] for r in records(stopped.workdir)] == [1, 2, 3, 4, 5]
-  continued = loop.Run(finished.config, stopped.workdir)
-  continued.train()
-  assert records(continued.workdir) == records(finished.workdir)
+  workdir = tmp_path / 'run'
+  interrupt(monkeypatch, finished.config, workdir, 5)
+  assert [r['step'] for r in records(workdir)] == [1, 2, 3, 4, 5]
+  continued = tiny.run(finished.config, workdir)
+  assert records(workdir) == records(finished.workdir)
   saved, expected = latest(continued), latest(finished)
   assert saved.position == expected.position == (6, 6 * 8, 0, 0)
-  jax.tree.map(np.testing.assert_array_equal, saved.state, expected.state)
+  jax.tree.map(np.testing.assert_array_equal, saved.items, expected.items)
 
 
 @pytest.mark.long
 def test_a_run_goes_on_with_other_devices(finished, tmp_path, monkeypatch):
   """Two steps on eight devices, two on one, two on four."""
   config = dataclasses.replace(finished.config, checkpoint_every=2)
-  make_mesh = loop.meshes.make_mesh
+  make_mesh = plan_lib.make_mesh
   for devices, steps in ((8, 2), (1, 4), (4, 6)):
     mesh = make_mesh(devices, 1, devices=jax.devices()[:devices])
-    monkeypatch.setattr(loop.meshes, 'make_mesh', lambda *_, mesh=mesh: mesh)
-    run = loop.Run(config, tmp_path / 'run')
-    seen, training_batches = [], run.training_batches
+    monkeypatch.setattr(plan_lib, 'make_mesh', lambda *_, mesh=mesh: mesh)
+    seen = []
 
-    def batches(sequence, seen=seen, training_batches=training_batches):
-      for batch in training_batches(sequence):
+    def batches(*args, seen=seen):
+      for batch in batches_lib.training_batches(*args):
         seen.append(jax.device_get(batch.inputs))
         yield batch
 
-    monkeypatch.setattr(run, 'training_batches', batches)
+    monkeypatch.setattr(loop, 'training_batches', batches)
     calls = itertools.count(steps - 2)
+    plan = plan_lib.plan(config, tmp_path / 'run')
     with contextlib.suppress(preemption.Preempted):
-      run.train(lambda calls=calls, steps=steps: next(calls) == steps)
-    assert latest(run).position.step == steps
-    expected = finished.training_batches(8 * (steps - 2))
+      loop.train(plan, lambda calls=calls, steps=steps: next(calls) == steps)
+    assert latest(plan).position.step == steps
+    expected = batches_of(finished, 8 * (steps - 2))
     for inputs in seen[:2]:
       np.testing.assert_array_equal(inputs, next(expected).inputs)
   for record, same in zip(
@@ -167,10 +182,10 @@ def test_a_run_goes_on_with_other_devices(finished, tmp_path, monkeypatch):
 def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_happened(
   finished, tmp_path, monkeypatch, capsys, number, goes_on
 ):
-  stopped = loop.Run(finished.config, tmp_path / 'run')
-  batches = stopped.training_batches(0)
+  """In step 4, which is to be evaluated: that is done later."""
 
-  def with_signal(sequence):
+  def with_signal(*args):
+    batches = batches_lib.training_batches(*args)
     for i in range(6):
       if i == 3:
         signal.raise_signal(number)
@@ -179,23 +194,97 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_happened(
           said += capsys.readouterr().err
       yield next(batches)
 
-  monkeypatch.setattr(stopped, 'training_batches', with_signal)
-  handler = signal.getsignal(number)
-  with pytest.raises(preemption.Preempted, match='saved after step 4 of 6'):
-    with preemption.notice() as preempted:
-      stopped.train(preempted)
+  handler, workdir = signal.getsignal(number), tmp_path / 'run'
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, 'training_batches', with_signal)
+    with pytest.raises(preemption.Preempted, match='saved after step 4 of 6'):
+      with preemption.notice() as preempted:
+        tiny.run(finished.config, workdir, preempted=preempted)
   assert signal.getsignal(number) == handler
-  assert checkpoint_lib.steps(stopped.workdir / 'checkpoints')[0] == 4
-  assert records(stopped.workdir) == records(finished.workdir)[:4]
+  assert Reader(workdir).checkpoints[-1] == 4
+  expected = records(finished.workdir)
+  unevaluated = {
+    name: x for name, x in expected[3].items() if not name.startswith('eval/')
+  }
+  assert records(workdir) == [*expected[:3], unevaluated]
   if goes_on:
-    loop.Run(finished.config, stopped.workdir).train()
-    assert records(stopped.workdir) == records(finished.workdir)
+    tiny.run(finished.config, workdir)
+    assert records(workdir) == expected
+
+
+def preempted_after(calls):
+  """Says yes from so many calls on."""
+  count = itertools.count(1)
+  return lambda: next(count) >= calls
+
+
+def test_a_notice_during_an_evaluation_does_not_wait_for_it(text, tmp_path):
+  """Before the first of the two batches of an evaluation after step 1."""
+  config = tiny.tiny_config(
+    text, steps=2, eval_every=1, eval_sequences=16, checkpoint_every=100
+  )
+  workdir = tmp_path / 'run'
+  with pytest.raises(preemption.Preempted, match='saved after step 1 of 2'):
+    # Before the first step, after it, and before the second batch.
+    tiny.run(config, workdir, preempted=preempted_after(4))
+  assert Reader(workdir).checkpoints == [1]
+  (record,) = records(workdir)
+  assert not any(name.startswith('eval/') for name in record)
+  with pytest.raises(preemption.Preempted, match='after step 1 of 2'):
+    tiny.run(config, workdir, preempted=preempted_after(3))
+  tiny.run(config, workdir)
+  undisturbed = tiny.run(config, tmp_path / 'undisturbed')
+  assert records(workdir) == records(undisturbed.workdir)
+
+
+def test_an_evaluation_that_fails_loses_no_step(text, tmp_path, monkeypatch):
+  """The save comes first, and the next start makes the evaluation."""
+  config = tiny.tiny_config(text, steps=2, checkpoint_every=100)
+  workdir = tmp_path / 'run'
+
+  def fail(*args):
+    raise RuntimeError('no memory for the evaluation')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluation, 'evaluate', fail)
+    for _ in range(2):
+      with pytest.raises(RuntimeError, match='no memory for the evaluation'):
+        tiny.run(config, workdir)
+      assert Reader(workdir).checkpoints == [2]
+      assert [record['step'] for record in records(workdir)] == [1, 2]
+  tiny.run(config, workdir)
+  undisturbed = tiny.run(config, tmp_path / 'undisturbed')
+  assert records(workdir) == records(undisturbed.workdir)
+
+
+def test_a_cache_of_compiled_programs_that_the_user_chose_stays(monkeypatch):
+  chosen = jax.config.jax_compilation_cache_dir
+  try:
+    jax.config.update('jax_compilation_cache_dir', '/somewhere')
+    loop._use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == '/somewhere'
+  finally:
+    jax.config.update('jax_compilation_cache_dir', chosen)
+
+
+def test_a_jump_of_the_learning_rate_is_announced(finished, tmp_path, capsys):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished.workdir, workdir)
+  config = dataclasses.replace(finished.config, steps=7)
+  tiny.run(config, workdir, ['steps'])
+  (note,) = (
+    line
+    for line in capsys.readouterr().err.splitlines()
+    if line.startswith('note: ')
+  )
+  assert 'steps changed: the learning rate of step 7 is 0.00' in note
+  assert 'without the change it would be 0.001' in note
 
 
 def test_another_config_is_refused_and_named(finished):
   config = dataclasses.replace(finished.config, steps=7)
   with pytest.raises(ValueError, match=r'steps=7 \(was 6\)'):
-    loop.Run(config, finished.workdir)
+    plan_lib.plan(config, finished.workdir)
 
 
 def test_another_balancer_is_refused_unless_that_is_said(
@@ -210,23 +299,24 @@ def test_another_balancer_is_refused_unless_that_is_said(
     balancer=config_lib.balancer_options('midpoint', lag=True),
   )
   with pytest.raises(ValueError, match='--allow_config_change=balancer.clip,'):
-    loop.Run(config, workdir)
-  name = json.loads((workdir / 'run.json').read_text())['run']
-  before = checkpoint_lib.restore_newest(
-    workdir / 'checkpoints', name, lambda config: finished.training.abstract
-  ).state
+    plan_lib.plan(config, workdir)
+  router = checkpoints.restore_newest(
+    workdir / 'checkpoints',
+    Reader(workdir).facts['run'],
+    lambda config: abstract_items(finished),
+  ).items['router']
   seen = []
-  restore = loop.Run._restore
+  continued = loop._continued
 
-  def spy(self):
-    seen.append(restore(self)[0])
-    return restore(self)  # The step donates this one.
+  def spy(*args):
+    state = continued(*args)
+    seen.append(jax.device_get(state.router))  # The step donates it.
+    return state
 
-  monkeypatch.setattr(loop.Run, '_restore', spy)
-  run = loop.Run(config, workdir, ['balancer'])
-  run.train()
-  q = before.router['moe_blocks']['feed_forward']['state'].q
-  state = seen[0].router['moe_blocks']['feed_forward']['state']
+  monkeypatch.setattr(loop, '_continued', spy)
+  tiny.run(config, workdir, ['balancer'])
+  q = nn.prices(router)
+  state = nn.moe_layers(seen[0])['state']
   assert np.any(q)
   np.testing.assert_array_equal(state.q, q)
   np.testing.assert_array_equal(state.pending, q)
@@ -236,9 +326,9 @@ def test_another_balancer_is_refused_unless_that_is_said(
   assert list(facts['config_changes']) == ['3']
   assert changes['balancer.lag'] == {'from': False, 'to': True}
   # What was said once holds: the same command goes on, another is refused.
-  loop.Run(config, workdir).train()
+  tiny.run(config, workdir)
   with pytest.raises(ValueError, match='another config'):
-    loop.Run(finished.config, workdir)
+    plan_lib.plan(finished.config, workdir)
 
 
 @pytest.mark.parametrize(
@@ -252,11 +342,11 @@ def test_another_balancer_is_refused_unless_that_is_said(
 def test_what_may_not_change(finished, text, option, changed, message):
   config = tiny.tiny_config(text, eval_every=4, **changed)
   with pytest.raises(ValueError, match=message) as error:
-    loop.Run(config, finished.workdir, [option])
-  assert 'go on with the change' not in str(error.value)
+    plan_lib.plan(config, finished.workdir, [option])
+  assert 'continue with the change' not in str(error.value)
 
 
-def poison(run, monkeypatch, steps, name, bad):
+def poison(monkeypatch, steps, name, bad):
   """Makes a parameter `bad` for some steps of a run, and good again after."""
   make_train_step = loop.make_train_step
 
@@ -300,9 +390,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
 ):
   """In steps 3 and 5 of 6, saved at 2 and 4: both counts are in checkpoints."""
   config = tiny.tiny_config(text, checkpoint_every=2)
-  run = loop.Run(config, tmp_path / 'run')
-  poison(run, monkeypatch, (3, 5), 'router', np.nan)
-  run.train()
+  poison(monkeypatch, (3, 5), 'router', np.nan)
+  run = tiny.run(config, tmp_path / 'run')
   steps = records(run.workdir)
   assert [r['train/skipped_steps'] for r in steps] == [0, 0, 1, 1, 2, 2]
   assert [r['train/loss'] is None for r in steps] == [
@@ -326,12 +415,12 @@ def test_many_steps_in_a_row_that_are_not_finite_end_the_run(
   text, tmp_path, monkeypatch, name, bad, what
 ):
   config = tiny.tiny_config(text, checkpoint_every=2, skipped_steps=3)
-  run = loop.Run(config, tmp_path / 'run')
-  poison(run, monkeypatch, (2, 3, 4), name, bad)
+  poison(monkeypatch, (2, 3, 4), name, bad)
+  workdir = tmp_path / 'run'
   with pytest.raises(FloatingPointError, match=f'step 4: .*{what}'):
-    run.train()
-  assert checkpoint_lib.steps(run.workdir / 'checkpoints') == [2]
-  (dump,) = analysis.Run(run.workdir).not_finite.values()
+    tiny.run(config, workdir)
+  assert Reader(workdir).checkpoints == [2]
+  (dump,) = analysis.Run(workdir).not_finite.values()
   assert (dump['step'], dump['cause'], dump['skipped_in_a_row']) == (4, what, 3)
   assert dump['sequences'] == list(range(24, 32))
   loads = dump['record']['router/load/layer_01']
@@ -346,7 +435,7 @@ def test_many_steps_in_a_row_that_are_not_finite_end_the_run(
   if name == 'router':
     assert dump['norms']['parameters'][array][0] > 0
   with pytest.raises(FloatingPointError, match='step 4'):
-    loop.Run(config, run.workdir).train()  # Counted on from step 2.
+    tiny.run(config, workdir)  # Counted on from step 2.
 
 
 def test_shards_are_written_down_where_results_depend_on_them(text, tmp_path):
@@ -358,8 +447,8 @@ def test_shards_are_written_down_where_results_depend_on_them(text, tmp_path):
     ({'capacity_factor': 1.0, 'model.shards': 2 * devices}, 2 * devices),
   ):
     config = tiny.tiny_config(text, batch_size=2 * devices, **overrides)
-    run = loop.Run(config, tmp_path / 'run')
-    assert run.config.model.shards == shards
+    plan = plan_lib.plan(config, tmp_path / 'run')
+    assert facts_lib.shards_that_matter(config, plan.mesh) == shards
   for overrides, expected in (
     ({'model.shards': 3}, r'model\.shards=3: .* multiple of'),
     # 16 tokens of 2 experts each, on every device: no even share of 12.
@@ -378,7 +467,21 @@ def test_shards_are_written_down_where_results_depend_on_them(text, tmp_path):
     ),
   ):
     with pytest.raises(ValueError, match=expected):
-      loop.Run(tiny.tiny_config(text, **overrides), tmp_path / 'run')
+      plan_lib.plan(tiny.tiny_config(text, **overrides), tmp_path / 'run')
+
+
+def test_other_shards_are_refused_where_results_depend_on_them(
+  finished, tmp_path
+):
+  """As if the run had begun on a mesh of two devices."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished.workdir, workdir)
+  facts = Reader(workdir).facts
+  assert facts['shards'] == 0
+  (workdir / 'run.json').write_text(json.dumps(facts | {'shards': 2}))
+  with pytest.raises(ValueError, match=r'set --config\.model\.shards=2'):
+    plan_lib.plan(finished.config, workdir)
+  plan_lib.plan(finished.config, workdir, ['model.shards'])
 
 
 def test_other_text_is_refused(finished):
@@ -387,7 +490,7 @@ def test_other_text_is_refused(finished):
   path.write_text(facts.replace(finished.text.fingerprint, '0'))
   try:
     with pytest.raises(ValueError, match='other training text'):
-      loop.Run(finished.config, finished.workdir)
+      plan_lib.plan(finished.config, finished.workdir)
   finally:
     path.write_text(facts)
 
@@ -398,15 +501,14 @@ def test_a_hole_in_the_metrics_is_refused(finished, tmp_path):
   path = tmp_path / 'run' / 'metrics.jsonl'
   path.write_text(''.join(path.read_text().splitlines(True)[1:]))
   shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '6')
-  run = loop.Run(finished.config, tmp_path / 'run')
   with pytest.raises(ValueError, match='must have every step'):
-    run.train()
+    tiny.run(finished.config, tmp_path / 'run')
 
 
 def test_checkpoints_without_a_config_are_refused(finished, tmp_path):
   (tmp_path / 'run' / 'checkpoints').mkdir(parents=True)
   with pytest.raises(ValueError, match='no config.json'):
-    loop.Run(finished.config, tmp_path / 'run')
+    plan_lib.plan(finished.config, tmp_path / 'run')
 
 
 def test_the_unigram_model_predicts_what_the_model_does(finished):
@@ -429,7 +531,7 @@ def test_the_unigram_model_predicts_what_the_model_does(finished):
 def test_evaluation_neither_drops_nor_rounds(text, tmp_path, overrides):
   """Without a rule to solve, solved and frozen are the same."""
   config = tiny.tiny_config(text, 'unbalanced', steps=1, **overrides)
-  loop.Run(config, tmp_path / 'run').train()
+  tiny.run(config, tmp_path / 'run')
   (record,) = records(tmp_path / 'run')
   assert (record['router/dropped'] > 0) == ('capacity_factor' in overrides)
   assert record['eval/validation/perplexity'] == pytest.approx(
@@ -455,7 +557,7 @@ def test_traced_once_over_a_whole_run(text, tmp_path, monkeypatch):
     keep(evaluation.make_evaluation_step),
   )
   config = tiny.tiny_config(text, eval_every=2)
-  loop.Run(config, tmp_path / 'run').train()
+  tiny.run(config, tmp_path / 'run')
   assert [function._cache_size() for function in functions] == [1, 1]
 
 
@@ -463,35 +565,29 @@ def test_traced_once_over_a_whole_run(text, tmp_path, monkeypatch):
 def test_methods_share_weights_and_batches(text, tmp_path):
   hashes = set()
   for method in METHODS:
-    run = loop.Run(tiny.tiny_config(text, method), tmp_path / method)
-    batches = run.training_batches(0)
+    run = plan_lib.plan(tiny.tiny_config(text, method), tmp_path / method)
+    batches = batches_of(run)
     hashes.add(
       (
-        facts_lib.digest(run.training.init().params),
-        facts_lib.digest([next(batches)[:2] for _ in range(6)]),
+        checksums.digest(run.training.init().params),
+        checksums.digest([next(batches)[:2] for _ in range(6)]),
       )
     )
   (known,) = hashes
-  other = loop.Run(tiny.tiny_config(text, seed=1), tmp_path / 'other')
-  assert facts_lib.digest(other.training.init().params) not in known
-  batches = other.training_batches(0)
-  assert facts_lib.digest([next(batches)[:2] for _ in range(6)]) not in known
+  other = plan_lib.plan(tiny.tiny_config(text, seed=1), tmp_path / 'other')
+  assert checksums.digest(other.training.init().params) not in known
+  batches = batches_of(other)
+  assert checksums.digest([next(batches)[:2] for _ in range(6)]) not in known
 
 
 def test_evaluation_against_a_loop_over_sequences(finished):
   """Sums of the batches equal a plain mean over all targets."""
-  state = latest(finished).state
-  step = evaluation.make_evaluation_step(
-    finished.training, finished.text.tokenizer.token_bytes_V
-  )
-  result = evaluation.evaluate(
-    step,
-    state.params,
-    state.router,
-    finished.evaluation_batches('validation'),
-  )
+  items = latest(finished).items
   last = records(finished.workdir)[-1]
-  assert result['perplexity'] == last['eval/validation/perplexity']
+  result = {
+    name: last[f'eval/validation/{name}']
+    for name in ('perplexity', 'bits_per_byte')
+  }
 
   from flax import nnx
 
@@ -499,9 +595,13 @@ def test_evaluation_against_a_loop_over_sequences(finished):
   graphdef = nnx.graphdef(
     nnx.eval_shape(lambda: state_lib.make_model(finished.config))
   )
-  model = nnx.merge(graphdef, *jax.device_get((state.params, state.router)))
+  model = nnx.merge(
+    graphdef, *jax.device_get((items['params'], items['router']))
+  )
   losses, size = [], 0
-  for batch in finished.evaluation_batches('validation'):
+  for batch in batches_lib.evaluation_batches(
+    finished.config, finished.mesh, finished.text.evaluation['validation']
+  ):
     for inputs, targets, mask in zip(*jax.device_get(batch), strict=True):
       logits, _ = model(inputs[None], mask[None], train=False)
       log = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)

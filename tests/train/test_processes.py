@@ -5,9 +5,8 @@ import time
 
 import pytest
 
-from moe_jax.train import checkpoint
-from moe_jax.train import loop
-from moe_jax.train import telemetry
+from moe_jax.runs import records
+from moe_jax.runs.reader import Reader
 from tests import several_processes
 from tests.several_processes import ROOT
 from tests.train import tiny
@@ -45,14 +44,12 @@ def train(text, workdir, count, **overrides):
 def run_alone(text, workdir, method='bip', **overrides):
   """Trains in this process, on its eight devices, without interruption."""
   options = {'steps': 4, 'checkpoint_every': 2} | overrides
-  loop.Run(tiny.tiny_config(text, method, **options), workdir).train()
+  tiny.run(tiny.tiny_config(text, method, **options), workdir)
 
 
 def assert_same_training(workdir, expected):
   """Compares records; after a step, a token at a tie may go elsewhere."""
-  actual, expected = (
-    telemetry.read_steps(path / 'metrics.jsonl') for path in (workdir, expected)
-  )
+  actual, expected = (Reader(path).records for path in (workdir, expected))
   for record, same in zip(actual, expected, strict=True):
     assert record.keys() == same.keys()
     assert record['step'] == same['step']
@@ -135,7 +132,8 @@ def test_a_preempted_run_is_saved_by_all_and_goes_on(text, tmp_path):
   workdir = tmp_path / 'run'
 
   def preempt(running):
-    while not telemetry.read_steps(workdir / 'metrics.jsonl'):
+    metrics = workdir / records.NAME
+    while not (metrics.exists() and records.read(metrics)):
       assert all(process.poll() is None for process in running)
       time.sleep(0.1)
     running[1].terminate()
@@ -143,8 +141,8 @@ def test_a_preempted_run_is_saved_by_all_and_goes_on(text, tmp_path):
   options = QUICK | {'steps': 100_000, 'checkpoint_every': 100_000}
   for code, output in launch(text, workdir, [], [], during=preempt, **options):
     assert code == 75, output
-  saved, *_ = checkpoint.steps(workdir / 'checkpoints')
-  steps = telemetry.read_steps(workdir / 'metrics.jsonl')
+  *_, saved = Reader(workdir).checkpoints
+  steps = Reader(workdir).records
   assert 0 < saved == len(steps) == steps[-1]['step']
 
   def preempt_while_it_is_restored(running):
@@ -158,7 +156,7 @@ def test_a_preempted_run_is_saved_by_all_and_goes_on(text, tmp_path):
     text, workdir, [], [], during=preempt_while_it_is_restored, **options
   ):
     assert code == 75, output
-  again, *_ = checkpoint.steps(workdir / 'checkpoints')
+  *_, again = Reader(workdir).checkpoints
   assert saved <= again <= saved + 2
 
 

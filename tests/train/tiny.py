@@ -11,6 +11,10 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from moe_jax import config as config_lib
+from moe_jax.runs import preemption
+from moe_jax.train.loop import train
+from moe_jax.train.plan import Plan
+from moe_jax.train.plan import plan
 
 
 def write_text(directory: pathlib.Path) -> pathlib.Path:
@@ -64,3 +68,10 @@ def tiny_config(
   options = get_config(method)
   options.update_from_flattened_dict(of_text(directory) | overrides)
   return config_lib.freeze(options)
+
+
+def run(config, workdir, allowed=(), preempted=preemption.never) -> Plan:
+  """Trains to the end, or until preempted; returns what was trained."""
+  planned = plan(config, workdir, allowed)
+  train(planned, preempted)
+  return planned

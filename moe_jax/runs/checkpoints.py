@@ -1,0 +1,286 @@
+"""Checkpoints, read: separately restorable items, checked when they are read.
+
+`params`, `optimizer` and `router` are arrays, `data` holds `next_sequence`, the
+index of the next training sequence, and `meta` all else: step, counts, config,
+the step's metrics, the run's name, and a checksum of every array and of all
+that.
+"""
+
+from collections.abc import Callable
+import hashlib
+import json
+import math
+import re
+import sys
+import time
+from typing import Any
+from typing import NamedTuple
+
+from etils import epath
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from moe_jax.options import Refused
+from moe_jax.runs import checksums
+from moe_jax.runs import files
+from moe_jax.runs import processes
+
+ITEMS = ('params', 'optimizer', 'router')
+Items = dict[str, Any]  # a pytree of arrays for each of these
+
+# Types of errors, and what tensorstore and buckets call theirs.
+_MAY_PASS = re.compile(
+  r'\b(OSError|PermissionError|TimeoutError|ConnectionError|MemoryError|HttpError'
+  r'|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED'
+  r'|UNAUTHENTICATED|ABORTED)\b'
+)
+
+
+class Position(NamedTuple):
+  """How far a run has come.
+
+  Attributes:
+    step: steps completed.
+    next_sequence: index of the next training sequence.
+    skipped: steps so far that were skipped as they were not finite.
+    skipped_in_a_row: of these, the latest without a good one after them.
+  """
+
+  step: int = 0
+  next_sequence: int = 0
+  skipped: int = 0
+  skipped_in_a_row: int = 0
+
+
+class Saved(NamedTuple):
+  """What a checkpoint holds.
+
+  Attributes:
+    items: the arrays.
+    position: how far the run had come.
+    config: the options that it was saved under.
+    record: the metrics of its step; empty where an older version saved it.
+  """
+
+  items: Items
+  position: Position
+  config: dict[str, Any]
+  record: dict[str, Any]
+
+
+def steps(directory: epath.PathLike) -> list[int]:
+  """Returns the steps that there are checkpoints of, the newest first."""
+  directory = epath.Path(directory)
+  if not directory.exists():
+    return []
+  found = ocp.path.step.standard_name_format().find_all(directory)
+  return sorted((metadata.step for metadata in found), reverse=True)
+
+
+def read_meta(path: epath.PathLike) -> dict[str, Any]:
+  """Reads what a checkpoint says of itself: `run`, `position`, `config`, ...
+
+  Args:
+    path: of one checkpoint.
+
+  Raises:
+    FileNotFoundError: a file of it is missing.
+    ValueError: it is not as it was written.
+  """
+  meta, data = (
+    json.loads((epath.Path(path) / item / 'metadata').read_text())
+    for item in ('meta', 'data')
+  )
+  if meta.pop('sha256', '') != sha256_of(meta, data):
+    raise ValueError('the items meta and data are not as they were written')
+  return meta
+
+
+def read_item(path: epath.PathLike, name: str, abstract: Any = None) -> Any:
+  """Reads one item of arrays of a checkpoint, unchecked.
+
+  Args:
+    path: of the checkpoint.
+    name: 'params', 'optimizer' or 'router'.
+    abstract: structure and shardings wanted; None gives nested dicts of NumPy
+      arrays as they were saved.
+  """
+  handler, place = array_handler(), epath.Path(path) / name
+  if abstract is not None:
+    wanted = ocp.args.PyTreeRestore(
+      abstract, ocp.checkpoint_utils.construct_restore_args(abstract)
+    )
+    return handler.restore(place, args=wanted)
+  as_numpy = jax.tree.map(
+    lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+    handler.metadata(place).tree,
+  )
+  return handler.restore(
+    place, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
+  )
+
+
+def check_item(meta: dict[str, Any], name: str, item: Any) -> None:
+  """Raises ValueError unless arrays are those that were saved."""
+  for array, checksum in checksums.checksums({name: item}).items():
+    if meta['checksums'].get(array) != checksum:
+      raise ValueError(f'values changed since it was written: {array}')
+
+
+def restore_newest(
+  directory: epath.PathLike,
+  run: str,
+  plan: Callable[[dict[str, Any]], Items],
+) -> Saved | None:
+  """Reads the newest checkpoint that is whole and of this run.
+
+  Newer ones that are not are moved into the directory `damaged` beside, with a
+  warning that says what is wrong. All processes must call it together.
+
+  Args:
+    directory: where `Checkpoints` wrote.
+    run: the run's name.
+    plan: from the options that a checkpoint was saved under to the abstract
+      items to restore, with shardings.
+
+  Returns:
+    What was saved; None where there is no checkpoint.
+
+  Raises:
+    Refused: there are checkpoints, but none is of use. All stay where they are.
+    OSError: a checkpoint cannot be read now.
+  """
+  directory = epath.Path(directory)
+  damaged = {}
+  for step in steps(directory):
+    try:
+      saved = _read(directory / str(step), step, run, plan)
+      break
+    except _Damaged as error:
+      damaged[step] = str(error)
+  else:
+    if damaged:
+      reasons = '; '.join(f'{step}: {why}' for step, why in damaged.items())
+      raise Refused(
+        f'{directory}: no checkpoint is of use ({reasons}); mend one of them, '
+        'or choose another --workdir to begin anew'
+      )
+    return None
+  for step, why in damaged.items():
+    if jax.process_index() == 0:
+      aside = _move_aside(directory / str(step), directory.parent / 'damaged')
+      print(
+        f'warning: {directory / str(step)}: {why}; it was moved to {aside}, '
+        f'step {saved.position.step} is used',
+        file=sys.stderr,
+      )
+  if damaged:
+    with processes.agreement() as seen:  # Some file systems are slow to tell.
+      seen['checkpoints in --workdir'] = str(steps(directory))
+  return saved
+
+
+class _Damaged(Exception):
+  """A checkpoint is not as it was written, or not of this run."""
+
+
+def _read(path: epath.Path, step: int, run: str, plan) -> Saved:
+  """Reads a checkpoint; raises _Damaged in all processes or in none.
+
+  Raises:
+    OSError: it cannot be read now, which does not mean that it is damaged.
+  """
+  meta = _agreed(lambda: _read_meta(path, step, run))
+  abstract = plan(meta['config'])
+  items = _agreed(
+    lambda: {name: read_item(path, name, abstract[name]) for name in ITEMS}
+  )
+  # Together: one process waits for the others in these.
+  now = checksums.checksums(items)
+  if now != meta['checksums']:
+    wrong = [name for name in now if now[name] != meta['checksums'].get(name)]
+    raise _Damaged(f'values changed since it was written: {", ".join(wrong)}')
+  return Saved(
+    items,
+    Position(**meta['position']),
+    meta['config'],
+    meta.get('record', {}),
+  )
+
+
+def _read_meta(path: epath.Path, step: int, run: str) -> dict[str, Any]:
+  meta = read_meta(path)
+  saved = meta['position']['step']
+  if meta['run'] != run or saved != step:
+    raise ValueError(f'it is of step {saved} of another run')
+  return meta
+
+
+def _agreed(read: Callable[[], Any]) -> Any:
+  """Reads in every process; what one of them cannot read, none has read."""
+  failure = result = None
+  for pause in (*files.PAUSES, None):
+    try:
+      failure, result = None, read()
+      break
+    except Exception as error:  # What damage leads to is not foreseeable.
+      failure = _root(error)
+      if pause is None or not may_pass(failure):
+        break
+      time.sleep(pause)
+  if why := processes.first_error(failure):
+    raise (OSError if _may_pass(why) else _Damaged)(why) from failure
+  return result
+
+
+def may_pass(error: BaseException) -> bool:
+  """Whether what was raised in reading may not be raised another time."""
+  return _may_pass(_named(_root(error)))
+
+
+def _root(error: BaseException) -> BaseException:
+  """Returns what orbax wraps into an `Exception` of its own."""
+  while type(error) is Exception and (cause := error.__cause__):
+    error = cause
+  return error
+
+
+def _named(error: BaseException) -> str:
+  return f'{type(error).__name__}: {error}'
+
+
+def _may_pass(why: str) -> bool:
+  """Whether an error tells of the disk, network or memory, not of the data."""
+  return bool(_MAY_PASS.search(why))
+
+
+def sha256_of(meta: dict[str, Any], data: dict[str, Any]) -> str:
+  """Hashes all of a checkpoint but its arrays, which have checksums in it."""
+  text = json.dumps([meta, data], sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _move_aside(path: epath.Path, directory: epath.Path) -> epath.Path:
+  directory.mkdir(parents=True, exist_ok=True)
+  aside, number = directory / path.name, 1
+  while aside.exists():
+    number += 1
+    aside = directory / f'{path.name}_{number}'
+  return path.rename(aside)
+
+
+def array_handler(largest: int = 0) -> ocp.PyTreeCheckpointHandler:
+  """Returns what reads and writes an item of arrays.
+
+  Args:
+    largest: bytes of the largest array to write.
+  """
+  limit = None
+  if jax.default_backend() == 'cpu':
+    # What is being written takes memory that the step needs. An array above the
+    # limit could not be written at all.
+    limit = max(1, math.ceil(largest / 1e9))
+  return ocp.PyTreeCheckpointHandler(
+    save_concurrent_gb=limit, save_device_host_concurrent_gb=limit
+  )

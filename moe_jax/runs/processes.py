@@ -1,0 +1,295 @@
+"""Several processes that run one program: how they meet, and that they agree.
+
+A launched process needs nothing but its environment, and the command is the
+same as for one process: SLURM's variables, a TPU slice, or, anywhere,
+
+    JAX_COORDINATOR_ADDRESS=HOST:PORT   where process 0 is found
+    JAX_NUM_PROCESSES=N
+    JAX_PROCESS_ID=0                    to N-1
+
+JAX_LOCAL_DEVICE_IDS=0,1,... names the GPUs of a process. Without it, processes
+under SLURM have one each, others all that they see.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+import contextlib
+import functools
+import itertools
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from typing import Any
+from typing import NoReturn
+
+import jax
+from jax._src import clusters
+from jax._src import distributed
+from jax._src import xla_bridge
+from jax.extend import backend
+from jaxlib import _jax
+
+from moe_jax.options import Refused
+
+_VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+_CLUSTERS = (
+  clusters.SlurmCluster,
+  clusters.GkeTpuCluster,
+  clusters.GceTpuCluster,
+)
+_LOOPBACK = ('localhost', '127.0.0.1', '[::1]')
+
+# For a process that hangs; one that died is missed after 100 s without it.
+# Long, as a large text may be tokenized meanwhile.
+_SECONDS_TO_AGREE = 3600
+
+_agreements = itertools.count()
+
+
+class Disagreement(Refused):
+  """Another process failed, or processes are not about to do the same."""
+
+
+def start() -> None:
+  """Joins this process to the others of its run; does nothing if it is alone.
+
+  Call it once, before anything touches a device. On one machine, everything
+  listens on the loopback interface only.
+
+  Raises:
+    ValueError: some of the three variables are missing or impossible.
+  """
+  arguments = _explicit() or _detected()
+  if not arguments:
+    return
+  address = arguments.get('coordinator_address', 'the coordinator')
+  host, _, _ = address.rpartition(':')
+  local = host in _LOOPBACK
+  print(
+    f'{_names([arguments["process_id"]])} of {arguments["num_processes"]}: '
+    f'waiting for the others at {address}',
+    file=sys.stderr,
+    flush=True,
+  )
+  # By default process 0 listens on all interfaces.
+  jax.distributed.initialize(
+    **arguments, coordinator_bind_address=address if local else None
+  )
+  if local and jax.config.jax_cpu_collectives_implementation == 'gloo':
+    _exchange_on_loopback()
+
+
+def _explicit() -> dict[str, Any]:
+  """Reads the three variables; jax itself would read but the first."""
+  given = {name: os.environ.get(name, '') for name in _VARIABLES}
+  if not any(given.values()):
+    return {}
+  missing = [name for name, value in given.items() if not value]
+  if missing:
+    raise ValueError(
+      f'{", ".join(missing)}: missing in the environment; several processes '
+      f'need all of {", ".join(_VARIABLES)}, one process none of them'
+    )
+  address, count, index = given.values()
+  if not address.rpartition(':')[2].isdecimal() or ':' not in address:
+    raise ValueError(f'JAX_COORDINATOR_ADDRESS={address}: must be HOST:PORT')
+  if not count.isdecimal() or int(count) < 1:
+    raise ValueError(f'JAX_NUM_PROCESSES={count}: must be 1 or more')
+  if not index.isdecimal() or int(index) >= int(count):
+    raise ValueError(
+      f'JAX_PROCESS_ID={index}: must be 0 to {int(count) - 1}, as '
+      f'JAX_NUM_PROCESSES={count}'
+    )
+  if int(count) == 1:
+    return {}
+  return {
+    'coordinator_address': address,
+    'num_processes': int(count),
+    'process_id': int(index),
+    # Or it would restrict the GPUs by what it finds of a cluster.
+    'cluster_detection_method': 'deactivate',
+  }
+
+
+def _detected() -> dict[str, Any]:
+  """Asks jax for SLURM's tasks or a TPU slice's hosts."""
+  cluster = next((c for c in _CLUSTERS if c.is_env_present()), None)
+  if cluster is None or cluster.get_process_count() == 1:
+    return {}
+  arguments = {
+    'num_processes': cluster.get_process_count(),
+    'process_id': cluster.get_process_id(),
+  }
+  if os.environ.get('SLURM_STEP_NUM_NODES') == '1':
+    address = cluster.get_coordinator_address(
+      0, os.environ.get('JAX_COORDINATOR_PORT')
+    )
+    port = address.rpartition(':')[2]
+    arguments['coordinator_address'] = f'127.0.0.1:{port}'
+  return arguments
+
+
+def _exchange_on_loopback() -> None:
+  """Keeps gloo, which moves arrays between CPUs, on the loopback interface.
+
+  It would listen on the address that this machine's name stands for, which may
+  be a public one, and jax has no option for that.
+  """
+  collectives = _jax.make_gloo_tcp_collectives(
+    distributed.global_state.client, hostname='127.0.0.1'
+  )
+  backend.register_backend_factory(
+    'cpu',
+    functools.partial(xla_bridge.make_cpu_client, collectives),
+    fail_quietly=False,
+  )
+
+
+@contextlib.contextmanager
+def agreement() -> Iterator[dict[str, Any]]:
+  """Ends well in all processes or in none, before they compute together.
+
+  What happens in the `with` block may fail in any process. That one raises its
+  own error, all the others raise one that names the process and the error,
+  rather than to wait for it. All processes must come through the same
+  agreements in the same order; one must not be inside another.
+
+  Yields:
+    A dict to be filled with facts: numbers and strings that must be the same
+    in all processes.
+
+  Raises:
+    Disagreement: another process failed, or the facts differ; the message says
+      which, and in which processes.
+    Refused: a ValueError or OSError of this process.
+  """
+  facts: dict[str, Any] = {}
+  try:
+    yield facts
+  except Exception as error:
+    _verdict({'error': _in_a_line(error)})
+    if isinstance(error, (ValueError, OSError)):
+      raise Refused(str(error)) from error
+    raise
+  verdict = _verdict({'facts': facts})
+  if verdict:
+    raise Disagreement(verdict)
+
+
+def first_error(error: Exception | None) -> str:
+  """Tells all processes what one came to, and returns what any came to.
+
+  All processes must call it at the same place; '' if all gave None.
+  """
+  if distributed.global_state.client is None:
+    return _in_a_line(error) if error else ''
+  return _verdict({'error': _in_a_line(error)} if error else {'facts': {}})
+
+
+def _in_a_line(error: Exception) -> str:
+  text = ' '.join(''.join(traceback.format_exception_only(error)).split())
+  return text if len(text) <= 250 else f'{text[:250]} ...'
+
+
+def end(main: Callable[[Sequence[str]], int]) -> NoReturn:
+  """Calls a program and ends the process with its exit code.
+
+  After a failure, at once: a thread may wait for what will never come, and an
+  ordinary exit would wait 300 s for the other processes to come to theirs. They
+  end as soon as this one is missed: at once if it was process 0, else after 100
+  s.
+  """
+  # orbax raises the error that many of its background tasks end with: pages of
+  # what they have to say would hide the line that explains it.
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+  sys.unraisablehook = lambda unraisable: None
+  try:
+    code = main(sys.argv)
+  except Exception:
+    traceback.print_exc()
+    code = 1
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if code == 1:
+    os._exit(code)
+  sys.exit(code)
+
+
+def _verdict(answer: dict[str, Any]) -> str:
+  """Tells process 0 an answer; returns what it has to say about all of them.
+
+  By the coordination service's store, which has no public name: it needs no
+  device, and waits no longer than it is told to.
+  """
+  client = distributed.global_state.client
+  if client is None:
+    return ''
+  place = f'moe_jax/agreement_{next(_agreements)}'
+  index = distributed.global_state.process_id
+  deadline = time.monotonic() + _SECONDS_TO_AGREE
+
+  def read(key: str, seconds: float) -> dict[str, Any]:
+    try:
+      value = client.blocking_key_value_get(
+        f'{place}/{key}', max(1, int(1000 * seconds))
+      )
+    except jax.errors.JaxRuntimeError as error:
+      return {'error': f'no answer: {error}'}
+    return json.loads(value)
+
+  client.key_value_set(f'{place}/{index}', json.dumps(answer))
+  if index:
+    verdict = read('verdict', 2 * _SECONDS_TO_AGREE)
+    return verdict.get('text', f'process 0: {verdict.get("error")}')
+  answers = [
+    read(f'{i}', deadline - time.monotonic())
+    for i in range(distributed.global_state.num_processes)
+  ]
+  verdict = _judge(answers)
+  client.key_value_set(f'{place}/verdict', json.dumps({'text': verdict}))
+  return verdict
+
+
+def _judge(answers: Sequence[dict[str, Any]]) -> str:
+  """Returns what is wrong with the answers of all processes; '' if nothing.
+
+  Args:
+    answers: of each process, either `error` or `facts`.
+  """
+  errors = _by_value([answer.get('error') for answer in answers])
+  errors.pop(None, None)
+  if errors:
+    return '; '.join(f'{_names(who)}: {what}' for what, who in errors.items())
+  differences = []
+  for name in sorted({name for answer in answers for name in answer['facts']}):
+    values = _by_value([answer['facts'].get(name) for answer in answers])
+    if len(values) > 1:
+      sides = [f'{value} in {_names(who)}' for value, who in values.items()]
+      differences.append(f'{name}: {" and ".join(sides)}')
+  if not differences:
+    return ''
+  return f'processes disagree on {"; ".join(differences)}'
+
+
+def _by_value(values: Sequence[Any]) -> dict[Any, list[int]]:
+  """Returns which processes have each value."""
+  places: dict[Any, list[int]] = {}
+  for i, value in enumerate(values):
+    places.setdefault(value, []).append(i)
+  return places
+
+
+def _names(processes: Sequence[int]) -> str:
+  """Writes ascending numbers as 'process 3' or 'processes 0-2, 5'."""
+  runs: list[list[int]] = []
+  for i in processes:
+    if runs and runs[-1][-1] == i - 1:
+      runs[-1][1:] = [i]
+    else:
+      runs.append([i])
+  text = ', '.join('-'.join(map(str, run)) for run in runs)
+  return f'process {text}' if len(processes) == 1 else f'processes {text}'

@@ -1,0 +1,197 @@
+"""metrics.jsonl: one JSON object a step. All reading and writing of it is here.
+
+A line without its end is being written, or was when the process was killed; it
+counts as not there.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+import json
+import math
+import os
+import pathlib
+import sys
+from typing import Any
+
+from moe_jax.runs import files
+
+NAME = 'metrics.jsonl'
+_BYTES = 1 << 24  # `Tail` reads at most so much of the end of a long file.
+
+Record = dict[str, Any]
+
+
+def read(path: pathlib.Path) -> list[Record]:
+  """Reads all records; NaN is what was not finite.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: a line is damaged, or steps do not increase.
+  """
+  try:
+    lines = path.read_bytes().splitlines(keepends=True)
+  except FileNotFoundError as error:
+    raise FileNotFoundError(
+      f'{path} is missing: not a run, or not yet begun'
+    ) from error
+  return list(_parse(path, lines))
+
+
+def _parse(path: pathlib.Path, lines: Iterable[bytes]) -> Iterator[Record]:
+  before = 0
+  for number, line in enumerate(lines, start=1):
+    if not line.endswith(b'\n'):
+      return
+    try:
+      record = json.loads(line)
+      step = record['step']
+    except (ValueError, TypeError, KeyError) as error:
+      raise ValueError(
+        f'{path}: line {number} is damaged, no record of a step: {line[:60]}'
+      ) from error
+    if step <= before:
+      raise ValueError(f'{path}: line {number}: step {step} after {before}')
+    before = step
+    yield {k: math.nan if v is None else v for k, v in record.items()}
+
+
+class Tail:
+  """Reads a local file that grows, each time what is new.
+
+  Args:
+    path: of the file; it need not exist yet.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self.written = math.nan  # seconds since the epoch
+    self._start_at(0, inode=0)
+
+  def _start_at(self, offset: int, inode: int) -> None:
+    self._offset, self._inode = offset, inode
+    self._inside_line, self._last_step = offset > 0, 0
+
+  def look(self) -> tuple[list[Record], bool]:
+    """Returns new records, and whether all before are void.
+
+    They are void when the file was written anew, by a run that resumed from a
+    checkpoint.
+
+    Raises:
+      ValueError: a line is damaged.
+      OSError: the file cannot be read.
+    """
+    before = self._inode
+    try:
+      with self._path.open('rb') as file:
+        status = os.fstat(file.fileno())
+        self.written = status.st_mtime
+        if status.st_ino != self._inode or status.st_size < self._offset:
+          self._start_at(max(0, status.st_size - _BYTES), status.st_ino)
+        file.seek(self._offset)
+        lines = file.read().splitlines(keepends=True)
+    except FileNotFoundError:
+      self._start_at(0, inode=0)
+      return [], before != 0
+    if lines and not lines[-1].endswith(b'\n'):
+      lines.pop()
+    try:
+      records = list(_parse(self._path, lines[self._inside_line :]))
+      if records and self._last_step not in (0, records[0]['step'] - 1):
+        raise ValueError(f'{self._path}: step {self._last_step + 1} is missing')
+    except ValueError:
+      if not self._last_step:
+        raise
+      self._start_at(0, inode=0)  # It was written anew, in place.
+      return self.look()[0], True
+    if lines:
+      self._offset += sum(map(len, lines))
+      self._inside_line = False
+    if records:
+      self._last_step = records[-1]['step']
+    return records, self._inode != before
+
+
+class Writer:
+  """Appends records, so that a reader sees whole lines.
+
+  Args:
+    path: of the file.
+    step: of the checkpoint that the run resumes from; later records, left by a
+      run that got further, are removed.
+    record: of that very step, which the file may lack.
+
+  Raises:
+    ValueError: the file lacks a step before.
+  """
+
+  def __init__(
+    self, path: pathlib.Path, step: int, record: Record | None = None
+  ):
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if len(lines) > step:
+      print(
+        f'{path}: what was recorded after step {step}, the last one saved, is '
+        'computed again',
+        file=sys.stderr,
+      )
+    lines = [line for line in lines[:step] if line.endswith(b'\n')]
+    if len(lines) == step - 1 and record:
+      lines.append(_line(record))
+    records = list(_parse(path, lines))
+    if [found['step'] for found in records] != list(range(1, step + 1)):
+      raise ValueError(
+        f'{path}: must have every step up to the checkpoint of step {step}'
+      )
+    self._last = records[-1] if records else {}
+    self._last_size = len(lines[-1]) if lines else 0
+    temporary = path.with_suffix('.tmp')
+    with temporary.open('wb') as file:
+      file.writelines(lines)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+    # A record fits: what the disk has no room for can wait in the buffer.
+    self._path, self._file = path, path.open('ab', buffering=1 << 22)
+
+  def show(self, record: Record) -> None:
+    """Appends the record of a step, or of the last one again with more in it.
+
+    Should the process be killed in between, the checkpoint that the run resumes
+    from has the record.
+    """
+    if record['step'] == self._last.get('step'):
+      record = self._last | record
+      self._file.flush()
+      self._file.truncate(self._file.tell() - self._last_size)
+    line = _line(record)
+    self._last, self._last_size = record, len(line)
+    self._file.write(line)
+    files.patiently(self._file.flush, str(self._path))
+
+  @property
+  def is_evaluated(self) -> bool:
+    """Whether the last record has an evaluation."""
+    return any(name.startswith('eval/') for name in self._last)
+
+  def sync(self) -> None:
+    """Waits until all is on the disk."""
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    """Writes what is in the buffer."""
+    self._file.close()
+
+
+def finite(value: Any) -> Any:
+  """Puts None for what is not finite: JSON has no NaN or infinity."""
+  if isinstance(value, dict):
+    return {name: finite(x) for name, x in value.items()}
+  if isinstance(value, list):
+    return [finite(x) for x in value]
+  infinite = isinstance(value, float) and not math.isfinite(value)
+  return None if infinite else value
+
+
+def _line(record: Record) -> bytes:
+  return (json.dumps(finite(record), allow_nan=False) + '\n').encode()

@@ -1,0 +1,358 @@
+"""A work directory, written: the one object by which a run leaves anything.
+
+Metrics stay on the device until the next step is under way: a step never waits
+for the host. The first process writes all that is not a checkpoint.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
+import math
+import sys
+import time
+from typing import Any
+from typing import NamedTuple
+
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from moe_jax.runs import checkpoints
+from moe_jax.runs import files
+from moe_jax.runs import lock
+from moe_jax.runs import processes
+from moe_jax.runs import records
+from moe_jax.runs.checkpoints import Position
+from moe_jax.runs.checkpoints import Saved
+from moe_jax.runs.events import Events
+from moe_jax.runs.progress import open_progress
+from moe_jax.runs.reader import Reader
+from moe_jax.runs.saver import Saver
+
+LOSS = 'eval/validation/bits_per_byte'  # decides which checkpoints are best
+_PER_LAYER = '/layer'
+
+
+class _Step(NamedTuple):
+  """What a step that was just dispatched returns, on the device."""
+
+  step: int
+  metrics: dict[str, Any]
+  diagnostics: dict[str, Any]
+
+
+@contextlib.contextmanager
+def open_writer(
+  workdir: epath.Path,
+  config: dict[str, Any],
+  *,
+  label: str,
+  check: Callable[[], None],
+) -> Iterator['Writer']:
+  """Holds a work directory for one run, until the end of the `with` block.
+
+  Args:
+    workdir: from `files.open_workdir`.
+    config: the nested options of the run.
+    label: its name on the screen.
+    check: raises ValueError if the directory holds another run.
+
+  Raises:
+    Refused: another run holds the directory, or `check` says no.
+  """
+  with contextlib.ExitStack() as stack:
+    with processes.agreement():
+      if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+      still_ours = stack.enter_context(lock.hold(workdir))
+      check()  # Another run may have come first.
+    yield Writer(workdir, config, label, still_ours, stack)
+
+
+class Writer:
+  """Writes config, facts, metrics, events, checkpoints; see `open_writer`.
+
+  First `restore`, `begin` and `open`, then `record` for each step, with `save`
+  and `add` after those that are saved and evaluated.
+
+  Attributes:
+    evaluated: whether the step that the run resumes from was evaluated.
+  """
+
+  def __init__(self, workdir, config, label, still_ours, stack):
+    self._workdir, self._config, self._label = workdir, config, label
+    self._still_ours, self._stack = still_ours, stack
+    self._outputs: list[Any] = []
+    self._pending: _Step | None = None
+    self._record: records.Record = {}  # Known, but not yet written.
+    self._losses: dict[int, float] = {}
+
+  def restore(
+    self, plan: Callable[[dict[str, Any]], checkpoints.Items], size: int
+  ) -> Saved | None:
+    """Reads the newest checkpoint that is whole; None where there is none.
+
+    Args:
+      plan: from the options that a checkpoint was saved under to the abstract
+        items to restore, with shardings.
+      size: bytes of a checkpoint.
+
+    Raises:
+      Refused: no checkpoint is of use, steps would be lost, or too little room
+        is left for checkpoints.
+      OSError: a checkpoint cannot be read now.
+    """
+    directory = self._workdir / 'checkpoints'
+    with processes.agreement() as facts:
+      found = checkpoints.steps(directory)
+      facts['checkpoints in --workdir'] = str(found)
+      run = Reader(self._workdir).facts.get('run', '') if found else ''
+      if jax.process_index() == 0:
+        missing = self._config['checkpoints_kept'] + 1 - len(found)
+        files.check_space(self._workdir, size, max(1, missing))
+        if not found:
+          self._check_nothing_is_lost()
+    return checkpoints.restore_newest(directory, run, plan) if found else None
+
+  def _check_nothing_is_lost(self) -> None:
+    """Raises ValueError if there are more steps than a run has unsaved."""
+    path = self._workdir / records.NAME
+    count = path.read_bytes().count(b'\n') if path.exists() else 0
+    every = self._config['checkpoint_every']
+    if (self._workdir / 'config.json').exists():  # Those steps' own.
+      every = max(every, Reader(self._workdir).config['checkpoint_every'])
+    if count > 2 * every:
+      raise ValueError(
+        f'{path}: has {count} steps, but there is no checkpoint beside it; '
+        'bring the checkpoints back, or choose another --workdir to begin anew'
+      )
+
+  def begin(
+    self,
+    saved: Saved | None,
+    facts: dict[str, Any],
+    tokenizer: dict[str, Any],
+  ) -> None:
+    """Writes what the run is; its metrics go on from its checkpoint.
+
+    Args:
+      saved: what the run resumes from.
+      facts: for run.json.
+      tokenizer: for tokenizer.json: who has the work directory can read and
+        write the model's tokens.
+    """
+    self._start = saved.position if saved else Position()
+    self._position, self._saved_step = self._start, self._start.step
+    self._run = facts['run']
+    with processes.agreement():
+      self._directory, self._upload = self._stack.enter_context(
+        files.local_log(self._workdir, self._still_ours)
+      )
+      self._stack.callback(self._close)
+      if self._directory is not None:
+        # Before config.json, whose checkpoint_every the steps so far are under.
+        self._outputs.append(
+          records.Writer(
+            self._directory / records.NAME,
+            self._start.step,
+            saved.record if saved else None,
+          )
+        )
+        for name, value in (
+          ('config', self._config),
+          ('tokenizer', tokenizer),
+          ('run', facts),
+        ):
+          files.write_json(self._workdir / f'{name}.json', value)
+    with processes.agreement():
+      files.check_shared(self._workdir, self._config)
+      if self._config['checkpoints_kept_best']:
+        self._losses |= {
+          record['step']: record[LOSS]
+          for record in Reader(self._workdir).records
+          if LOSS in record
+        }
+    evaluated = bool(self._outputs) and self._outputs[0].is_evaluated
+    if jax.process_count() > 1:
+      evaluated = multihost_utils.broadcast_one_to_all(np.int32(evaluated))
+    self.evaluated = bool(evaluated)
+
+  def open(self, description: str, largest: int) -> None:
+    """Opens what the coming steps need: checkpoints, events, progress bar.
+
+    Args:
+      description: what the run is, Markdown.
+      largest: bytes of the largest array to save.
+    """
+    step, steps = self._start.step, self._config['steps']
+    self._saver = self._stack.enter_context(
+      Saver(
+        self._workdir / 'checkpoints',
+        self._config,
+        self._run,
+        losses=self._losses,
+        largest=largest,
+      )
+    )
+    if self._directory is not None:
+      self._outputs += [
+        Events(self._directory, step=step, steps=steps, text=description),
+        open_progress(self._label, step, steps),
+      ]
+    self._clock = time.perf_counter()
+
+  def record(
+    self, step: int, metrics: dict[str, Any], diagnostics: dict[str, Any]
+  ) -> None:
+    """Records a step just dispatched; reads and writes the one before it.
+
+    Args:
+      step: its number.
+      metrics: scalars; of names that end in '/layer', an array [L, ...] that is
+        recorded layer by layer.
+      diagnostics: `infinite`, counts [L] that must be 0, and `squares`, sums of
+        squares for when the step is not finite.
+
+    Raises:
+      FloatingPointError: too many steps in a row were not finite.
+    """
+    self._read()
+    self._write()
+    self._pending = _Step(step, metrics, diagnostics)
+    self._position = self._position._replace(
+      step=step, next_sequence=self._sequences(step).stop
+    )
+
+  def save(self, state: Any, *, wait: bool) -> None:
+    """Saves the last step recorded, unless that was done.
+
+    Args:
+      state: has the items of a checkpoint as attributes.
+      wait: whether to return only when it is written.
+    """
+    step = self._position.step
+    if step == self._saved_step:
+      return
+    self._read()
+    self._still_ours()
+    for output in self._outputs:
+      output.sync()
+    # First: a checkpoint without the metrics before it could not be continued.
+    files.patiently(self._upload, f'{self._workdir}: upload')
+    items = {name: getattr(state, name) for name in checkpoints.ITEMS}
+    self._saver.save(
+      items, self._position, record=records.finite(self._record), wait=wait
+    )
+    self._saved_step = step
+    self._clock = time.perf_counter()
+
+  def add(self, values: dict[str, float] | None) -> bool:
+    """Adds an evaluation to the record of the last step.
+
+    Args:
+      values: by the names of their metrics; None where there was none.
+
+    Returns:
+      Whether there was one.
+    """
+    if values is None:
+      return False
+    self._read()
+    step = self._position.step
+    self._record = (self._record or {'step': step}) | values
+    self._losses[step] = values.get(LOSS, math.nan)
+    self._write()
+    self._clock = time.perf_counter()
+    return True
+
+  def _sequences(self, step: int) -> range:
+    """Returns the indices of a step's training sequences."""
+    count = self._config['batch_size']
+    first = self._start.next_sequence + (step - self._start.step - 1) * count
+    return range(first, first + count)
+
+  def _read(self) -> None:
+    """Waits for the last step recorded and checks that it is finite."""
+    if self._pending is None:
+      return
+    pending, self._pending = self._pending, None
+    infinite_L = np.asarray(pending.diagnostics['infinite'])
+    record = {'step': pending.step}
+    for name, value in pending.metrics.items():
+      if name.endswith(_PER_LAYER):
+        for layer, row in enumerate(np.asarray(value).tolist()):
+          record[f'{name}_{layer:02d}'] = row
+      else:
+        record[name] = np.asarray(value).item()
+    now = time.perf_counter()
+    seconds, self._clock = now - self._clock, now
+    tokens = self._config['batch_size'] * self._config['sequence_length']
+    record['time/step_seconds'] = seconds
+    record['time/tokens_per_second'] = tokens / seconds
+    cause = _not_finite(record, infinite_L)
+    position = self._position
+    in_a_row = position.skipped_in_a_row + 1 if cause else 0
+    self._position = position._replace(
+      skipped=position.skipped + bool(cause), skipped_in_a_row=in_a_row
+    )
+    record['train/skipped_steps'] = self._position.skipped
+    self._record = record
+    if pending.step % self._config['experts_every']:
+      self._record = {
+        k: v for k, v in record.items() if not isinstance(v, list)
+      }
+    if cause:
+      self._warn(cause, record, pending.diagnostics['squares'])
+
+  def _write(self) -> None:
+    record, self._record = self._record, {}
+    if record:
+      for output in self._outputs:
+        output.show(record)
+
+  def _warn(self, cause: str, record: records.Record, squares: Any) -> None:
+    """Warns of a skipped step; ends the run if there were too many in a row."""
+    step, in_a_row = record['step'], self._position.skipped_in_a_row
+    allowed = self._config['skipped_steps']
+    what = f'step {step}: {cause} NaN or infinite'
+    count = f'{in_a_row} in a row, {allowed} end the run'
+    if in_a_row < allowed:
+      if self._outputs:
+        print(f'warning: {what}; skipped ({count})', file=sys.stderr)
+      return
+    self._write()
+    name = f'not_finite_step_{step:08d}.json'
+    if self._directory is not None:
+      norms = jax.tree.map(lambda x: np.sqrt(np.asarray(x)).tolist(), squares)
+      dump = {
+        'step': step,
+        'cause': cause,
+        'skipped_in_a_row': in_a_row,
+        'sequences': list(self._sequences(step)),
+        'record': record,
+        'norms': norms,
+      }
+      files.write_json(self._directory / name, records.finite(dump))
+    raise FloatingPointError(
+      f'{what} ({count}); parameters and router are as they were, see {name}; '
+      'the same command resumes from the last checkpoint'
+    )
+
+  def _close(self) -> None:
+    with contextlib.ExitStack() as stack:
+      for output in self._outputs:
+        stack.callback(output.close)
+      self._read()
+      self._write()
+
+
+def _not_finite(record: records.Record, infinite_L: np.ndarray) -> str:
+  """Returns what of a step is not finite; '' if all is well."""
+  if infinite_L.any():
+    layers = ', '.join(f'{i:02d}' for i in infinite_L.nonzero()[0])
+    return f'logits of the router of MoE layer {layers}'
+  for name in ('train/loss', 'train/aux_loss', 'train/gradient_norm'):
+    if not math.isfinite(record.get(name, 0.0)):
+      return name
+  return ''

@@ -1,0 +1,133 @@
+"""A run that is ready to go: all that can be refused was, nothing was done."""
+
+from collections.abc import Sequence
+import os
+from typing import Any
+from typing import NamedTuple
+
+from etils import epath
+import jax
+from jax.sharding import Mesh
+
+from moe_jax import config as config_lib
+from moe_jax import data
+from moe_jax.config import Config
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.runs import files
+from moe_jax.runs import processes
+from moe_jax.runs.reader import Reader
+from moe_jax.train import facts
+from moe_jax.train.optimizer import make_optimizer
+from moe_jax.train.state import Training
+from moe_jax.train.state import check_memory
+from moe_jax.train.state import make_training
+
+
+class Plan(NamedTuple):
+  """What a run is made of.
+
+  Attributes:
+    config: what to do.
+    mesh: the devices.
+    training: the model on them.
+    text: to train and evaluate on.
+    workdir: where the run leaves what it finds.
+    allowed: options that may differ from those of the run in `workdir`.
+  """
+
+  config: Config
+  mesh: Mesh
+  training: Training
+  text: data.TextData
+  workdir: epath.Path
+  allowed: Sequence[str]
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """The config as nested dicts."""
+    return config_lib.to_dict(self.config)
+
+  @property
+  def label(self) -> str:
+    """The name of the run on screens."""
+    method = config_lib.method_of(self.config.balancer)
+    return f'{method} seed {self.config.seed}'
+
+  def evaluates_after(self, step: int) -> bool:
+    """Tells whether the model is evaluated after a step."""
+    every = self.config.eval_every
+    due = step == self.config.steps or (every and step and step % every == 0)
+    return bool(due and self.text.evaluation)
+
+  def check_workdir(self) -> None:
+    """Raises ValueError unless the work directory is free or has this run."""
+    where, before = f'--workdir={self.workdir}', Reader(self.workdir)
+    is_run = (self.workdir / 'config.json').exists()
+    if not is_run and (self.workdir / 'checkpoints').exists():
+      raise ValueError(f'{where}: checkpoints, but no config.json')
+    config_lib.check_changes(
+      config_lib.upgrade(before.config) if is_run else None,
+      self.options,
+      self.allowed,
+      where=where,
+    )
+    if not (self.workdir / 'run.json').exists():
+      return
+    if before.facts['text_fingerprint'] != self.text.fingerprint:
+      raise ValueError(
+        f'{where}: this run began with other training text, or another version '
+        'of the tokenizers package; choose another work directory'
+      )
+    shards = facts.shards_that_matter(self.config, self.mesh)
+    began = before.facts.get('shards', shards)
+    if began != shards and 'model.shards' not in self.allowed:
+      raise ValueError(
+        f'model.shards={self.config.model.shards}: on this mesh it makes '
+        f'{shards} shards, but this run began with {began}, on which its '
+        f'results depend; set --config.model.shards={began}, or continue with '
+        'the change by --allow_config_change=model.shards'
+      )
+
+
+def plan(
+  config: Config,
+  workdir: str | os.PathLike[str],
+  allow_config_change: Sequence[str] = (),
+) -> Plan:
+  """Plans a run. With several processes, each makes the same plan.
+
+  Args:
+    config: what to do.
+    workdir: where to leave it, gs://... or a directory that all processes see;
+      a run found there is continued.
+    allow_config_change: options that may differ from that run's.
+
+  Raises:
+    ValueError, OSError: config, text or work directory are of no use, or
+      processes disagree. Nothing is compiled and nothing is written before.
+  """
+  with processes.agreement() as agreed:
+    directory = files.open_workdir(workdir)
+    mesh = make_mesh(config.mesh.data, config.mesh.expert)
+    training = make_training(config, make_optimizer(config), mesh)
+    check_memory(training.abstract)
+    text = data.load_text(config.data)
+    if config.sequence_length >= len(text.train_tokens):
+      raise ValueError(
+        f'sequence_length={config.sequence_length}: the training text has '
+        f'{len(text.train_tokens)} tokens only'
+      )
+    planned = Plan(
+      config, mesh, training, text, directory, tuple(allow_config_change)
+    )
+    planned.check_workdir()
+    agreed |= {
+      'text': text.fingerprint,
+      'devices of each process': jax.local_device_count(),
+      **facts.versions(),
+      **{
+        f'config.{name}': value
+        for name, value in config_lib.flatten(planned.options).items()
+      },
+    }
+  return planned

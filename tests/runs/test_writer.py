@@ -1,0 +1,176 @@
+"""What a run says of its steps: when it is read, written, and taken back."""
+
+import contextlib
+import json
+
+from etils import epath
+import numpy as np
+import pytest
+
+from moe_jax.runs import records
+from moe_jax.runs import writer as writer_lib
+from moe_jax.runs.checkpoints import Position
+from moe_jax.runs.checkpoints import Saved
+
+CONFIG = {
+  'steps': 9,
+  'batch_size': 10,
+  'sequence_length': 10,
+  'checkpoint_every': 3,
+  'checkpoints_kept': 1,
+  'checkpoints_kept_every': 0,
+  'checkpoints_kept_best': 0,
+  'skipped_steps': 1,
+  'experts_every': 1,
+}
+FINE = {'infinite': np.zeros(2, int), 'squares': {}}
+
+
+class OnDevice:
+  """A metric that must not be read before the next step is dispatched."""
+
+  def __init__(self, value):
+    self._value, self.ready = value, False
+
+  def __array__(self, dtype=None, copy=None):
+    assert self.ready, 'the host waited for a step'
+    return np.asarray(self._value, dtype)
+
+
+class OnHost(OnDevice):
+  def __init__(self, value):
+    super().__init__(value)
+    self.ready = True
+
+
+def metrics(value=1.5, kind=OnHost):
+  return {
+    'train/loss': kind(value),
+    'router/max_violation': kind(0.25),
+    'router/load/layer': kind([[1, 2], [3, 4]]),
+  }
+
+
+@contextlib.contextmanager
+def open_writer(workdir, step=0, record=None, **options):
+  """Opens a writer that resumes from a step, of which `record` was saved."""
+  config = CONFIG | options
+  with writer_lib.open_writer(
+    epath.Path(workdir), config, label='test', check=lambda: None
+  ) as writer:
+    saved = Saved({}, Position(step, 10 * step), config, record or {})
+    writer.begin(saved if step else None, {'run': 'name'}, {})
+    writer.open('', largest=0)
+    yield writer
+
+
+def record_steps(workdir, numbers, **options):
+  """Records some steps, from the first one on."""
+  with open_writer(workdir, **options) as writer:
+    for step in numbers:
+      writer.record(step, metrics(float(step)), FINE)
+
+
+def read(tmp_path):
+  return records.read(tmp_path / 'metrics.jsonl')
+
+
+def test_a_step_is_read_when_the_next_is_under_way(tmp_path):
+  waiting = []
+  with open_writer(tmp_path) as writer:
+    for step in (1, 2, 3):
+      new = metrics(kind=OnDevice)
+      for metric in waiting:
+        metric.ready = True
+      writer.record(step, new, FINE)
+      waiting = new.values()
+    for metric in waiting:
+      metric.ready = True
+  assert [record['step'] for record in read(tmp_path)] == [1, 2, 3]
+
+
+def test_the_probe_does_fail_when_read_early(tmp_path):
+  with pytest.raises(AssertionError, match='the host waited'):
+    with open_writer(tmp_path) as writer:
+      writer.record(1, metrics(kind=OnDevice), FINE)
+
+
+def test_record(tmp_path):
+  with open_writer(tmp_path) as writer:
+    writer.record(1, metrics(), FINE)
+    assert not writer.add(None)
+    assert writer.add({'eval/validation/perplexity': 7.0})
+  (record,) = read(tmp_path)
+  assert record['router/load/layer_00'] == [1, 2]
+  assert record['router/load/layer_01'] == [3, 4]
+  assert record['eval/validation/perplexity'] == 7.0
+  seconds = record['time/step_seconds']
+  assert record['time/tokens_per_second'] == pytest.approx(100 / seconds)
+
+
+def test_records_of_experts_may_be_rarer(tmp_path):
+  record_steps(tmp_path, [1, 2, 3], experts_every=2)
+  first, second, third = read(tmp_path)
+  assert set(second) - set(first) == {
+    'router/load/layer_00',
+    'router/load/layer_01',
+  }
+  assert set(first) == set(third)
+
+
+def test_not_a_number_is_null_in_json(tmp_path):
+  with pytest.raises(FloatingPointError, match='step 1: train/loss'):
+    with open_writer(tmp_path) as writer:
+      writer.record(1, metrics(float('nan')), FINE)
+  line = (tmp_path / 'metrics.jsonl').read_text()
+  assert json.loads(line)['train/loss'] is None
+  assert 'NaN' not in line
+  (record,) = read(tmp_path)
+  assert np.isnan(record['train/loss'])
+
+
+def test_steps_after_the_checkpoint_and_half_lines_are_removed(tmp_path):
+  record_steps(tmp_path, [1, 2, 3, 4])
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(path.read_bytes() + b'{"step": 5, "train/lo')
+  assert [record['step'] for record in read(tmp_path)] == [1, 2, 3, 4]
+  with pytest.raises(ValueError, match='must have every step'):
+    records.Writer(path, 6)
+  writer = records.Writer(path, 2)
+  writer.show({'step': 3, 'train/loss': 9.0})
+  writer.close()
+  assert [record['step'] for record in read(tmp_path)] == [1, 2, 3]
+  assert read(tmp_path)[-1]['train/loss'] == 9.0
+
+
+def test_the_checkpoint_brings_the_record_of_its_step(tmp_path):
+  """Killed after a save, before the evaluation of that step was written."""
+  record_steps(tmp_path, [1, 2, 3])
+  path = tmp_path / 'metrics.jsonl'
+  *lines, last = path.read_text().splitlines(keepends=True)
+  for left in (lines, [*lines, last]):
+    path.write_text(''.join(left))
+    with open_writer(tmp_path, 3, json.loads(last)) as writer:
+      assert not writer.evaluated
+      writer.add({'eval/validation/perplexity': 7.0})
+    evaluated = {'eval/validation/perplexity': 7.0}
+    assert read(tmp_path)[-1] == json.loads(last) | evaluated
+    assert len(read(tmp_path)) == 3
+  with open_writer(tmp_path, 3) as writer:
+    assert writer.evaluated
+
+
+def test_a_line_in_the_middle_that_is_damaged_is_named(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  for damaged in ('{"step": 2', '[]', '{}', '{"step": 1}'):
+    path.write_text(f'{{"step": 1}}\n{damaged}\n{{"step": 3}}\n')
+    with pytest.raises(ValueError, match='metrics.jsonl: line 2'):
+      records.read(path)
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+  record_steps(tmp_path, [1, 2], steps=2)
+  err = capsys.readouterr().err
+  assert 'test: step 0/2  compiling' in err
+  assert 'test: step 2/2  loss 2.000  MaxVio 0.250' in err
+  assert '\x1b' not in err
