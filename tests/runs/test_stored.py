@@ -46,7 +46,9 @@ def test_an_older_run_continues(workdir, tmp_path, monkeypatch):
   expected = records.read(STORED / 'bip_metrics.jsonl')
   for record, same in zip(Reader(workdir).records, expected, strict=True):
     assert record['step'] == same['step']
-    # On another machine, sums may be made in another order.
-    for name in ('train/loss', 'eval/validation/perplexity'):
-      assert record.get(name) == pytest.approx(same.get(name), rel=1e-4)
+    assert record.keys() == same.keys()
+    # On another machine, sums may be made in another order, and after a step a
+    # token at a tie may go elsewhere.
+    for name in record.keys() & {'train/loss', 'eval/validation/perplexity'}:
+      assert record[name] == pytest.approx(same[name], rel=2e-3)
   assert Reader(workdir).checkpoints == [3, 6]
