@@ -1,6 +1,7 @@
 """`make board` shows runs, to this machine only."""
 
 import json
+import os
 import pathlib
 import re
 import shlex
@@ -26,18 +27,35 @@ def family(process: int) -> list[int]:
   ]
 
 
-@pytest.fixture
-def board(tmp_path):
-  """Runs what `make board` runs; yields the process and its address."""
-  recipe = subprocess.run(
-    ['make', '-n', '-o', '.venv/installed', 'board', f'RUNS={tmp_path}'],
+def recipe(runs: pathlib.Path) -> list[str]:
+  """Returns the command of `make board`."""
+  # Within another make, these would have this one print more than the recipe.
+  of_make = ('MAKEFLAGS', 'MAKELEVEL', 'MFLAGS')
+  outside = {k: v for k, v in os.environ.items() if k not in of_make}
+  lines = subprocess.run(
+    ['make', '-n', '-o', '.venv/installed', 'board', f'RUNS={runs}'],
     cwd=ROOT,
+    env=outside,
     check=True,
     capture_output=True,
     text=True,
   ).stdout
+  return shlex.split(lines)
+
+
+def test_the_recipe_is_found_within_make(tmp_path, monkeypatch):
+  alone = recipe(tmp_path)
+  assert alone[0].endswith('tensorboard')
+  monkeypatch.setenv('MAKELEVEL', '1')
+  monkeypatch.setenv('MAKEFLAGS', 'w')
+  assert recipe(tmp_path) == alone
+
+
+@pytest.fixture
+def board(tmp_path):
+  """Runs what `make board` runs; yields the process and its address."""
   process = subprocess.Popen(
-    [*shlex.split(recipe), '--port=0'],
+    [*recipe(tmp_path), '--port=0'],
     cwd=ROOT,
     stderr=subprocess.PIPE,
     text=True,

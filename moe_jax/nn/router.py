@@ -92,7 +92,7 @@ def route(
     mask_BxS: bool; False for padding.
     groups: equal, consecutive parts of the tokens that round by themselves.
       Without `axis_name` they solve as so many devices would, too: each by
-      itself where the balancer's scope is 'shard'.
+      itself where the balancer is `per_shard`.
     axis_name: mesh axes over which the batch is split, inside `jax.shard_map`.
   """
   logits_BxSxE = jnp.dot(

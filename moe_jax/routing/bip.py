@@ -36,9 +36,9 @@ def dual_iterations(
       p_i = max(0, (k+1)-th largest over experts of s_ij - q_j)
       q_j = max(0, (c+1)-th largest over tokens  of s_ij - p_i)
 
-  Where a (k+1)-th or (c+1)-th largest does not exist (k = E) or nothing is to
-  be shared out (n k < E, no token), q is returned as it came. So is the price
-  of an expert for which scores of -inf leave no finite cutoff.
+  q is returned as it came where a (k+1)-th or (c+1)-th largest does not exist
+  (k = E) or nothing is to be shared out (n k < E, no token), and so is the
+  price of an expert for which scores of -inf leave no finite cutoff.
 
   Args:
     scores_TxE: router scores [tokens, experts]; taken as float32 constants.
@@ -48,7 +48,7 @@ def dual_iterations(
     clip: whether p and q are kept at or above 0.
     cutoff: 'next' takes the (k+1)-th and (c+1)-th largest, as the paper does;
       'midpoint' the mean of these and the ones before them.
-    mask_T: bool [tokens]; False leaves a token out.
+    mask_T: bool [tokens]; False excludes a token.
     axis_name: mesh axes over which tokens are split, inside `jax.shard_map`.
 
   Returns:
@@ -70,8 +70,8 @@ def dual_iterations(
   scores_TxE = rankable(scores_TxE)
   q_E = lax.stop_gradient(q_E)
   if axis_name is None:
-    # Changes nothing, but in `jax.shard_map` the loop below must start from a
-    # q that varies over shards if, as in the scope 'shard', it will.
+    # Changes no value, but in `jax.shard_map` the loop below must start from a
+    # q that varies over shards if its result does, as in the scope 'shard'.
     q_E = jnp.where(scores_TxE[0] > 0, q_E, q_E)
   where = None if mask_T is None else mask_T[:, None]
 
@@ -95,7 +95,7 @@ def dual_iterations(
 
 
 class LaggedState(NamedTuple):
-  """Prices now in use, and those that the next step will use.
+  """The prices now in use and the prices of the next step.
 
   Attributes:
     q: float32 [E], prices this step's choices.

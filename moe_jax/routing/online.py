@@ -27,13 +27,13 @@ from .selection import rankable
 
 
 class StreamState(NamedTuple):
-  """What a rule keeps between arrivals.
+  """The memory of a rule between arrivals.
 
   Attributes:
     q: float32 [E], the prices that the last arrival chose by.
-    memory: what is kept of the margins s - p of all arrivals: float32 [E, R],
-      the largest ones in descending order, or int32 [E, B], the number at or
-      above the lower edge of each block.
+    memory: of the margins s - p of all arrivals: float32 [E, R], the largest
+      ones in descending order, or int32 [E, B], the number at or above the
+      lower edge of each block.
     seen: int32, the number of arrivals.
   """
 
@@ -63,7 +63,7 @@ def assign_stream(
   Args:
     rule: for example `online_exact(...)`.
     scores_NxE: scores in order of arrival [arrivals, experts].
-    state: where an earlier part of the stream left off; by default the start.
+    state: after an earlier part of the stream; by default that of the start.
 
   Returns:
     The choice, whose gates are raw scores and whose load nothing limits (see
@@ -96,11 +96,11 @@ def online_exact(
   out (c = 0) or everyone takes every expert (k = E), prices stay 0 and nothing
   is kept.
 
-  So prices never fall, and never pass the point that `dual_iterations` reaches
-  from q = 0 on the whole stream. They come late: as a margin is positive at
-  price 0 only where the expert is chosen, no price leaves 0 before its expert
-  has c choices, and no load is bounded. If full experts were barred, this
-  would be greedy top-k. See `paced`.
+  Prices never fall, and never pass the point that `dual_iterations` reaches
+  from q = 0 on the whole stream. They come late: no price leaves 0 before its
+  expert has c choices, as a margin is positive at price 0 only where the expert
+  is chosen, and no load is bounded. If full experts were barred, this would be
+  greedy top-k. See `paced`.
 
   Memory is O(E c). So is the work per arrival, but as one vectorised pass over
   a sorted array, which XLA does faster than the gathers and scatters of a heap.
@@ -113,9 +113,9 @@ def online_exact(
     iterations: T >= 1, of the above per arrival.
     paced: whether c grows with the stream, floor(t k / E) at arrival t, up to
       the horizon's; ours. With the paper's fixed c an expert in demand takes
-      all comers until it is full, then whoever is among its best c so far: in
-      random order up to about 1 + ln(E / k) times its share in the end. Paced
-      prices balance the load from the start, and may fall.
+      every arrival until it is full, then each that is among its best c so
+      far: in random order up to about 1 + ln(E / k) times its share in the
+      end. Paced prices balance the load from the start, and may fall.
 
   Raises:
     ValueError: for an argument out of its range; for k, in `init` and `step`.
@@ -128,13 +128,13 @@ def online_exact(
     return jnp.full((experts, capacity + 1), -jnp.inf, jnp.float32)
 
   def price(largest_ExR, margin_E, capacity):
-    # The newcomer's rank is all that is open: with it, the (c+1)-th largest
-    # is the old one, the newcomer, or the old c-th largest.
+    # With the newcomer, the (c+1)-th largest is the old one, the newcomer, or
+    # the old c-th largest.
     before_E, last_E = largest_ExR[:, capacity - 1], largest_ExR[:, capacity]
     return jnp.clip(margin_E, last_E, before_E)
 
   def insert(largest_ExR, margin_E):
-    # Sorted insertion: what is below the newcomer moves down by one.
+    # Sorted insertion: margins below the newcomer move down by one.
     above_ExR = jnp.pad(
       largest_ExR[:, :-1], ((0, 0), (1, 0)), constant_values=jnp.inf
     )
@@ -182,8 +182,8 @@ def online_histogram(
   if not lower < upper:
     raise ValueError(f'lower={lower}: must be below upper={upper}')
   width = (upper - lower) / bins
-  # No product is added to anything below: compilers may or may not round
-  # in between, and the same arrivals could get different prices.
+  # Below, nothing is added to a product: compilers may or may not round in
+  # between, and the same arrivals could get different prices.
   offset = lower / width
 
   def block_of(margin_E):
@@ -289,8 +289,8 @@ def regret(
   Args:
     choice: of the whole stream, in order of arrival.
     optimum: value of the best assignment in hindsight, the linear program's.
-    capacity: what an expert is chosen for beyond this earns nothing. By
-      default all earns, and the regret of uneven loads can be negative.
+    capacity: choices of an expert beyond this number earn nothing. By default
+      all choices earn, and the regret of uneven loads can be negative.
 
   Returns:
     float32 scalar, 1 - earned / optimum.

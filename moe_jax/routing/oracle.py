@@ -28,7 +28,7 @@ class Optimum(NamedTuple):
 
 
 class Optimality(NamedTuple):
-  """What the choice by s - q attains, and what is attainable.
+  """Attained by the choice by s - q, and attainable.
 
   With capacity C = ceil(T k / E), a program allows no expert more than C
   tokens, and a token k experts at most (`lp`) or exactly (`lp_rows_equal`). The
@@ -197,10 +197,10 @@ def _capacity(scores_TxE: np.ndarray, k: int) -> int:
 def _dual_value(scores_TxE, q_E, k, *, rows_equal) -> float:
   """Returns C sum_j q_j + sum_i (the k largest of s_i - q), for q >= 0.
 
-  Where a token may have fewer experts, only what is positive of the k counts.
+  Where a token may have fewer experts, only positive ones of the k count.
   """
-  # A shift changes no choice. One that makes prices less than 0 valid is due.
-  # With equal rows, C E >= T k makes the bound the better the lower all are.
+  # A shift changes no choice. Prices below 0 become valid by one. With equal
+  # rows, C E >= T k makes the bound the better the lower all prices are.
   q_E = q_E - (q_E.min() if rows_equal else min(q_E.min(), 0.0))
   best_TxK = np.sort(scores_TxE - q_E, axis=1)[:, -k:]
   if not rows_equal:

@@ -17,7 +17,7 @@ _BLOCK = 1024  # Tokens; 1 MB of scores at 256 experts.
 
 
 def _slices(x: jax.Array, axis: int, split: bool) -> list[jax.Array]:
-  """Splits `axis` in even parts; just one where that cannot be."""
+  """Splits `axis` into even parts, or into one where that is impossible."""
   even = split and x.shape[axis] % _SLICES == 0
   return jnp.split(x, _SLICES if even else 1, axis)
 
@@ -25,8 +25,8 @@ def _slices(x: jax.Array, axis: int, split: bool) -> list[jax.Array]:
 def _is_local(axis_name) -> bool:
   """Tells whether arrays lie on one device, so that splitting them is free.
 
-  That is known inside of `jax.shard_map` and where there is just one device.
-  Elsewhere splitting a sharded axis may cost an all-gather.
+  This is known inside `jax.shard_map` and where there is one device only.
+  Elsewhere, splitting a sharded axis may cost an all-gather.
   """
   return axis_name is not None or jax.device_count() == 1
 
@@ -68,7 +68,7 @@ def _count_at_least(thresholds, keys, axis, axis_name) -> jax.Array:
 
 
 def total(x, axis_name: str | tuple[str, ...] | None):
-  """Adds a pytree up over shards, where there are any."""
+  """Adds a pytree up over all shards; `axis_name` is None outside of them."""
   return x if axis_name is None else lax.psum(x, axis_name)
 
 
@@ -131,7 +131,7 @@ def kth_largest(
     x: values, any float dtype; compared in float32. NaN orders below -inf.
     k: rank from 1, the same for every slice; may be traced.
     axis: the axis to select along.
-    where: False leaves an element out; broadcasts against `x`.
+    where: False excludes an element; broadcasts against `x`.
     axis_name: mesh axes over which `axis` is split, inside `jax.shard_map`.
     bits_per_pass: 1, 2 or 4; by default 4 where all-reduces are needed, else 1.
 
@@ -192,7 +192,7 @@ def _largest(x_ExT: jax.Array, k: int) -> jax.Array:
 def _by_blocks(select, x_TxE: jax.Array, block: int) -> jax.Array:
   """Applies `select`, [E, T] -> [K, T], to blocks of tokens; gives [T, K].
 
-  On one CPU, that is, with blocks that stay in its cache; else all at once.
+  One CPU takes blocks that stay in its cache; all others take all at once.
   Tokens are the vector lanes: no communication, however they are sharded.
   """
   tokens, experts = x_TxE.shape
@@ -211,8 +211,8 @@ def kth_and_next_of_row(
   Args:
     x_TxE: values, any float dtype; compared in float32. NaN counts as -inf.
     k: 1 <= k < experts; small.
-    minus_E: what to subtract first. It is an argument so that the difference
-      need not be stored.
+    minus_E: subtracted first. It is an argument so that the difference need
+      not be stored.
 
   Returns:
     float32 [T] each.

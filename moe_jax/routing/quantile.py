@@ -61,8 +61,8 @@ def _exact(ema: float) -> base.Balancer:
   ):
     del state
     q_E = iterate(scores_TxE, q_E, k=k, mask_T=mask_T, axis_name=axis_name)
-    # All shards hold the same q: their mean is it, and shards without a token
-    # must not keep the others from having it.
+    # All shards hold the same q, which is their mean. Shards without a token
+    # must not keep the others from it.
     prices = base.observe_prices(q_E, choice, None)
     if axis_name is None:
       return prices

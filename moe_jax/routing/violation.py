@@ -20,7 +20,7 @@ def max_violation(
   Args:
     load_E: tokens per expert, integers [..., E].
     total: choices made, n k; by default the sum of the loads. Give it where
-      loads leave dropped tokens out.
+      loads exclude dropped tokens.
 
   Returns:
     float32 [...]: 0 is perfect balance, E - 1 one expert that takes all, 0

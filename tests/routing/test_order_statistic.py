@@ -49,7 +49,7 @@ def _compiled_pair(axis):
 
 
 def _by_sorting(x, k, axis, where=True):
-  """NaN and absent elements last, as -inf; -inf, too, beyond the last."""
+  """NaN and absent elements last, as -inf; beyond the last -inf as well."""
   x = np.where(where & ~np.isnan(x), x, -np.inf).astype(np.float32)
   if k > x.shape[axis]:
     return np.full(np.delete(x.shape, axis), -np.inf, np.float32)

@@ -193,7 +193,7 @@ def test_minus_infinity_is_the_last_resort():
     np.float32,
   )
   # Tokens 0 and 1 go to expert 1; where that is closed, 2 and 3 to expert 2. A
-  # price of -inf makes nothing better: -inf - -inf is last, too.
+  # price of -inf makes nothing better: -inf - -inf is last as well.
   closed = np.where(np.arange(3) == 1, np.float32(low), scores)
   for table, price, expected in (
     (scores, 0.0, [1, 1, 0, 0]),
