@@ -112,12 +112,11 @@ class Files:
     for path, (by_line, packed, _) in zip(
       self.paths, self.contents, strict=True
     ):
-      room, opener = sys.maxsize, open
+      room = sys.maxsize
       with reading(f'{self.option}={path}'):
         if packed:
           room = SMALL_EXPANSION + path.stat().st_size * LARGEST_EXPANSION
-          opener = gzip.open
-        with opener(path, 'rb') as file:
+        with (gzip.open if packed else open)(path, 'rb') as file:
           texts = _lines(file, room, self.text_field)
           if not by_line:
             texts = [_whole(file, room)]

@@ -84,6 +84,7 @@ def test_every_evaluation_set_can_be_asked_for():
 
 CHILD = """
 import sys
+import moe_jax.main
 from moe_jax import data
 config = data.DataConfig(
   dataset='text_files', files=sys.argv[1], vocabulary=300,
@@ -93,7 +94,7 @@ assert 'tensorflow_datasets' not in sys.modules
 """
 
 
-def test_local_text_needs_no_slow_import(tmp_path):
+def test_a_run_on_local_text_does_not_import_tfds(tmp_path):
   (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n{"text": "b"}\n')
   files = str(tmp_path / 'a.jsonl'), str(tmp_path / 'cache')
   subprocess.run(
