@@ -404,19 +404,22 @@ other_options = choice(
     ('data.vocabulary', 2**24),
   ]
 )
-ARGUMENTS = {
-  'alpha': st.sampled_from([0.0, 1e6]),
-  'bins': st.sampled_from([2, 50]),
-  'ema': st.sampled_from([0.0, 0.5]),
-  'iterations': st.sampled_from([0, 1, 10**6]),
-  'rate': st.sampled_from([0.0, 1e6]),
-  'temperature': st.sampled_from([1e-6, 1e6]),
-  'cutoff': st.sampled_from(['next', 'midpoint']),
-  'estimator': st.sampled_from(['exact', 'histogram']),
-  'over': st.sampled_from(['sequence', 'batch']),
-  'rule': st.sampled_from(['sign', 'proportional']),
-  'scope': st.sampled_from(['global', 'shard']),
+TEXTS = {
+  'cutoff': ['next', 'midpoint'],
+  'estimator': ['exact', 'histogram'],
+  'over': ['sequence', 'batch'],
+  'rule': ['sign', 'proportional'],
+  'scope': ['global', 'shard'],
 }
+
+
+def values_of(name, default):
+  if type(default) is bool:
+    return st.booleans()
+  if type(default) is str:
+    return choice(TEXTS[name])
+  said = config.ARGUMENTS[name]
+  return choice([type(default)(x) for x in (said.least, default, said.most)])
 
 
 @st.composite
@@ -426,9 +429,7 @@ def small_configs(draw):
   balancer = config.balancer_options(**config.METHODS[method])
   for name, value in balancer.items():
     if name != 'name':
-      balancer[name] = draw(
-        st.booleans() if type(value) is bool else ARGUMENTS[name]
-      )
+      balancer[name] = draw(values_of(name, value))
   options = {'balancer': balancer, **draw(fitting_options)}
   for name, value in draw(st.lists(other_options, max_size=1)):
     *groups, last = name.split('.')
