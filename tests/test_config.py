@@ -165,7 +165,7 @@ def test_an_evaluation_is_bounded_unless_that_is_said():
 
 def test_an_older_config_is_brought_up_to_date():
   old = config.default_config('loss_free').to_dict() | {'method': 'loss_free'}
-  del old['eval_solved'], old['model']['remat']
+  del old['eval_solved'], old['model']['remat'], old['balancer']['centre']
   new = config.upgrade(old)
   assert new == config.default_config('loss_free').to_dict()
   assert new['eval_solved']  # As every evaluation did before.

@@ -12,11 +12,9 @@ from moe_jax.config.balancers import METHODS
 from moe_jax.config.balancers import balancer_options
 from moe_jax.config.balancers import make_balancer
 from moe_jax.config.balancers import method_of
-from moe_jax.config.changes import CHANGEABLE as CHANGEABLE
-from moe_jax.config.changes import MAY_CHANGE as MAY_CHANGE
 from moe_jax.config.changes import check_changes
 from moe_jax.config.changes import differences
-from moe_jax.config.changes import is_among as is_among
+from moe_jax.config.changes import is_among
 from moe_jax.config.changes import may_change
 from moe_jax.config.changes import upgrade
 from moe_jax.config.dicts import default_config
@@ -39,6 +37,7 @@ __all__ = [
   'differences',
   'flatten',
   'freeze',
+  'is_among',
   'make_balancer',
   'may_change',
   'method_of',

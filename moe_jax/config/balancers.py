@@ -88,6 +88,12 @@ def make_balancer(options: Mapping[str, Any]) -> routing.Balancer:
     raise ValueError(f'balancer.{error}') from error
 
 
+def filled(options: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a balancer's options, of another version maybe, with defaults."""
+  name = options['name']
+  return {'name': name, **_defaults(name), **options}
+
+
 def method_of(options: Mapping[str, Any]) -> str:
   """Returns the name of a balancer with its options, for tables and figures.
 
@@ -99,20 +105,20 @@ def method_of(options: Mapping[str, Any]) -> str:
     function and the arguments that are not its defaults, such as
     `bip(iterations=6)`.
   """
-  arguments = dict(options)
-  name = arguments.pop('name')
-  defaults = _defaults(name) if name in BALANCERS else {}
   for method, of_method in METHODS.items():
-    if balancer_options(**of_method) == {'name': name, **defaults, **arguments}:
+    if filled(of_method) == filled(options):
       return method
+  defaults = _defaults(options['name'])
   changed = (
     f'{key}={value!r}'
-    for key, value in arguments.items()
-    if key not in defaults or value != defaults[key]
+    for key, value in options.items()
+    if key != 'name' and (key not in defaults or value != defaults[key])
   )
-  return f'{name}({", ".join(changed)})'
+  return f'{options["name"]}({", ".join(changed)})'
 
 
 def _defaults(name: str) -> dict[str, Any]:
+  if name not in BALANCERS:  # Of another version.
+    return {}
   parameters = inspect.signature(BALANCERS[name]).parameters
   return {key: parameter.default for key, parameter in parameters.items()}

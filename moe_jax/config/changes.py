@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.config.balancers import filled
 from moe_jax.config.dicts import flatten
 from moe_jax.config.dicts import to_dict
 from moe_jax.config.schema import Config
@@ -98,6 +99,7 @@ def upgrade(options: Mapping[str, Any]) -> dict[str, Any]:
   that does what was done before it, or a line here.
   """
   options = _filled(to_dict(Config()), options)
+  options['balancer'] = filled(options['balancer'])
   options.pop('method', None)  # It followed from the balancer's options.
   if why_none_is_best(options):
     options['checkpoints_kept_best'] = 0  # It was accepted and did nothing.
@@ -118,7 +120,3 @@ def _filled(
 def is_among(name: str, options: Iterable[str]) -> bool:
   """Whether an option is one of `options`, or in a group that is one."""
   return any(name == of or name.startswith(f'{of}.') for of in options)
-
-
-MAY_CHANGE = tuple(name for name in _OPTIONS if may_change(name) == 'yes')
-CHANGEABLE = tuple(name for name in _OPTIONS if may_change(name) == 'named')
