@@ -4,7 +4,6 @@ import collections
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from launch import hlo
 from moe_jax import nn
 from moe_jax.config import Config
 from moe_jax.parallel import mesh as meshes
+from moe_jax.train import batches
 from moe_jax.train import optimizer as optimizer_lib
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
@@ -77,7 +77,7 @@ def estimate(
     sharding=NamedSharding(mesh, meshes.BATCH),
   )
   step = step_lib.make_train_step(config, training)
-  traced = step.trace(training.abstract, step_lib.Batch(tokens, tokens))
+  traced = step.trace(training.abstract, batches.Batch(tokens, tokens))
   compiled = ahead.compile_step(traced.lower(), topology)
   memory = _memory(config, training, traced.jaxpr.jaxpr, mesh, compiled)
   total, active = nn.parameter_counts(config.model, training.abstract.params)
@@ -111,12 +111,7 @@ def candidates(
         config.mesh, data=topology.size // expert, expert=expert
       )
       for factor in capacity_factors:
-        yield dataclasses.replace(
-          config,
-          mesh=mesh,
-          capacity_factor=factor,
-          model=dataclasses.replace(config.model, capacity_factor=factor),
-        )
+        yield dataclasses.replace(config, mesh=mesh, capacity_factor=factor)
 
 
 def difference(plan: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
@@ -177,13 +172,7 @@ def _useful_flops(config: Config, active: int) -> float:
 
 
 def _memory(config, training, jaxpr, mesh, compiled) -> dict[str, float]:
-  def size(tree):
-    return sum(
-      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-      for leaf in jax.tree.leaves(tree)
-    )
-
-  abstract = training.abstract
+  abstract, size = training.abstract, state_lib.bytes_per_device
   temporary = compiled.temporary_bytes
   if not compiled.text:  # Then that is all that it needs.
     temporary -= size(abstract)

@@ -18,6 +18,7 @@ from moe_jax import main as command_line
 from moe_jax.options import Option
 from moe_jax.options import options_of
 from moe_jax.parallel import mesh as meshes
+from moe_jax.train import batches
 from moe_jax.train import optimizer
 from moe_jax.train import state
 from moe_jax.train import step
@@ -459,7 +460,7 @@ def trace_or_refuse(options, devices):
     sharding=jax.sharding.NamedSharding(mesh, meshes.BATCH),
   )
   train_step = step.make_train_step(frozen, training)
-  train_step.trace(training.abstract, step.Batch(tokens, tokens))
+  train_step.trace(training.abstract, batches.Batch(tokens, tokens))
   return True
 
 

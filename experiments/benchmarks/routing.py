@@ -235,7 +235,9 @@ def share_of_step(path: str, sizes: list[tuple[int, int, int]], repeats: int):
   scores = random_scores(tokens, model.experts)
   solver = jax.jit(functools.partial(solve, k=model.experts_per_token))
   text = np.random.default_rng(0).integers(
-    model.vocabulary, size=(batch, config.sequence_length + 1), dtype=np.int32
+    config.data.vocabulary,
+    size=(batch, config.sequence_length + 1),
+    dtype=np.int32,
   )
   step, _ = train_step.our_step(config, text)
   zero = jnp.zeros(model.experts)

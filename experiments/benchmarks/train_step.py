@@ -35,6 +35,7 @@ import numpy as np
 from moe_jax import config as config_lib
 from moe_jax import main as command_line
 from moe_jax.parallel import mesh as meshes
+from moe_jax.train import batches
 from moe_jax.train import optimizer
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
@@ -52,7 +53,7 @@ def our_step(
     config, optimizer.make_optimizer(config), mesh
   )
   state = training.init()
-  batch = step_lib.to_devices(
+  batch = batches.to_devices(
     mesh, {'inputs': tokens_BxS[:, :-1], 'targets': tokens_BxS[:, 1:]}
   )
   compiled = (
@@ -82,7 +83,7 @@ def minimind_step(
       n_layers=config.model.layers,
       n_heads=config.model.heads,
       n_kv_heads=config.model.kv_heads,
-      vocab_size=config.model.vocabulary,
+      vocab_size=config.data.vocabulary,
       hidden_dim=config.model.hidden,
       max_seq_len=config.sequence_length,
       use_moe=True,

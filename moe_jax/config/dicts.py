@@ -14,9 +14,6 @@ from moe_jax.options import expected
 from moe_jax.options import group
 from moe_jax.options import one_line
 
-# Model options that follow from others and are not set by themselves.
-_DERIVED = ('vocabulary', 'capacity_factor')
-
 
 def default_config(method: str = 'bip') -> ConfigDict:
   """Returns every option with its default and the balancer of `method`.
@@ -45,23 +42,12 @@ def freeze(options: ConfigDict | Mapping[str, Any]) -> Config:
     arguments = {one_line(name): value for name, value in balancer.items()}
     name = arguments.pop('name', '')
     options['balancer'] = balancer_options(name, **arguments)
-  if set(group('model', options.get('model', {}))) & set(_DERIVED):
-    raise ValueError(f'model: {_DERIVED} follow from other options')
-  config = build(Config, options)
-  model = dataclasses.replace(
-    config.model,
-    vocabulary=config.data.vocabulary,
-    capacity_factor=config.capacity_factor,
-  )
-  return dataclasses.replace(config, model=model)
+  return build(Config, options)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
   """Returns the options as nested dicts of numbers, strings and booleans."""
-  options = dataclasses.asdict(config)
-  for name in _DERIVED:
-    del options['model'][name]
-  return options
+  return dataclasses.asdict(config)
 
 
 def flatten(options: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -120,11 +120,7 @@ class Config:
         'mesh.fsdp=True: needs model.remat=True, or the gathered weights of '
         'all layers would be kept for the backward pass'
       )
-    if self.model.round_to_capacity and 0 < self.capacity_factor < 1:
-      raise ValueError(
-        f'capacity_factor={self.capacity_factor}: must be 0 or at least 1 with '
-        'model.round_to_capacity, which drops nothing'
-      )
+    self.model.check_capacity_factor(self.capacity_factor)
     if not self.balancer_rule.additive and self.accumulation > 1:
       additive = [m for m in METHODS if make_balancer(METHODS[m]).additive]
       raise ValueError(

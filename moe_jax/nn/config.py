@@ -26,7 +26,6 @@ class MoEConfig:
   """Whether a token's gates are divided by their sum."""
   router_z_loss: float = option(0.0, least=0, most=1e6, change='named')
   """Weight of mean(logsumexp(logits)^2), 0 for none."""
-  capacity_factor: float = 0.0  # An option of Config.
   round_to_capacity: bool = option(False, change='named')
   """Whether training routes are rounded so that no expert of a shard of n
   tokens, padding included, gets more than ceil(n K / E), and no token is
@@ -50,9 +49,14 @@ class MoEConfig:
         f'model.experts_per_token={self.experts_per_token}: must be at most '
         f'model.experts={self.experts}'
       )
-    if self.round_to_capacity and 0 < self.capacity_factor < 1:
+
+  def check_capacity_factor(self, factor: float) -> None:
+    """Raises ValueError where experts cannot have such room in training."""
+    if not factor >= 0:
+      raise ValueError(f'capacity_factor={factor}: must be 0 or more')
+    if self.round_to_capacity and 0 < factor < 1:
       raise ValueError(
-        f'capacity_factor={self.capacity_factor}: must be 0 or at least 1 with '
+        f'capacity_factor={factor}: must be 0 or at least 1 with '
         'model.round_to_capacity, which drops nothing'
       )
 
@@ -64,7 +68,6 @@ class DecoderConfig(MoEConfig):
   The defaults are the MiniMind of arXiv 2502.15451 with 16 experts.
   """
 
-  vocabulary: int = 6400  # An option of DataConfig.
   layers: int = option(8, least=1, most=2**10)
   """L, of which the first `dense_layers` have no experts."""
   dense_layers: int = option(0, least=0, most=2**10)

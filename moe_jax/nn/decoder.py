@@ -29,40 +29,30 @@ from moe_jax.parallel import mesh as meshes
 class Block(nnx.Module):
   """x + attention(norm(x)), then + feed_forward(norm(x)).
 
-  Without a balancer, the feed-forward layer is dense.
+  Args:
+    config: sizes and options.
+    feed_forward: makes an `MoE` or a dense layer, from `rngs`.
+    rngs: for the initial weights.
   """
 
   def __init__(
     self,
     config: DecoderConfig,
+    feed_forward: Callable[..., nnx.Module],
     *,
-    balancer: routing.Balancer | None,
-    mesh: Mesh | None,
-    fsdp: bool,
     rngs: nnx.Rngs,
   ):
-    dtype = jnp.dtype(config.dtype)
-
-    def norm():
-      return rms_norm(
-        config.width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs
-      )
-
-    self.attention_norm = norm()
+    self.attention_norm = _norm(config, rngs)
     self.attention = Attention(
       config.width,
       heads=config.heads,
       kv_heads=config.kv_heads,
       rope_theta=config.rope_theta,
-      dtype=dtype,
+      dtype=jnp.dtype(config.dtype),
       rngs=rngs,
     )
-    self.feed_forward_norm = norm()
-    self.feed_forward = (
-      SwiGLU(config.width, config.dense_hidden, dtype=dtype, rngs=rngs)
-      if balancer is None
-      else MoE(config, balancer, mesh=mesh, fsdp=fsdp, rngs=rngs)
-    )
+    self.feed_forward_norm = _norm(config, rngs)
+    self.feed_forward = feed_forward(rngs=rngs)
 
   def __call__(
     self,
@@ -82,6 +72,15 @@ class Block(nnx.Module):
     return x_BxSxD + y_BxSxD, output, cache
 
 
+def _norm(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+  return rms_norm(
+    config.width,
+    epsilon=config.norm_epsilon,
+    dtype=jnp.dtype(config.dtype),
+    rngs=rngs,
+  )
+
+
 class DecoderCache(NamedTuple):
   """What attention remembers of a text, stacked along a leading layer axis."""
 
@@ -89,13 +88,13 @@ class DecoderCache(NamedTuple):
   moe: KeyValueCache
 
 
-def _stack(layers: int, rngs: nnx.Rngs, build: Callable[..., Block]) -> Block:
+def _stack(config, layers: int, feed_forward, rngs: nnx.Rngs) -> Block:
   """Builds `layers` blocks as one whose variables have a leading axis L."""
 
   @nnx.split_rngs(splits=layers)
   @nnx.vmap(in_axes=0, out_axes=0)
   def stack(rngs):
-    return build(rngs=rngs)
+    return Block(config, feed_forward, rngs=rngs)
 
   return stack(rngs)
 
@@ -106,6 +105,8 @@ class Decoder(nnx.Module):
   Args:
     config: sizes and options.
     balancer: the rule for q of every MoE layer.
+    vocabulary: V, number of tokens known.
+    capacity_factor: as of `MoE`.
     mesh: as of `MoE`.
     fsdp: whether parameters are split over `data` and gathered layer by layer,
       forward and again backward (ZeRO-3); needs `mesh` and `config.remat`.
@@ -120,6 +121,8 @@ class Decoder(nnx.Module):
     config: DecoderConfig,
     balancer: routing.Balancer,
     *,
+    vocabulary: int,
+    capacity_factor: float = 0.0,
     mesh: Mesh | None = None,
     fsdp: bool = False,
     rngs: nnx.Rngs,
@@ -133,7 +136,7 @@ class Decoder(nnx.Module):
     dtype = jnp.dtype(config.dtype)
     # As MiniMind's output layer, whose weight it is, too: U(+-1/sqrt(D)).
     self.embedding = nnx.Embed(
-      config.vocabulary,
+      vocabulary,
       config.width,
       dtype=dtype,
       embedding_init=nnx.initializers.variance_scaling(
@@ -141,20 +144,23 @@ class Decoder(nnx.Module):
       ),
       rngs=rngs,
     )
-    block = functools.partial(Block, config, mesh=mesh, fsdp=fsdp)
+    dense = functools.partial(
+      SwiGLU, config.width, config.dense_hidden, dtype=dtype
+    )
+    moe = functools.partial(
+      MoE,
+      config,
+      balancer,
+      capacity_factor=capacity_factor,
+      mesh=mesh,
+      fsdp=fsdp,
+    )
+    dense_layers = config.dense_layers
     self.dense_blocks = (
-      _stack(config.dense_layers, rngs, functools.partial(block, balancer=None))
-      if config.dense_layers
-      else None
+      _stack(config, dense_layers, dense, rngs) if dense_layers else None
     )
-    self.moe_blocks = _stack(
-      config.layers - config.dense_layers,
-      rngs,
-      functools.partial(block, balancer=balancer),
-    )
-    self.norm = rms_norm(
-      config.width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs
-    )
+    self.moe_blocks = _stack(config, config.layers - dense_layers, moe, rngs)
+    self.norm = _norm(config, rngs)
 
   def __call__(
     self,

@@ -42,7 +42,7 @@ def generate(
   Raises:
     ValueError: an argument is out of its range.
   """
-  vocabulary = model.config.vocabulary
+  vocabulary = model.embedding.num_embeddings
   if prompt_BxS.shape[1] < 1:
     raise ValueError('prompt: has no token; give at least one')
   if tokens < 1:

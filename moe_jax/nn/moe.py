@@ -59,11 +59,16 @@ class MoE(nnx.Module):
   Args:
     config: sizes and options.
     balancer: the rule for q, from `moe_jax.routing`.
+    capacity_factor: room of each expert in training, in units of its even
+      share; what does not fit is dropped. 0 is dropless; evaluation always is.
     mesh: with axes 'data' and 'expert', see `moe_jax.parallel.mesh`. The batch
       is split over both, the experts over the second. None computes wherever
       the arrays are, without expert parallelism.
-    fsdp: whether weights are split over `data`, too; needs `mesh`.
+    fsdp: whether weights are split over `data` as well; needs `mesh`.
     rngs: for the initial weights.
+
+  Raises:
+    ValueError: the capacity is impossible.
   """
 
   def __init__(
@@ -71,12 +76,14 @@ class MoE(nnx.Module):
     config: MoEConfig,
     balancer: routing.Balancer,
     *,
+    capacity_factor: float = 0.0,
     mesh: Mesh | None = None,
     fsdp: bool = False,
     rngs: nnx.Rngs,
   ):
-    self.config, self.balancer, self.mesh = config, balancer, mesh
-    self.fsdp = fsdp
+    config.check_capacity_factor(capacity_factor)
+    self.config, self.balancer = config, balancer
+    self.capacity_factor, self.mesh, self.fsdp = capacity_factor, mesh, fsdp
     width, hidden, experts = config.width, config.hidden, config.experts
     # The router is tiny and decides discretely: all of it is float32.
     self.router = nnx.Param(linear_init()(rngs.params(), (width, experts)))
@@ -142,39 +149,6 @@ class MoE(nnx.Module):
       y_BxSxD += self.shared(x_BxSxD)
     return y_BxSxD.astype(x_BxSxD.dtype), output
 
-  def _on_mesh(self, train, shape_BxSxD):
-    """Returns `_apply` for arrays of all devices."""
-    config, mesh = self.config, self.mesh
-    devices = 1 if mesh is None else mesh.size
-    shards = config.shards or devices
-    batch, sequence, _ = shape_BxSxD
-    if shards % devices or batch * sequence % shards or batch % devices:
-      raise ValueError(
-        f'shards={shards}: must divide the {batch * sequence} tokens of a '
-        f'batch; {devices} device(s) must divide the shards and the {batch} '
-        'sequences'
-      )
-    apply = functools.partial(
-      _apply, config, self.balancer, train=train, groups=shards // devices
-    )
-    if devices == 1:
-      return apply
-    specs = dispatch.ExpertWeights(
-      *(
-        meshes.expert_spec(weight.shape, mesh, fsdp=self.fsdp)
-        for weight in (self.gate, self.up, self.down)
-      )
-    )
-    batch, same = meshes.BATCH, P()
-    choice = routing.Choice(experts=batch, gates=batch, load=same)
-    output = MoEOutput(loss=same, scores=batch, choice=choice, sums=same)
-    return jax.shard_map(
-      functools.partial(apply, specs=specs),
-      mesh=mesh,
-      in_specs=(same, specs, same, batch, batch),
-      out_specs=(batch, output, same),
-    )
-
   def update_router(self) -> None:
     """Moves the router by the step's observations and forgets them."""
     observation = self.observation.get_value()
@@ -185,54 +159,100 @@ class MoE(nnx.Module):
     )
     self.observation.set_value(jax.tree.map(jnp.zeros_like, observation))
 
-
-def _apply(
-  config: MoEConfig,
-  balancer: routing.Balancer,
-  router_DxE: jax.Array,
-  weights: dispatch.ExpertWeights,
-  state: Any,
-  x_BxSxD: jax.Array,
-  mask_BxS: jax.Array | None,
-  *,
-  train: bool,
-  groups: int,
-  specs: dispatch.ExpertWeights | None = None,
-):
-  """Routes and mixes the tokens of one device, of all without `specs`.
-
-  Returns y, the `MoEOutput` over all devices and `Routed.moved`.
-  """
-  axes = None if specs is None else meshes.AXES
-  with jax.named_scope('router'):
-    routed = router.route(
-      x_BxSxD,
-      router_DxE,
-      state,
-      balancer,
-      config,
-      train=train,
-      mask_BxS=mask_BxS,
-      groups=groups,
-      axis_name=axes,
+  def _on_mesh(self, train, shape_BxSxD):
+    """Returns `_apply` for arrays of all devices."""
+    devices = 1 if self.mesh is None else self.mesh.size
+    shards = self.config.shards or devices
+    batch, sequence, _ = shape_BxSxD
+    if shards % devices or batch * sequence % shards or batch % devices:
+      raise ValueError(
+        f'shards={shards}: must divide the {batch * sequence} tokens of a '
+        f'batch; {devices} device(s) must divide the shards and the {batch} '
+        'sequences'
+      )
+    apply = functools.partial(
+      self._apply, train=train, groups=shards // devices
     )
-  dtype = jnp.dtype(config.dtype)
-  mixed = _mix(
-    config,
-    _for_use(weights, specs, dtype),
-    x_BxSxD.reshape(-1, config.width).astype(dtype),
-    routed.choice,
-    None if mask_BxS is None else mask_BxS.reshape(-1),
-    static=train and (config.capacity_factor > 0 or config.round_to_capacity),
-    groups=groups,
-    axis_name=None if specs is None else 'expert',
-  )
-  sums = routed.sums | {'dropped': mixed.dropped}
-  if axes is not None:
-    sums = lax.psum(sums, axes)
-  choice = routed.choice._replace(load=sums['load'])
-  output = MoEOutput(routed.loss, routed.scores, choice, sums)
-  return mixed.y.reshape(x_BxSxD.shape), output, routed.moved
+    if devices == 1:
+      return apply
+    specs = dispatch.ExpertWeights(
+      *(
+        meshes.expert_spec(weight.shape, self.mesh, fsdp=self.fsdp)
+        for weight in (self.gate, self.up, self.down)
+      )
+    )
+    split, same = meshes.BATCH, P()
+    choice = routing.Choice(experts=split, gates=split, load=same)
+    output = MoEOutput(loss=same, scores=split, choice=choice, sums=same)
+    return jax.shard_map(
+      functools.partial(apply, specs=specs),
+      mesh=self.mesh,
+      in_specs=(same, specs, same, split, split),
+      out_specs=(split, output, same),
+    )
+
+  def _apply(
+    self,
+    router_DxE: jax.Array,
+    weights: dispatch.ExpertWeights,
+    state: Any,
+    x_BxSxD: jax.Array,
+    mask_BxS: jax.Array | None,
+    *,
+    train: bool,
+    groups: int,
+    specs: dispatch.ExpertWeights | None = None,
+  ):
+    """Routes and mixes the tokens of one device, of all without `specs`.
+
+    Returns y, the `MoEOutput` over all devices and `Routed.moved`.
+    """
+    axes = None if specs is None else meshes.AXES
+    with jax.named_scope('router'):
+      routed = router.route(
+        x_BxSxD,
+        router_DxE,
+        state,
+        self.balancer,
+        self.config,
+        train=train,
+        mask_BxS=mask_BxS,
+        groups=groups,
+        axis_name=axes,
+      )
+    dtype = jnp.dtype(self.config.dtype)
+    mixed = self._mix(
+      x_BxSxD.reshape(-1, self.config.width).astype(dtype),
+      routed.choice,
+      _for_use(weights, specs, dtype),
+      train=train,
+      groups=groups,
+      mask_T=None if mask_BxS is None else mask_BxS.reshape(-1),
+      axis_name=None if specs is None else 'expert',
+    )
+    sums = routed.sums | {'dropped': mixed.dropped}
+    if axes is not None:
+      sums = lax.psum(sums, axes)
+    choice = routed.choice._replace(load=sums['load'])
+    output = MoEOutput(routed.loss, routed.scores, choice, sums)
+    return mixed.y.reshape(x_BxSxD.shape), output, routed.moved
+
+  def _mix(self, x_TxD, choice, weights, *, train, groups, **where):
+    config, factor = self.config, self.capacity_factor
+    if config.renormalize_gates:
+      total = jnp.sum(choice.gates, axis=-1, keepdims=True)
+      choice = choice._replace(gates=choice.gates / (total + 1e-20))
+    if config.round_to_capacity:
+      factor = max(factor, 1.0)  # Rounded loads fit exactly.
+    if not (train and factor):
+      pad = not config.ragged_exchange
+      return dispatch.grouped(x_TxD, choice, weights, pad=pad, **where)
+    tokens = len(x_TxD) // groups
+    share = tokens * config.experts_per_token / config.experts
+    room = min(math.ceil(factor * share), tokens)
+    return dispatch.capacity(
+      x_TxD, choice, weights, capacity=room, groups=groups, **where
+    )
 
 
 def _for_use(weights, specs, dtype) -> dispatch.ExpertWeights:
@@ -243,35 +263,4 @@ def _for_use(weights, specs, dtype) -> dispatch.ExpertWeights:
     lambda weight, spec: meshes.gather_experts(weight, spec, dtype),
     weights,
     specs,
-  )
-
-
-def _mix(
-  config, weights, x_TxD, choice, mask_T, *, static, groups, axis_name
-) -> dispatch.Mixed:
-  if config.renormalize_gates:
-    total = jnp.sum(choice.gates, axis=-1, keepdims=True)
-    choice = choice._replace(gates=choice.gates / (total + 1e-20))
-  if not static:
-    return dispatch.grouped(
-      x_TxD,
-      choice,
-      weights,
-      mask_T=mask_T,
-      axis_name=axis_name,
-      pad=not config.ragged_exchange,
-    )
-  tokens = len(x_TxD) // groups
-  factor = config.capacity_factor
-  if config.round_to_capacity:
-    factor = max(factor, 1.0)  # Rounded loads fit exactly.
-  share = tokens * config.experts_per_token / config.experts
-  return dispatch.capacity(
-    x_TxD,
-    choice,
-    weights,
-    mask_T=mask_T,
-    capacity=min(math.ceil(factor * share), tokens),
-    groups=groups,
-    axis_name=axis_name,
   )

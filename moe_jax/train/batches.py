@@ -1,15 +1,42 @@
 """Batches of text on the devices of a mesh."""
 
 from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from jax.sharding import NamedSharding
 import numpy as np
 
 from moe_jax import data
 from moe_jax.config import Config
-from moe_jax.train.step import Batch
-from moe_jax.train.step import to_devices
+from moe_jax.parallel import mesh as meshes
+
+
+class Batch(NamedTuple):
+  """Sequences and what follows each of their tokens.
+
+  Attributes:
+    inputs: int32 [B, S].
+    targets: int32 [B, S].
+    mask: bool [B, S], False for padding; None where there is none.
+  """
+
+  inputs: jax.Array
+  targets: jax.Array
+  mask: jax.Array | None = None
+
+
+def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Batch:
+  """Splits the rows of a batch over all devices of all processes."""
+  sharding = NamedSharding(mesh, meshes.BATCH)
+  return Batch(
+    **{
+      name: jax.make_array_from_process_local_data(sharding, rows)
+      for name, rows in batch.items()
+    }
+  )
 
 
 def training_batches(

@@ -1,5 +1,6 @@
 """Perplexity and bits per byte on held-out text."""
 
+import collections
 from collections.abc import Callable
 from collections.abc import Iterable
 import math
@@ -13,25 +14,22 @@ import numpy as np
 from moe_jax.config import Config
 from moe_jax.data import TextData
 from moe_jax.data import token_counts
+from moe_jax.train.batches import Batch
 from moe_jax.train.batches import evaluation_batches
 from moe_jax.train.state import Training
 from moe_jax.train.state import TrainState
-from moe_jax.train.step import Batch
 from moe_jax.train.step import cross_entropy
 
 
 def make_evaluation_step(
-  training: Training, token_bytes_V: np.ndarray
+  training: Training, token_bytes_V: np.ndarray, solved: bool
 ) -> Callable[..., dict[str, jax.Array]]:
   """Builds `(params, router, batch) -> sums` over a batch, jit-compiled.
-
-  Each batch is run twice: with q frozen, as a deployed model has it, and with
-  q solved on the batch itself as in training, which sees the future. Neither
-  changes the router.
 
   Args:
     training: the model.
     token_bytes_V: int32 [V], bytes that each token stands for.
+    solved: whether there is a second pass, in which q is solved on the batch.
   """
 
   def evaluation_step(params, router, batch):
@@ -41,12 +39,12 @@ def make_evaluation_step(
       return jnp.sum(cross_entropy(logits, batch))
 
     bytes_BxS = jnp.asarray(token_bytes_V, jnp.int32)[batch.targets]
-    return {
+    sums = {
       'loss': loss(solve=False),
-      'loss_solved': loss(solve=True),
       'tokens': jnp.sum(batch.mask),
       'bytes': jnp.sum(bytes_BxS * batch.mask),
     }
+    return sums | {'loss_solved': loss(solve=True)} if solved else sums
 
   # Whole on every device, so that every process can read them.
   return jax.jit(
@@ -61,10 +59,16 @@ def make_evaluation(
 ) -> Callable[[TrainState, Callable[[], bool]], dict[str, float] | None]:
   """Builds `(state, stop) -> metrics`, which evaluates on all sets of a text.
 
+  Each batch is run with q frozen, as a deployed model has it, and where
+  `config.eval_solved` says so a second time with q solved on the batch itself
+  as in training, which sees the future. Neither changes the router.
+
   `stop` is asked before each batch, in all processes alike; where it says yes,
   there are no metrics: None.
   """
-  step = make_evaluation_step(training, text.tokenizer.token_bytes_V)
+  step = make_evaluation_step(
+    training, text.tokenizer.token_bytes_V, config.eval_solved
+  )
 
   def evaluate_all(state, stop):
     metrics = {}
@@ -88,10 +92,10 @@ def evaluate(
   """Sums over the batches of a set, in float64.
 
   Returns:
-    `perplexity` and `bits_per_byte` with q frozen, and both with the suffix
-    `_solved`; None if `stop` said yes before a batch.
+    `perplexity` and `bits_per_byte` with q frozen; of the second pass, if there
+    is one, both with the suffix `_solved`. None if `stop` said yes.
   """
-  sums = dict.fromkeys(('loss', 'loss_solved', 'tokens', 'bytes'), 0.0)
+  sums = collections.defaultdict(float)
   # A batch's sums are read when the next one is under way.
   waiting: list[dict[str, jax.Array]] = []
 
@@ -108,8 +112,8 @@ def evaluate(
   while waiting:
     read()
   results = {}
-  for suffix in ('', '_solved'):
-    loss = sums[f'loss{suffix}']
+  for name in [name for name in sums if name.startswith('loss')]:
+    loss, suffix = sums[name], name.removeprefix('loss')
     results[f'perplexity{suffix}'] = perplexity(loss, sums['tokens'])
     results[f'bits_per_byte{suffix}'] = bits_per_byte(loss, sums['bytes'])
   return results

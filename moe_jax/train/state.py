@@ -66,6 +66,8 @@ def make_model(config: Config, mesh: Mesh | None = None) -> nn.Decoder:
   return nn.Decoder(
     config.model,
     config.balancer_rule,
+    vocabulary=config.data.vocabulary,
+    capacity_factor=config.capacity_factor,
     mesh=mesh,
     fsdp=config.mesh.fsdp,
     rngs=nnx.Rngs(config.seed),
@@ -79,11 +81,10 @@ def dropless(config: Config) -> Config:
   static = config.capacity_factor or config.model.round_to_capacity
   model = dataclasses.replace(
     config.model,
-    capacity_factor=0.0,
     round_to_capacity=False,
     ragged_exchange=config.model.ragged_exchange and not static,
   )
-  return dataclasses.replace(config, model=model)
+  return dataclasses.replace(config, capacity_factor=0.0, model=model)
 
 
 def make_training(
@@ -194,15 +195,17 @@ def shards_of(config: Config, mesh: Mesh) -> int:
   return config.model.shards or mesh.size
 
 
-def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:
-  shard = leaf.sharding.shard_shape(leaf.shape)
-  return math.prod(shard) * leaf.dtype.itemsize
+def bytes_per_device(tree: Any) -> int:
+  """Sums what each device holds of abstract arrays that have shardings."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
 
 
 def check_memory(abstract: TrainState) -> None:
   """Raises ValueError if a device cannot even hold its part of the state."""
-  leaves = jax.tree.leaves(abstract)
-  size = sum(_bytes_per_device(leaf) for leaf in leaves)
+  size = bytes_per_device(abstract)
   device = jax.local_devices()[0]
   if device.platform == 'cpu':  # Virtual devices share what there is.
     room = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
@@ -219,13 +222,13 @@ def check_memory(abstract: TrainState) -> None:
 
 def sharding_table(abstract: TrainState) -> str:
   """Lists name, shape, dtype, spec and bytes per device of every array."""
-  rows, total = [], 0
+  rows = []
   for path, leaf in jax.tree.leaves_with_path(abstract):
-    size = _bytes_per_device(leaf)
-    total += size
     name = jax.tree_util.keystr(path, simple=True, separator='.')
     spec = ', '.join(str(axis) for axis in leaf.sharding.spec)
-    rows.append((name, leaf.shape, leaf.dtype, f'({spec})', f'{size:,}'))
-  rows.append(('total', '', '', '', f'{total:,}'))
+    rows.append(
+      (name, leaf.shape, leaf.dtype, f'({spec})', f'{bytes_per_device(leaf):,}')
+    )
+  rows.append(('total', '', '', '', f'{bytes_per_device(abstract):,}'))
   columns = ('array', 'shape', 'dtype', 'spec', 'bytes per device')
   return pandas.DataFrame(rows, columns=columns).to_string(index=False)

@@ -1,50 +1,20 @@
 """One optimizer step: the place where the training state changes."""
 
 from collections.abc import Callable
-from collections.abc import Mapping
 from typing import Any
-from typing import NamedTuple
 
 from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-import numpy as np
 import optax
 
 from moe_jax import nn
 from moe_jax.config import Config
-from moe_jax.parallel import mesh as meshes
+from moe_jax.train.batches import Batch
 from moe_jax.train.optimizer import make_schedule
 from moe_jax.train.state import Training
 from moe_jax.train.state import TrainState
-
-
-class Batch(NamedTuple):
-  """Sequences and what follows each of their tokens.
-
-  Attributes:
-    inputs: int32 [B, S].
-    targets: int32 [B, S].
-    mask: bool [B, S], False for padding; None where there is none.
-  """
-
-  inputs: jax.Array
-  targets: jax.Array
-  mask: jax.Array | None = None
-
-
-def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Batch:
-  """Splits the rows of a batch over all devices of all processes."""
-  sharding = NamedSharding(mesh, meshes.BATCH)
-  return Batch(
-    **{
-      name: jax.make_array_from_process_local_data(sharding, rows)
-      for name, rows in batch.items()
-    }
-  )
 
 
 def cross_entropy(logits_BxSxV: jax.Array, batch: Batch) -> jax.Array:

@@ -20,7 +20,6 @@ def decoder_config(golden, **overrides) -> nn.DecoderConfig:
     shared_experts=int(config['n_shared_experts']),
     scoring=config['scoring_func'],
     renormalize_gates=config['norm_topk_prob'],
-    vocabulary=config['vocab_size'],
     layers=config['n_layers'],
     heads=config['n_heads'],
     kv_heads=config['n_kv_heads'],
@@ -28,6 +27,11 @@ def decoder_config(golden, **overrides) -> nn.DecoderConfig:
     norm_epsilon=config['norm_eps'],
     **overrides,
   )
+
+
+def vocabulary(golden) -> int:
+  """Returns the number of tokens that MiniMind knows."""
+  return json.loads(str(golden['config_json']))['vocab_size']
 
 
 def set_weights(model: nn.Decoder, golden) -> None:

@@ -18,20 +18,18 @@ COUNTING = routing.bip(2)._replace(observe=routing.loss_free().observe)
 VOCABULARY, SEQUENCE = 40, 12
 
 
-def _model(balancer=COUNTING, **overrides):
+def _model(balancer=COUNTING, capacity_factor=3.0, **overrides):
+  """Has room for every token in training, by the backend that compiles fast."""
   config = nn.DecoderConfig(
     **{
       'width': 16,
       'hidden': 24,
       'experts': 6,
       'experts_per_token': 2,
-      'vocabulary': VOCABULARY,
       'layers': 3,
       'dense_hidden': 20,
       'heads': 4,
       'kv_heads': 2,
-      # Room for every token in training, by the backend that compiles fast.
-      'capacity_factor': 3.0,
       **overrides,
     }
   )
@@ -40,7 +38,13 @@ def _model(balancer=COUNTING, **overrides):
   def build():
     # This generator compiles in a fraction of the default one's time.
     key = jax.random.key(0, impl='unsafe_rbg')
-    return nn.Decoder(config, balancer, rngs=nnx.Rngs(key))
+    return nn.Decoder(
+      config,
+      balancer,
+      vocabulary=VOCABULARY,
+      capacity_factor=capacity_factor,
+      rngs=nnx.Rngs(key),
+    )
 
   return build()
 
@@ -235,7 +239,9 @@ def test_update_router_moves_each_layer_by_its_own_loads(tokens):
 def _count(**overrides):
   def build():
     config = nn.DecoderConfig(**overrides)
-    return nn.Decoder(config, routing.unbalanced(), rngs=nnx.Rngs(0))
+    return nn.Decoder(
+      config, routing.unbalanced(), vocabulary=6400, rngs=nnx.Rngs(0)
+    )
 
   params = nnx.state(nnx.eval_shape(build), nnx.Param)
   return sum(math.prod(x.shape) for x in jax.tree.leaves(params))

@@ -19,7 +19,6 @@ def build(mesh=None):
     hidden=24,
     experts=8,
     experts_per_token=2,
-    vocabulary=VOCABULARY,
     layers=3,
     dense_layers=1,
     dense_hidden=20,
@@ -31,7 +30,13 @@ def build(mesh=None):
   @nnx.jit
   def make():
     key = jax.random.key(0, impl='unsafe_rbg')
-    model = nn.Decoder(config, routing.bip(2), mesh=mesh, rngs=nnx.Rngs(key))
+    model = nn.Decoder(
+      config,
+      routing.bip(2),
+      vocabulary=VOCABULARY,
+      mesh=mesh,
+      rngs=nnx.Rngs(key),
+    )
     # Prices that matter, and weights that make logits differ.
     state = model.moe_blocks.feed_forward.state
     q_LxE = jax.random.uniform(jax.random.key(1), (2, 8), maxval=0.1)

@@ -28,11 +28,15 @@ def case(request):
   over, capacity_factor, remat = request.param
   name = {'sequence': 'minimind_seq', 'batch': 'minimind_batch'}[over]
   golden = golden_data.load(name)
-  config = reference.decoder_config(
-    golden, capacity_factor=capacity_factor, remat=remat
-  )
+  config = reference.decoder_config(golden, remat=remat)
   balancer = routing.loss_controlled(0.1, over=over)
-  model = nn.Decoder(config, balancer, rngs=nnx.Rngs(0))
+  model = nn.Decoder(
+    config,
+    balancer,
+    vocabulary=reference.vocabulary(golden),
+    capacity_factor=capacity_factor,
+    rngs=nnx.Rngs(0),
+  )
   reference.set_weights(model, golden)
   graphdef, params, routers = nnx.split(model, nnx.Param, nn.RouterState)
 
@@ -114,7 +118,12 @@ def test_golden_moe_layer_alone():
   """The layer by itself, evaluated, on the input that MiniMind's layer saw."""
   golden = golden_data.load('minimind_seq')
   config = reference.decoder_config(golden)
-  model = nn.Decoder(config, routing.unbalanced(), rngs=nnx.Rngs(0))
+  model = nn.Decoder(
+    config,
+    routing.unbalanced(),
+    vocabulary=reference.vocabulary(golden),
+    rngs=nnx.Rngs(0),
+  )
   reference.set_weights(model, golden)
   apply = nnx.jit(lambda moe, x: moe(x, train=False)[0])
   for layer in range(config.layers):

@@ -29,8 +29,13 @@ def _config(**overrides):
   )
 
 
-def _layer(balancer, **overrides):
-  return nn.MoE(_config(**overrides), balancer, rngs=nnx.Rngs(0))
+def _layer(balancer, capacity_factor=0.0, **overrides):
+  return nn.MoE(
+    _config(**overrides),
+    balancer,
+    capacity_factor=capacity_factor,
+    rngs=nnx.Rngs(0),
+  )
 
 
 # q as `bip` has it, with the observation of `loss_free`.
@@ -406,7 +411,6 @@ def test_bfloat16_experts_are_routed_as_in_float32(wide_x):
       ['model.experts_per_token=9', 'model.experts=8'],
     ),
     ({'shared_experts': -1}, ['model.shared_experts=-1', '0 or more']),
-    ({'capacity_factor': -1.0}, ['model.capacity_factor=-1.0', '0 or more']),
     ({'router_z_loss': -0.1}, ['model.router_z_loss=-0.1', '0 or more']),
     ({'scoring': 'tanh'}, ["model.scoring='tanh'", 'softmax', 'sigmoid']),
     ({'dtype': 'float16'}, ["model.dtype='float16'", 'float32', 'bfloat16']),
@@ -416,3 +420,9 @@ def test_config_errors_name_option_value_and_what_would_work(overrides, words):
   with pytest.raises(ValueError) as error:
     _config(**overrides)
   assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize('factor', [-1.0, float('nan')])
+def test_a_capacity_that_no_layer_can_have_is_refused(factor):
+  with pytest.raises(ValueError, match=f'capacity_factor={factor}: .* 0 or mo'):
+    _layer(routing.unbalanced(), capacity_factor=factor)

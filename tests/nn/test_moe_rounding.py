@@ -15,7 +15,7 @@ WIDTH, EXPERTS, K = 16, 8, 2
 COUNTING = routing.bip(1)._replace(observe=routing.loss_free().observe)
 
 
-def make_layer(balancer, **overrides):
+def make_layer(balancer, capacity_factor=0.0, **overrides):
   config = nn.MoEConfig(
     width=WIDTH,
     hidden=24,
@@ -24,7 +24,9 @@ def make_layer(balancer, **overrides):
     shared_experts=0,
     **overrides,
   )
-  return nn.MoE(config, balancer, rngs=nnx.Rngs(0))
+  return nn.MoE(
+    config, balancer, capacity_factor=capacity_factor, rngs=nnx.Rngs(0)
+  )
 
 
 @functools.partial(nnx.jit, static_argnames='train')

@@ -12,6 +12,7 @@ import pytest
 
 from launch import hlo
 from moe_jax.parallel import mesh as meshes
+from moe_jax.train import batches
 from moe_jax.train import optimizer
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
@@ -53,7 +54,7 @@ def compiled(data, expert, batch=8, method='bip', **overrides):
     (batch, SEQUENCE), jnp.int32, sharding=NamedSharding(mesh, meshes.BATCH)
   )
   step = step_lib.make_train_step(config, training)
-  lowered = step.lower(training.abstract, step_lib.Batch(tokens, tokens))
+  lowered = step.lower(training.abstract, batches.Batch(tokens, tokens))
   found = hlo.collectives(lowered.compile().as_text())
   # Over an axis of one device they are nothing.
   return training, [each for each in found if len(each.group) != 1]

@@ -125,6 +125,8 @@ def layer_step(layer, mesh=None, fsdp=False, by_shard=False):
   balancer, options = LAYERS[layer]
   if by_shard:
     balancer = routing.midpoint(2, scope='shard')
+  options = dict(options)
+  capacity_factor = options.pop('capacity_factor', 0.0)
   config = nn.MoEConfig(
     width=WIDTH,
     hidden=16,
@@ -132,7 +134,14 @@ def layer_step(layer, mesh=None, fsdp=False, by_shard=False):
     experts_per_token=K,
     **options,
   )
-  model = nn.MoE(config, balancer, mesh=mesh, fsdp=fsdp, rngs=nnx.Rngs(0))
+  model = nn.MoE(
+    config,
+    balancer,
+    capacity_factor=capacity_factor,
+    mesh=mesh,
+    fsdp=fsdp,
+    rngs=nnx.Rngs(0),
+  )
   random = np.random.default_rng(1)
 
   def exact(*shape):

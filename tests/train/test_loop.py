@@ -24,8 +24,6 @@ from moe_jax.train import evaluate as evaluation
 from moe_jax.train import facts as facts_lib
 from moe_jax.train import loop
 from moe_jax.train import plan as plan_lib
-from moe_jax.train import state as state_lib
-from moe_jax.train import step as step_lib
 from tests.train import tiny
 
 METHODS = ('loss_controlled', 'loss_free', 'bip')
@@ -578,63 +576,3 @@ def test_methods_share_weights_and_batches(text, tmp_path):
   assert checksums.digest(other.training.init().params) not in known
   batches = batches_of(other)
   assert checksums.digest([next(batches)[:2] for _ in range(6)]) not in known
-
-
-def test_evaluation_against_a_loop_over_sequences(finished):
-  """Sums of the batches equal a plain mean over all targets."""
-  items = latest(finished).items
-  last = records(finished.workdir)[-1]
-  result = {
-    name: last[f'eval/validation/{name}']
-    for name in ('perplexity', 'bits_per_byte')
-  }
-
-  from flax import nnx
-
-  # Without the mesh, a batch may be a single sequence.
-  graphdef = nnx.graphdef(
-    nnx.eval_shape(lambda: state_lib.make_model(finished.config))
-  )
-  model = nnx.merge(
-    graphdef, *jax.device_get((items['params'], items['router']))
-  )
-  losses, size = [], 0
-  for batch in batches_lib.evaluation_batches(
-    finished.config, finished.mesh, finished.text.evaluation['validation']
-  ):
-    for inputs, targets, mask in zip(*jax.device_get(batch), strict=True):
-      logits, _ = model(inputs[None], mask[None], train=False)
-      log = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)
-      losses += list(-log[np.arange(16), targets][mask])
-      size += sum(
-        len(finished.text.tokenizer.decode([token]).encode())
-        for token in targets[mask]
-        if token != finished.text.tokenizer.end_of_document
-      )
-  assert result['perplexity'] == pytest.approx(
-    np.exp(np.mean(losses)), rel=1e-4
-  )
-  assert result['bits_per_byte'] == pytest.approx(
-    np.sum(losses) / np.log(2) / size, rel=1e-4
-  )
-
-
-def test_unigram_loss_by_hand():
-  train, tokens = np.array([0, 0, 1, 2]), np.array([2, 0, 1])
-  # Counts with one added: 3, 2, 2, 1 of 8; the first token is given.
-  expected = -np.log(3 / 8) - np.log(2 / 8)
-  assert evaluation.unigram_loss(train, tokens, 4) == pytest.approx(expected)
-
-
-def test_perplexity_overflows_to_infinity():
-  assert evaluation.perplexity(1e6, 1) == float('inf')
-
-
-def test_cross_entropy_masks_padding():
-  logits = jax.random.normal(jax.random.key(0), (1, 3, 5))
-  batch = step_lib.Batch(
-    np.zeros((1, 3), int), np.array([[1, 2, 3]]), np.array([[1, 0, 1]], bool)
-  )
-  loss = step_lib.cross_entropy(logits, batch)
-  assert loss[0, 1] == 0
-  assert loss[0, 0] == pytest.approx(-jax.nn.log_softmax(logits)[0, 0, 1])

@@ -12,6 +12,7 @@ from moe_jax import nn
 from moe_jax.config import METHODS
 from moe_jax.config import MeshConfig
 from moe_jax.parallel import mesh as meshes
+from moe_jax.train import batches
 from moe_jax.train import optimizer
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
@@ -35,7 +36,7 @@ def run_steps(config, count=3, guard='allow'):
       size=(config.batch_size, config.sequence_length + 1),
       dtype=np.int32,
     )
-    batch = step_lib.to_devices(
+    batch = batches.to_devices(
       mesh, {'inputs': tokens[:, :-1], 'targets': tokens[:, 1:]}
     )
     with jax.transfer_guard(guard):
@@ -228,7 +229,7 @@ def test_masked_tokens_change_nothing(config):
   for padding in (0, 7):
     inputs = np.where(mask, tokens[:, :-1], padding)
     targets = np.where(mask, tokens[:, 1:], padding)
-    batch = step_lib.Batch(*map(jnp.asarray, (inputs, targets, mask)))
+    batch = batches.Batch(*map(jnp.asarray, (inputs, targets, mask)))
     state, metrics, _ = train_step(training.init(), batch)
     results.append((state.router, metrics))
   assert_close(*results, rtol=1e-5)
