@@ -12,8 +12,8 @@ from etils import epath
 from flax import nnx
 import jax
 from jax.sharding import Mesh
-from jax.sharding import NamedSharding
 import numpy as np
+import optax
 
 import moe_jax
 from moe_jax import config as config_lib
@@ -83,20 +83,13 @@ class Checkpoint:
   @functools.cached_property
   def params(self) -> dict[str, Any]:
     """All parameters, nested dicts of float32 arrays on the mesh."""
-    return self._read(self._checked, 'params', self._abstract[1])
+    return self._read(self._checked, 'params', self._plan.abstract.params)
 
   @functools.cached_property
   def model(self) -> nn.Decoder:
     """The language model, dropless; it routes with this checkpoint's q."""
-    graphdef, _, router = self._abstract
-    saved = {
-      _name(path): leaf for path, leaf in jax.tree.leaves_with_path(self.router)
-    }
-    everywhere = NamedSharding(self.mesh, jax.P())
-    router = jax.tree.map_with_path(
-      lambda path, _: jax.device_put(saved[_name(path)], everywhere), router
-    )
-    return nnx.merge(graphdef, self.params, router)
+    router = self._read(self._checked, 'router', self._plan.abstract.router)
+    return nnx.merge(self._plan.dropless_graphdef, self.params, router)
 
   def route(self, text: str) -> RoutedText:
     """Runs the model on a text and tells where each token went; q is frozen.
@@ -116,20 +109,20 @@ class Checkpoint:
     batch = self.mesh.size * min(
       _SEQUENCES_AT_ONCE, -(-len(ids_N) // (length * self.mesh.size))
     )
-    size = batch * length
-    parts = []
-    for start in range(0, len(ids_N), size):
-      part = ids_N[start : start + size]
-      padded = np.zeros(size, np.int32)
-      padded[: len(part)] = part
-      routed = _route(
-        *nnx.split(self.model),
-        padded.reshape(batch, length),
-        (np.arange(size) < len(part)).reshape(batch, length),
+    end = (0, -len(ids_N) % (batch * length))
+    shape = (-1, batch, length)
+    graphdef, state = nnx.split(self.model)
+    parts = [
+      jax.device_get(_route(graphdef, state, tokens_BxS, mask_BxS))
+      for tokens_BxS, mask_BxS in zip(
+        np.pad(ids_N, end).reshape(shape),
+        np.pad(np.ones_like(ids_N, bool), end).reshape(shape),
+        strict=True,
       )
-      parts.append([np.asarray(x)[:, : len(part)] for x in routed])
+    ]
     experts, gates, scores = (
-      np.concatenate(part, axis=1) for part in zip(*parts, strict=True)
+      np.concatenate(part, axis=1)[:, : len(ids_N)]
+      for part in zip(*parts, strict=True)
     )
     return RoutedText(
       tokens=[tokenizer.decode([i]) for i in ids_N],
@@ -173,29 +166,16 @@ class Checkpoint:
     return tokenizer.decode(np.asarray(new_BxN)[0])
 
   @functools.cached_property
-  def _abstract(self) -> tuple[nnx.GraphDef, Any, Any]:
-    """The model's graph, and what its arrays are like and where."""
-    config = states.dropless(self.config)
+  def _plan(self) -> states.Training:
+    """The model on this mesh, whatever the run's own mesh and batches were."""
     config = dataclasses.replace(
-      config,
+      self.config,
       mesh=config_lib.MeshConfig(),
-      model=dataclasses.replace(config.model, shards=0),
+      batch_size=self.mesh.size,
+      accumulation=1,
+      model=dataclasses.replace(self.config.model, shards=0),
     )
-    mesh = self.mesh if self.mesh.size > 1 else None
-    graphdef, params, router = nnx.eval_shape(
-      lambda: nnx.split(
-        states.make_model(config, mesh), nnx.Param, nn.RouterState
-      )
-    )
-    specs = nn.parameter_specs(params, self.mesh, fsdp=False)
-    params = jax.tree.map(
-      lambda leaf, spec: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec)
-      ),
-      nnx.to_pure_dict(params),
-      nnx.to_pure_dict(specs),
-    )
-    return graphdef, params, nnx.to_pure_dict(router)
+    return states.make_training(config, optax.identity(), self.mesh)
 
   def _checked(self, path, name, abstract=None):
     item = checkpoint.read_item(path, name, abstract)
@@ -217,11 +197,6 @@ class Checkpoint:
         f'{self.path}: cannot be read ({error}); the run began with moe_jax '
         f'{self._version}, this is {moe_jax.__version__}'
       ) from error
-
-
-def _name(path) -> str:
-  """The same for the fields of a tuple and the keys of a dict."""
-  return jax.tree_util.keystr(path, simple=True, separator='.')
 
 
 @functools.partial(jax.jit, static_argnums=0)

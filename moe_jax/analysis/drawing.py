@@ -17,7 +17,6 @@ from matplotlib.ticker import NullLocator
 from matplotlib.ticker import SymmetricalLogLocator
 import numpy as np
 import pandas as pd
-from scipy import optimize
 
 from moe_jax.analysis.results import Results
 
@@ -103,9 +102,9 @@ def method_style(method: str) -> dict[str, Any]:
 def log_axis(axes: Axes, values: Sequence[float], which: str = 'y') -> None:
   """Makes an axis logarithmic, with a 0 where some values are 0."""
   positive = [value for value in values if value > _ROUNDING]
+  axis = getattr(axes, f'{which}axis')
+  set_scale = getattr(axes, f'set_{which}scale')
   ticks = {'base': 10, 'subs': (1, 2, 5)}
-  axis = {'x': axes.xaxis, 'y': axes.yaxis}[which]
-  set_scale = {'x': axes.set_xscale, 'y': axes.set_yscale}[which]
   if len(positive) < len(values):
     threshold = min(positive, default=1.0)
     set_scale('symlog', linthresh=threshold)
@@ -145,37 +144,6 @@ def edges(centres: np.ndarray) -> np.ndarray:
   inner = (centres[1:] + centres[:-1]) / 2
   first, last = 2 * centres[0] - inner[0], 2 * centres[-1] - inner[-1]
   return np.concatenate([[first], inner, [last]])
-
-
-def name_line_ends(axes: Axes) -> None:
-  """Writes the labels of lines at their right ends, none upon another."""
-  lines = [x for x in axes.get_lines() if not x.get_label().startswith('_')]
-  lines.sort(key=lambda line: line.get_ydata()[-1])
-  axes.figure.draw_without_rendering()  # Only then is the layout known.
-  points = 72 / axes.figure.dpi
-  ends = [axes.transData.transform((0, x.get_ydata()[-1]))[1] for x in lines]
-  for line, end, place in zip(
-    lines, ends, spread(np.array(ends), 8 / points), strict=True
-  ):
-    axes.annotate(
-      line.get_label(),
-      (1, line.get_ydata()[-1]),
-      xycoords=('axes fraction', 'data'),
-      xytext=(4, (place - end) * points),
-      textcoords='offset points',
-      va='center',
-      fontsize='x-small',
-      color=line.get_color(),
-      annotation_clip=False,
-    )
-
-
-def spread(ascending: np.ndarray, gap: float) -> np.ndarray:
-  """Moves numbers as little as makes them at least `gap` apart, in squares."""
-  if not len(ascending):
-    return ascending
-  room = gap * np.arange(len(ascending))
-  return optimize.isotonic_regression(ascending - room).x + room
 
 
 def title(axes: Axes, text: str, size: str = 'medium') -> None:

@@ -39,12 +39,14 @@ def cutoff_figure(routed: RoutedText, *, layer: int) -> Figure:
     ('others', 'scores not chosen', drawing.COLORS[1], 0.2),
     ('chosen', 'scores chosen', drawing.COLORS[0], -0.2),
   ):
-    low, first, median, third, high = table[name].to_numpy().T
-    at, thick = place + shift, min(width * 0.4, 7.0)
-    axes.vlines(at, low, high, color=color, linewidth=thick / 4)
-    axes.vlines(at, first, third, color=color, linewidth=thick, label=label)
-    dot = 0.5 * thick if thick > 4 else 0.8 * thick
-    axes.plot(at, median, 'o', color='white', markersize=dot, mew=0)
+    _bars(
+      axes,
+      place + shift,
+      table[name].to_numpy().T,
+      thick=min(width * 0.4, 7.0),
+      color=color,
+      label=label,
+    )
   axes.hlines(
     table['price'],
     place - 0.45,
@@ -90,14 +92,9 @@ def margin_figure(routed: RoutedText) -> Figure:
       color=colors[layer],
       linewidth=1.2,
     )
-  low, first, median, third, high = np.quantile(
-    margins, expert_statistics.QUANTILES, axis=1
-  )
-  thick = min(9.0, 150 / layers)
   at = np.arange(layers)
-  bars.hlines(at, low, high, color=colors, linewidth=thick / 4)
-  bars.hlines(at, first, third, color=colors, linewidth=thick)
-  bars.plot(median, at, 'o', color='white', markersize=thick / 2, mew=0)
+  quantiles = np.quantile(margins, expert_statistics.QUANTILES, axis=1)
+  _bars(bars, at, quantiles, min(9.0, 150 / layers), colors, lying=True)
   bars.set_ylim(layers - 0.5, -0.5)
   bars.set_ylabel('layer')
   _name_experts(bars, at, 'y')
@@ -238,12 +235,29 @@ def _name_experts(
   axes: Axes, experts: Sequence[int], which: str, names: int = 64
 ) -> None:
   """Puts the numbers of experts at 0, 1, ...; of some, if they are too many."""
-  every = -(-len(experts) // names)
-  places = range(0, len(experts), every)
-  axis = {'x': axes.xaxis, 'y': axes.yaxis}[which]
-  axis.set_ticks(places, labels=[str(experts[place]) for place in places])
+  places = range(0, len(experts), -(-len(experts) // names))
   crowded = len(places) > 20
-  axis.set_tick_params(
-    labelsize=5 if len(places) > 40 else 6 if crowded else 8,
-    labelrotation=90 if crowded and which == 'x' else 0,
+  {'x': axes.xaxis, 'y': axes.yaxis}[which].set_ticks(
+    places,
+    labels=[str(experts[place]) for place in places],
+    fontsize=5 if len(places) > 40 else 6 if crowded else 8,
+    rotation=90 if crowded and which == 'x' else 0,
   )
+
+
+def _bars(
+  axes: Axes,
+  at: np.ndarray,
+  quantiles: np.ndarray,
+  thick: float,
+  color: Any,
+  label: str = '',
+  lying: bool = False,
+) -> None:
+  """Draws thin 5 to 95 %, thick the middle half, white the median."""
+  low, first, median, third, high = quantiles
+  lines = axes.hlines if lying else axes.vlines
+  lines(at, low, high, color=color, linewidth=thick / 4)
+  lines(at, first, third, color=color, linewidth=thick, label=label)
+  dot = {'color': 'white', 'mew': 0, 'ms': thick * (0.5 if thick > 4 else 0.8)}
+  axes.plot(*((median, at) if lying else (at, median)), 'o', **dot)

@@ -44,15 +44,16 @@ def score_quantiles(routed: RoutedText, *, layer: int) -> pd.DataFrame:
     ValueError: there is no such layer.
   """
   chosen_SxE = chosen(routed, layer)
-  columns = {
-    ('price', ''): routed.q[layer],
-    ('load', ''): chosen_SxE.sum(axis=0),
-  }
-  for name, mask_SxE in (('chosen', chosen_SxE), ('others', ~chosen_SxE)):
-    scores_SxE = pd.DataFrame(routed.scores[layer]).where(mask_SxE)
-    for quantile in QUANTILES:
-      columns[name, quantile] = scores_SxE.quantile(quantile).to_numpy()
-  return pd.DataFrame(columns)
+  scores_SxE = pd.DataFrame(routed.scores[layer])
+  masks = {'chosen': chosen_SxE, 'others': ~chosen_SxE}
+  table = pd.concat(
+    {
+      name: scores_SxE.where(mask_SxE).quantile(list(QUANTILES)).T
+      for name, mask_SxE in masks.items()
+    },
+    axis='columns',
+  )
+  return table.assign(price=routed.q[layer], load=chosen_SxE.sum(axis=0))
 
 
 def typical_tokens(
@@ -121,10 +122,7 @@ def typical_tokens(
 
 def cosine_similarity(vectors_ExN: np.ndarray) -> np.ndarray:
   """Cosine of the angle between any two of E vectors, [E, E]; NaN for zeros."""
-  vectors_ExN = np.asarray(vectors_ExN, np.float64)
-  length_E = np.linalg.norm(vectors_ExN, axis=1)
-  with np.errstate(invalid='ignore'):
-    return vectors_ExN @ vectors_ExN.T / np.outer(length_E, length_E)
+  return 1 - distance.cdist(vectors_ExN, vectors_ExN, 'cosine')
 
 
 def cluster_order(similarity_ExE: np.ndarray) -> np.ndarray:

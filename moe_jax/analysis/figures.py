@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 import datetime
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from matplotlib.ticker import MaxNLocator
@@ -19,8 +18,6 @@ from moe_jax.analysis.results import Results
 from moe_jax.analysis.results import pace
 from moe_jax.analysis.results import steady
 
-_BANDS = {(0.0, 1.0): '0.88', (0.05, 0.95): '0.78', (0.25, 0.75): '0.66'}
-_LINES_AT_MOST = 32  # experts; of more, bands
 _NAMED = 3  # experts of the highest, and of the lowest prices
 _FULLEST = 2.0  # load over mean load at the top of the colors
 
@@ -96,9 +93,9 @@ def load_heatmap_figure(
 def price_figure(run: Results, *, layer: int) -> Figure:
   """Draws the price q of each expert over the steps, as lines and as colors.
 
-  The three experts of highest and of lowest price in the last record are named.
-  Those between are thin lines; of more than 32 experts, bands between
-  percentiles over the experts. Below, each expert has a row of colors.
+  The three experts of highest and of lowest price in the last record stand out
+  from the others' thin lines; the title names them, from the outermost inwards.
+  Below, each expert has a row of colors.
 
   Args:
     run: one that recorded prices.
@@ -110,42 +107,28 @@ def price_figure(run: Results, *, layer: int) -> Figure:
   prices = run.prices(layer)
   figure = Figure((drawing.WIDTH, 6.5), layout='constrained')
   lines, colors = figure.subplots(2, 1, sharex=True)
-  _price_lines(lines, prices)
+  order = prices.iloc[-1].sort_values(kind='stable').index
+  low, high = order[:_NAMED], order[_NAMED:][-_NAMED:][::-1]
+  # Hundreds of lines over thousands of steps would be a huge SVG.
+  others = prices.drop(columns=[*low, *high])
+  lines.plot(others, color='0.7', linewidth=0.6, rasterized=True)
+  for experts, color, style in (
+    (high, drawing.COLORS[0], '-'),
+    (low, drawing.COLORS[6], '--'),
+  ):
+    lines.plot(prices[experts], style, color=color, linewidth=1.2)
   lines.set_ylabel('price q (units of scores)')
+  above, below = (', '.join(map(str, experts)) for experts in (high, low))
   drawing.title(
     lines,
-    f'{run.method}, layer {layer}; experts of the highest and the lowest '
-    'prices, by number',
+    f'{run.method}, layer {layer}; at the end highest (solid): {above}; '
+    f'lowest (dashed): {below}',
   )
   drawing.grid(lines)
   image = drawing.heat_map(colors, prices)
   colors.set_xlabel('optimizer step')
   figure.colorbar(image, ax=colors, label='price q', aspect=15)
   return figure
-
-
-def _price_lines(axes: Axes, prices: pd.DataFrame) -> None:
-  order = prices.iloc[-1].sort_values(kind='stable').index
-  low, high = order[:_NAMED], order[_NAMED:][-_NAMED:]
-  if len(order) > _LINES_AT_MOST:
-    for (low_q, high_q), grey in _BANDS.items():
-      axes.fill_between(
-        prices.index,
-        prices.quantile(low_q, axis='columns'),
-        prices.quantile(high_q, axis='columns'),
-        color=grey,
-        linewidth=0,
-        label=f'{low_q:.0%} to {high_q:.0%} of the experts',
-      )
-    axes.legend(loc='best', frameon=False, fontsize='small')
-  else:
-    axes.plot(prices[order[_NAMED:-_NAMED]], color='0.7', linewidth=0.8)
-  for experts, color, style in (
-    (high, drawing.COLORS[0], '-'),
-    (low, drawing.COLORS[6], '--'),
-  ):
-    axes.plot(prices[experts], style, color=color, linewidth=1.2, label=experts)
-  drawing.name_line_ends(axes)
 
 
 def loss_figure(runs: Mapping[str, Results]) -> Figure:

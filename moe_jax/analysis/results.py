@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 import functools
-import json
-import math
 import os
 from typing import Any
 
-from etils import epath
 import numpy as np
 import pandas as pd
 
 from moe_jax.config import method_of
 from moe_jax.config import upgrade
+from moe_jax.runs.reader import Reader
 
 COMPILING_STEPS = 2  # whose times say nothing of the others
 _PACE_STEPS = 20
@@ -28,18 +26,15 @@ def pace(seconds: Sequence[float]) -> float:
   return float(np.median(steady(seconds)[-_PACE_STEPS:]))
 
 
-class Results:
+class Results(Reader):
   """What one training run recorded in its work directory.
 
   The run may be under way, or copied here from another machine. Files are read
   when first asked for and kept.
 
   Attributes:
-    workdir: the work directory, local or gs://...
+    workdir: absolute path of the work directory, or gs://...
   """
-
-  def __init__(self, workdir: str | os.PathLike[str]):
-    self.workdir = epath.Path(workdir)
 
   def __repr__(self) -> str:
     return f'{type(self).__name__}({os.fspath(self.workdir)!r})'
@@ -47,57 +42,20 @@ class Results:
   @functools.cached_property
   def config(self) -> dict[str, Any]:
     """The nested config, from `config.json`, its options named as today."""
-    return upgrade(self._read_json('config.json'))
-
-  @functools.cached_property
-  def facts(self) -> dict[str, Any]:
-    """What the run found out about itself, from `run.json`."""
-    return self._read_json('run.json')
+    return upgrade(super().config)
 
   @functools.cached_property
   def metrics(self) -> pd.DataFrame:
     """One row a completed step (1-based index), one column a metric key.
 
     A metric that a step does not have, such as an evaluation, is NaN, and so is
-    one that was not finite. A last line that does not parse is left out: it was
-    being written.
+    one that was not finite.
 
     Raises:
       FileNotFoundError: there is no `metrics.jsonl`.
-      ValueError: another line is malformed, or steps do not increase.
+      ValueError: a line is damaged.
     """
-    path = self._path('metrics.jsonl')
-    lines = path.read_bytes().splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-      try:
-        row = json.loads(line)
-      except ValueError as error:
-        if number == len(lines):
-          break
-        raise ValueError(f'{path}:{number}: not JSON: {error}') from error
-      step = row.get('step') if isinstance(row, dict) else None
-      if not isinstance(step, int):
-        raise ValueError(f'{path}:{number}: not an object with an int `step`')
-      if rows and step <= rows[-1]['step']:
-        last = rows[-1]['step']
-        raise ValueError(f'{path}:{number}: step {step} comes after {last}')
-      rows.append({k: math.nan if v is None else v for k, v in row.items()})
-    return pd.DataFrame(rows or {'step': []}).set_index('step')
-
-  @functools.cached_property
-  def not_finite(self) -> dict[int, dict[str, Any]]:
-    """What is known of the steps after which the run gave up; by step.
-
-    There, too many steps in a row had a loss, gradient or router logits that
-    were not finite. Keys: `cause`, `sequences` (indices of the training
-    sequences), `record` (the step's metrics, with the loads), `norms` (of the
-    `gradient` and the `parameters`, by array, and by layer in a stack), ...;
-    None is what was not finite.
-    """
-    dumps = sorted(self.workdir.glob('not_finite_step_*.json'))
-    read = (self._read_json(path.name) for path in dumps)
-    return {dump['step']: dump for dump in read}
+    return pd.DataFrame(self.records or {'step': []}).set_index('step')
 
   @property
   def finished(self) -> bool:
@@ -167,16 +125,3 @@ class Results:
       )
     rows = self.metrics[key].dropna()
     return pd.DataFrame(rows.tolist(), index=rows.index)
-
-  def _path(self, name: str) -> epath.Path:
-    path = self.workdir / name
-    if not path.is_file():
-      raise FileNotFoundError(f'{path} is missing: not a run, or not yet begun')
-    return path
-
-  def _read_json(self, name: str) -> dict[str, Any]:
-    path = self._path(name)
-    try:
-      return json.loads(path.read_bytes())
-    except ValueError as error:
-      raise ValueError(f'{path}: not JSON: {error}') from error

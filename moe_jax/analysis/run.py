@@ -1,9 +1,9 @@
 """A run, opened from its work directory."""
 
 import functools
+import json
 import os
 
-from etils import epath
 import jax
 from jax.sharding import Mesh
 import pandas as pd
@@ -14,7 +14,6 @@ from moe_jax.analysis.routed_text import RoutedText
 from moe_jax.analysis.table import difference
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.parallel import mesh as meshes
-from moe_jax.runs import checkpoints as checkpoint
 
 
 class Run(Results):
@@ -34,24 +33,9 @@ class Run(Results):
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
-    """What made tokens of the text, from `tokenizer.json`.
-
-    Raises:
-      FileNotFoundError: there is none; runs before version 0.2 had none.
-    """
-    path = self.workdir / 'tokenizer.json'
-    if not path.is_file():
-      raise FileNotFoundError(
-        f'{path} is missing: moe_jax before 0.2 left none; the command of the '
-        'run, given again, writes it'
-      )
-    text = path.read_text()
-    return Tokenizer.from_json(text, self.config['data']['vocabulary'])
-
-  @property
-  def checkpoints(self) -> list[int]:
-    """Steps that there are whole checkpoints of now, ascending."""
-    return checkpoint.steps(self.workdir / 'checkpoints')[::-1]
+    """What made tokens of the text, from `tokenizer.json`."""
+    vocabulary = self.config['data']['vocabulary']
+    return Tokenizer.from_json(json.dumps(super().tokenizer), vocabulary)
 
   def restore(
     self, step: int | None = None, *, mesh: Mesh | None = None
@@ -78,7 +62,7 @@ class Run(Results):
     kept = self._checkpoint
     if kept is None or (kept.step, kept.mesh) != (step, mesh):
       self._checkpoint = Checkpoint(
-        _absolute(self.workdir) / 'checkpoints' / str(step),
+        self.workdir / 'checkpoints' / str(step),
         tokenizer=lambda: self.tokenizer,
         version=self.facts.get('versions', {}).get('moe_jax', 'before 0.2'),
         mesh=mesh,
@@ -107,7 +91,3 @@ class Run(Results):
   def compare(self, other: 'Run') -> pd.DataFrame:
     """Sets this run beside another one; see `difference`."""
     return difference(self, other)
-
-
-def _absolute(path: epath.Path) -> epath.Path:
-  return path if '://' in os.fspath(path) else epath.Path(os.path.abspath(path))

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from matplotlib import colormaps
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 import numpy as np
@@ -20,8 +20,7 @@ _TYPE, _SMALL = 9.0, 5.5  # points
 _NUMBERS_A_LINE = 4
 _EXPERTS_AT_MOST = 64
 _VISIBLE = {' ': '·', '\n': '↵', '\t': '→', '\r': '←'}
-# White enough to read black type on, also in greyscale.
-_TINTS = (0.3, 0.55, 0.75)
+_COLORS = colormaps['Set3']  # light enough for black type, also in greyscale
 
 
 def text_figure(
@@ -29,8 +28,8 @@ def text_figure(
 ) -> Figure:
   """Draws a text with the experts that its tokens went to.
 
-  A token stands on the colour of its best expert; beneath are the numbers of
-  all that it chose, best first. There are 18 colours: the numbers decide. A
+  A token stands on the color of its best expert; beneath are the numbers of
+  all that it chose, best first. There are 12 colors: the numbers decide. A
   space is shown as ·, a new line as ↵, a tab as →, what the type has no
   letter for as �; tokens of over 40 characters are cut.
 
@@ -70,12 +69,17 @@ def text_figure(
   for token, row, below, width, (column, line) in zip(
     tokens, experts, numbers, widths, places, strict=True
   ):
-    corner = (column, line * height)
-    _cell(axes, corner, width - 0.15, expert_color(row[0]), token, below)
+    y, width = line * height, width - 0.15
+    color = expert_color(row[0])
+    axes.add_patch(Rectangle((column, y), width, 1.4 * _TYPE, facecolor=color))
+    _write(axes, column + width / 2, y + 0.7 * _TYPE, token, _TYPE)
+    for i, text in enumerate(below):
+      down = 1.4 * _TYPE + (0.6 + 1.2 * i) * _SMALL
+      _write(axes, column + width / 2, y + down, text, _SMALL)
   end = start + len(tokens)
   figure.suptitle(
     f'layer {layer}, tokens {start} to {end - 1} of {len(routed.tokens)}; '
-    'colour: best expert; numbers: all chosen, best first',
+    'color: best expert; numbers: all chosen, best first',
     x=0.012,
     y=1 - 8 / (body + 24),
     ha='left',
@@ -122,19 +126,26 @@ def typical_tokens_figure(
       f'no token of the {len(routed.tokens)} is typical of an expert; take a '
       'longer text'
     )
-  blocks = 1 if len(experts) <= 20 else 2
-  rows = -(-len(experts) // blocks)
   figure = Figure(
-    (drawing.WIDTH * (0.75 + 0.25 * blocks), 0.32 * rows + 0.7),
-    layout='constrained',
+    (drawing.WIDTH, 0.32 * len(experts) + 0.7), layout='constrained'
   )
-  size = 9.0 if blocks == 1 else 7.0  # points, of the type
+  axes = figure.subplots()
+  axes.set(xlim=(-0.5, count - 0.5), ylim=(len(experts) - 0.5, -0.5))
+  axes.set_xticks([])
+  axes.set_yticks(range(len(experts)), labels=map(str, experts))
+  axes.tick_params(left=False)
+  axes.spines[:].set_visible(False)
+  axes.set_ylabel('expert')
   norm = LogNorm(1.0, max(2.0, table['lift'].max()))
-  panels = figure.subplots(1, blocks, squeeze=False)[0]
-  for i, axes in enumerate(panels):
-    axes.set(xlim=(-0.5, count - 0.5), ylim=(rows - 0.5, -0.5))
-    shown = experts[i * rows : (i + 1) * rows]
-    _token_table(axes, shown, table, norm=norm, size=size)
+  for y, expert in enumerate(experts):
+    of_expert = table[table['expert'] == expert]
+    for x, row in enumerate(of_expert.itertuples()):
+      grey = f'{0.97 - 0.3 * float(norm(row.lift)):.3f}'  # Bears black type.
+      corner = (x - 0.48, y - 0.46)
+      axes.add_patch(Rectangle(corner, 0.96, 0.92, facecolor=grey))
+      _write(axes, x, y - 0.16, _cut(visible(row.token), 12), _TYPE)
+      lift = f'{row.lift:.1f}x {row.times}'
+      _write(axes, x, y + 0.27, lift, 0.78 * _TYPE)
   figure.suptitle(
     f'layer {layer}; beneath each token: lift, times it went to the expert',
     x=0.02,
@@ -169,48 +180,12 @@ def wrap(
 
 
 def expert_color(expert: int) -> tuple[float, float, float]:
-  """A light colour; 18 experts in a row have different ones."""
-  hues = [color for color in drawing.COLORS if color != '#000000']
-  hue = np.array(to_rgb(hues[expert % len(hues)]))
-  white = _TINTS[expert // len(hues) % len(_TINTS)]
-  return tuple((white + (1 - white) * hue).tolist())
-
-
-def _cell(axes, corner, width, color, token, below) -> None:
-  """Draws a token; below it, in small print, lines of numbers."""
-  x, y = corner
-  axes.add_patch(Rectangle(corner, width, 1.4 * _TYPE, facecolor=color))
-  _write(axes, x + width / 2, y + 0.7 * _TYPE, token, _TYPE)
-  for i, text in enumerate(below):
-    down = 1.4 * _TYPE + (0.6 + 1.2 * i) * _SMALL
-    _write(axes, x + width / 2, y + down, text, _SMALL)
+  """A light color; 12 experts in a row have different ones."""
+  return _COLORS.colors[expert % _COLORS.N]
 
 
 def _cut(text: str, length: int) -> str:
   return text if len(text) <= length else text[: length - 1] + '…'
-
-
-def _pale(share: float) -> str:
-  """Grey, nearly white for 0, darker for 1, yet light enough for black type."""
-  return f'{1 - (0.03 + 0.3 * min(max(float(share), 0.0), 1.0)):.3f}'
-
-
-def _token_table(axes, experts, table, *, norm, size) -> None:
-  """Draws a row an expert, its typical tokens from left to right."""
-  axes.set_xticks([])
-  axes.set_yticks(range(len(experts)), labels=[str(e) for e in experts])
-  axes.tick_params(left=False)
-  axes.spines[:].set_visible(False)
-  axes.set_ylabel('expert')
-  for y, expert in enumerate(experts):
-    of_expert = table[table['expert'] == expert]
-    for x, row in enumerate(of_expert.itertuples()):
-      grey = _pale(norm(row.lift))
-      corner = (x - 0.48, y - 0.46)
-      axes.add_patch(Rectangle(corner, 0.96, 0.92, facecolor=grey))
-      _write(axes, x, y - 0.16, _cut(visible(row.token), 12), size)
-      lift = f'{row.lift:.1f}x {row.times}'
-      _write(axes, x, y + 0.27, lift, 0.78 * size)
 
 
 def _numbers(experts_K: np.ndarray) -> list[str]:

@@ -9,12 +9,15 @@ seconds. Ends when all runs are finished, or by Ctrl-C.
 import argparse
 from collections.abc import Sequence
 import contextlib
+import datetime
+import itertools
 import math
 import os
 import sys
 import time
-from typing import Any
 
+import numpy as np
+from rich.columns import Columns
 from rich.console import Console
 from rich.console import Group
 from rich.live import Live
@@ -29,7 +32,8 @@ _SECONDS_BETWEEN_LINES = 10.0
 _BLOCKS = '▁▂▃▄▅▆▇█'
 _ASCII = '_.-=+*#@'  # for terminals that have no others
 _CELL = 38  # characters of a sparkline with its name and value, at least
-_STYLES = {'running': '', 'finished': 'green', 'waiting': 'dim'}
+_HEADINGS = ('step', 'loss', 'MaxVio', 'tokens/s', 'skipped', 'state')
+_STYLES = {'running': '', 'finished': 'green', 'no step yet': 'dim'}
 
 
 def sparkline(
@@ -38,22 +42,37 @@ def sparkline(
   """Draws values from 0 to `top` as blocks of eight heights.
 
   Args:
-    values: where there are more than `width`, means of neighbours are drawn.
+    values: where there are more than `width`, means of neighbors are drawn.
     top: what is as high as a block can be.
     width: of the line, in characters, at most.
     blocks: eight characters, from the lowest to the highest.
   """
-  count = min(width, len(values))
-  line = ''
-  for i in range(count):
-    first, end = i * len(values) // count, (i + 1) * len(values) // count
-    mean = sum(values[first:end]) / (end - first)
-    if math.isfinite(mean):
-      height = int(mean / top * len(blocks)) if top > 0 else 0
-      line += blocks[min(max(height, 0), len(blocks) - 1)]
-    else:
-      line += '?'
-  return line
+  parts = np.array_split(values, max(1, min(width, len(values))))
+  shares = [part.mean() / top if top else 0 * part.mean() for part in parts]
+  return ''.join(
+    blocks[int(np.clip(share * 8, 0, 7))] if math.isfinite(share) else '?'
+    for share in shares
+  )
+
+
+def state(run: Followed, now: float) -> str:
+  """Returns the time left of a run that trains, else what it does."""
+  found = run.state(now)
+  if found == 'running':
+    return f'{_duration((run.total - run.step) * run.step_seconds)} left'
+  return f'silent {_duration(run.silent(now))}' if found == 'silent' else found
+
+
+def cells(run: Followed, now: float) -> dict[str, str]:
+  """Returns what is said of a run that has begun, by headings."""
+  return {
+    'step': f'{run.step:,}/{run.total:,}',
+    'loss': _number(run.last['train/loss']),
+    'MaxVio': _number(run.last['router/max_violation']),
+    'tokens/s': f'{run.last["time/tokens_per_second"]:,.0f}',
+    'skipped': f'{run.last.get("train/skipped_steps", 0):,}',
+    'state': state(run, now),
+  }
 
 
 def view(runs: Sequence[Followed], console: Console, now: float) -> Group:
@@ -67,24 +86,13 @@ def view(runs: Sequence[Followed], console: Console, now: float) -> Group:
   table = Table(box=None, padding=(0, 2, 0, 0), header_style='dim')
   # The other columns need that much; a long name is cut, numbers are not.
   table.add_column('run', no_wrap=True, max_width=max(8, console.width - 68))
-  for heading in ('step', 'loss', 'MaxVio', 'tokens/s', 'skipped', 'time left'):
+  for heading in _HEADINGS:
     table.add_column(heading, justify='right', no_wrap=True)
   for run in runs:
-    state = Text(_state(run, now), _STYLES.get(run.state(now), 'yellow'))
-    if not run.steps:
-      table.add_row(Text(run.name), '', '', '', '', '', state)
-      continue
-    if run.state(now) == 'running':
-      state = Text(_duration(run.seconds_left))
-    table.add_row(
-      Text(run.name),
-      f'{run.step:,}/{run.total:,}',
-      _number(run.last['train/loss']),
-      _number(run.last['router/max_violation']),
-      f'{run.last["time/tokens_per_second"]:,.0f}',
-      f'{run.last.get("train/skipped_steps", 0):,}',
-      state,
-    )
+    said = cells(run, now) if run.steps else {'state': state(run, now)}
+    style = _STYLES.get(run.state(now), 'yellow')
+    said['state'] = Text(said['state'], style)
+    table.add_row(Text(run.name), *(said.get(h, '') for h in _HEADINGS))
   begun = [run for run in runs if run.steps]
   room = console.height - len(runs) - 2
   blocks = _BLOCKS if console.encoding.startswith('utf') else _ASCII
@@ -99,55 +107,32 @@ def view(runs: Sequence[Followed], console: Console, now: float) -> Group:
 def line(run: Followed, now: float) -> str:
   """Returns the state of a run in one line."""
   if not run.steps:
-    return f'{run.name}: {_state(run, now)}'
-  last, layers = run.last, run.layers
-  worst = max(layers, key=lambda layer: layers[layer][-1], default='')
-  parts = [
-    f'{run.name}: step {run.step:,}/{run.total:,}',
-    f'loss {_number(last["train/loss"])}',
-    f'MaxVio {_number(last["router/max_violation"])}'
-    + (f' (worst: {worst} {_number(layers[worst][-1])})' if worst else ''),
-    f'{last["time/tokens_per_second"]:,.0f} tokens/s',
-  ]
-  if last.get('train/skipped_steps'):
-    parts.append(f'{last["train/skipped_steps"]:,} steps skipped')
-  if run.evaluations:
-    parts.append(_evaluations(run))
-  if run.state(now) == 'running':
-    parts.append(f'{_duration(run.seconds_left)} left')
-  else:
-    parts.append(_state(run, now))
-  return '  '.join(parts)
+    return f'{run.name}: {state(run, now)}'
+  said = [f'{heading} {text}' for heading, text in cells(run, now).items()]
+  return f'{run.name}: {"  ".join([*said, _evaluations(run)]).rstrip()}'
 
 
 def _sparklines(run: Followed, width: int, rows: int, blocks: str) -> Group:
   """A heading and, below it, the loss and MaxVio of each layer."""
   columns = max(1, width // _CELL)
-  layers = shown = run.layers
+  layers = run.layers
   most = rows * columns - 1
-  if len(shown) > most:  # Those that matter most, in their order.
-    by_mean = sorted(shown, key=lambda layer: -sum(shown[layer]))
-    shown = {layer: layers[layer] for layer in sorted(by_mean[:most])}
-  violations = [v for of in shown.values() for v in of if math.isfinite(v)]
-  top = max(violations, default=0.0)
+  by_mean = sorted(layers, key=lambda layer: -sum(layers[layer]))
+  shown = {layer: layers[layer] for layer in sorted(by_mean[:most])}
+  top = np.nanmax([0.0, *itertools.chain(*shown.values())])
   title = (
     f'{run.name[:20]}: steps {run.steps[0]["step"]:,} to {run.step:,}, '
     f'MaxVio 0 to {_number(top)}'
   )
   if len(shown) < len(layers):
     title += f', worst {len(shown)} of {len(layers)} layers'
-  losses = [step['train/loss'] for step in run.steps]
-  finite = [loss for loss in losses if math.isfinite(loss)]
-  lowest, highest = min(finite, default=0.0), max(finite, default=0.0)
-  above = [loss - lowest for loss in losses]
-  lines = {'loss': (above, highest - lowest, losses[-1])}
+  losses = np.array([step['train/loss'] for step in run.steps])
+  lowest, highest = np.nanmin([*losses, np.inf]), np.nanmax([*losses, -np.inf])
+  lines = {'loss': (losses - lowest, highest - lowest, losses[-1])}
   lines |= {name: (values, top, values[-1]) for name, values in shown.items()}
-  grid = Table.grid(padding=(0, 2, 0, 0))
-  for _ in range(columns):
-    grid.add_column(no_wrap=True)
   name_width = max(map(len, lines))
   line_width = width // columns - name_width - 11
-  cells = [
+  texts = [
     Text(f'{name:{name_width}} ', 'dim')
     + Text(f'{_number(value):>7} ')
     + Text(
@@ -155,29 +140,18 @@ def _sparklines(run: Followed, width: int, rows: int, blocks: str) -> Group:
     )
     for name, (values, most_of, value) in lines.items()
   ]
-  height = math.ceil(len(cells) / columns)
-  for row in range(height):
-    grid.add_row(*cells[row::height])
-  parts = ['', Text(title, 'bold', no_wrap=True)]
+  grid = Columns(texts, column_first=True, equal=True, padding=(0, 2))
+  heading = [Text(title, 'bold', no_wrap=True)]
   if run.evaluations:
-    parts.append(Text(_evaluations(run), no_wrap=True))
-  return Group(*parts, grid)
+    heading.append(Text(_evaluations(run), no_wrap=True))
+  return Group('', *heading, grid)
 
 
 def _evaluations(run: Followed) -> str:
-  return 'perplexity: ' + ', '.join(
-    f'{name} {_number(value)} (step {step:,})'
+  return '  '.join(
+    f'{name} perplexity {_number(value)} (step {step:,})'
     for name, (step, value) in run.evaluations.items()
   )
-
-
-def _state(run: Followed, now: float) -> str:
-  state = run.state(now)
-  if state == 'waiting':
-    return 'no step yet'
-  if state == 'silent':
-    return f'silent {_duration(now - run.written)}'
-  return state
 
 
 def _number(value: float) -> str:
@@ -185,36 +159,7 @@ def _number(value: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-  """Writes a time in its two largest units."""
-  if not math.isfinite(seconds):
-    return '?'
-  minutes, rest = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  days, hours = divmod(hours, 24)
-  if days:
-    return f'{days} d {hours} h'
-  if hours:
-    return f'{hours} h {minutes} min'
-  return f'{minutes} min {rest} s' if minutes else f'{rest} s'
-
-
-def _print_news(
-  runs: Sequence[Followed], printed: dict[Followed, tuple[Any, float]]
-) -> None:
-  """Prints a line of each run that has news, if the last was long ago.
-
-  Args:
-    runs: all of them.
-    printed: what was printed of each, and when; is kept up to date.
-  """
-  now = time.time()
-  for run in runs:
-    news = (run.step, run.state(now))
-    before, when = printed.get(run, (None, -math.inf))
-    due = now - when >= _SECONDS_BETWEEN_LINES or run.finished
-    if news != before and due:
-      print(line(run, now), flush=True)
-      printed[run] = news, now
+  return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _watch(runs: Sequence[Followed], once: bool) -> None:
@@ -224,15 +169,18 @@ def _watch(runs: Sequence[Followed], once: bool) -> None:
     live = Live(console=console, auto_refresh=False)
   with live or contextlib.nullcontext():
     while True:
+      now = time.time()
       for run in runs:
         run.look()
+        news = (run.step, run.state(now))
+        if not live and printed.get(run) != news:
+          print(line(run, now), flush=True)
+          printed[run] = news
       if live:
-        live.update(view(runs, console, time.time()), refresh=True)
-      else:
-        _print_news(runs, printed)
+        live.update(view(runs, console, now), refresh=True)
       if once or all(run.finished for run in runs):
         return
-      time.sleep(_SECONDS_BETWEEN_LOOKS)
+      time.sleep(_SECONDS_BETWEEN_LOOKS if live else _SECONDS_BETWEEN_LINES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -251,17 +199,16 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     paths = arguments.workdir
     _watch(list(map(Followed, paths, name_paths(paths))), arguments.once)
+  except KeyboardInterrupt:
+    pass
+  except BrokenPipeError:  # `| head` has seen enough.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except (ValueError, OSError) as error:
-    if isinstance(error, BrokenPipeError):  # `| head` has seen enough.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-      return 0
     print(f'error: {error}', file=sys.stderr)
     return 2
   except KeyError as error:
     print(f'error: no run of this version: {error} is missing', file=sys.stderr)
     return 2
-  except KeyboardInterrupt:
-    pass
   return 0
 
 

@@ -7,7 +7,6 @@ import io
 from typing import Any
 from typing import NamedTuple
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from moe_jax.analysis import figures
@@ -16,7 +15,6 @@ from moe_jax.analysis.run import Run
 from moe_jax.analysis.table import by_method
 
 _LONGEST_LABEL = 18  # characters: four fit side by side
-_LARGEST_SVG = 1_000_000  # bytes
 
 
 class Picture(NamedTuple):
@@ -101,22 +99,15 @@ def _draw(picture: Picture, of: Any, title: str) -> dict[str, Any]:
     figure = picture.draw(of)
   except ValueError as error:  # It needs what one of the runs has not.
     return shown | {'missing': str(error)}
-  kind, image = 'svg+xml', _image(figure, format='svg', metadata={'Date': None})
-  if len(image) > _LARGEST_SVG:  # So many steps: nobody sees the single ones.
-    kind, image = 'png', _image(figure, format='png', dpi=200)
+  image = io.BytesIO()
+  figure.savefig(image, dpi=200)
+  encoded = base64.b64encode(image.getvalue()).decode()
   width, height = figure.get_size_inches()
   return shown | {
-    'source': f'data:image/{kind};base64,{base64.b64encode(image).decode()}',
+    'source': f'data:image/png;base64,{encoded}',
     'width': round(96 * width),
     'height': round(96 * height),
   }
-
-
-def _image(figure: Figure, **options: Any) -> bytes:
-  file = io.BytesIO()
-  with matplotlib.rc_context({'svg.hashsalt': 'moe_jax'}):
-    figure.savefig(file, **options)
-  return file.getvalue()
 
 
 def _labelled(named: Mapping[str, Run]) -> dict[str, Run]:
