@@ -20,7 +20,7 @@ from moe_jax import config as config_lib
 from moe_jax import nn
 from moe_jax.analysis.routed_text import RoutedText
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.runs import checkpoints as checkpoint
+from moe_jax.runs import checkpoints
 from moe_jax.train import state as states
 
 _SEQUENCES_AT_ONCE = 8  # on each device
@@ -61,7 +61,7 @@ class Checkpoint:
   ):
     self.path, self.mesh = path, mesh
     self._tokenizer, self._version = tokenizer, version
-    self._meta = self._read(checkpoint.read_meta)
+    self._meta = self._read(checkpoints.read_meta)
     self.step = self._meta['position']['step']
     self.config = self._read(
       lambda _: config_lib.freeze(config_lib.upgrade(self._meta['config']))
@@ -178,8 +178,8 @@ class Checkpoint:
     return states.make_training(config, optax.identity(), self.mesh)
 
   def _checked(self, path, name, abstract=None):
-    item = checkpoint.read_item(path, name, abstract)
-    checkpoint.check_item(self._meta, name, item)
+    item = checkpoints.read_item(path, name, abstract)
+    checkpoints.check_item(self._meta, name, item)
     return item
 
   def _read(self, read, *arguments):
@@ -189,7 +189,7 @@ class Checkpoint:
     except FileNotFoundError as error:
       raise FileNotFoundError(f'{self.path}: {error}') from error
     except Exception as error:  # What damage leads to is not foreseeable.
-      if checkpoint.may_pass(error):
+      if checkpoints.may_pass(error):
         raise OSError(
           f'{self.path}: cannot be read now ({type(error).__name__}: {error})'
         ) from error

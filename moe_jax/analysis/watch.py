@@ -47,7 +47,7 @@ def sparkline(
     width: of the line, in characters, at most.
     blocks: eight characters, from the lowest to the highest.
   """
-  parts = np.array_split(values, max(1, min(width, len(values))))
+  parts = np.array_split(values, min(width, len(values))) if values else []
   shares = [part.mean() / top if top else 0 * part.mean() for part in parts]
   return ''.join(
     blocks[int(np.clip(share * 8, 0, 7))] if math.isfinite(share) else '?'
@@ -108,8 +108,9 @@ def line(run: Followed, now: float) -> str:
   """Returns the state of a run in one line."""
   if not run.steps:
     return f'{run.name}: {state(run, now)}'
-  said = [f'{heading} {text}' for heading, text in cells(run, now).items()]
-  return f'{run.name}: {"  ".join([*said, _evaluations(run)]).rstrip()}'
+  said = cells(run, now)
+  last = [*_evaluations(run), said.pop('state')]
+  return f'{run.name}: {"  ".join([f"{h} {text}" for h, text in said.items()] + last)}'
 
 
 def _sparklines(run: Followed, width: int, rows: int, blocks: str) -> Group:
@@ -143,15 +144,15 @@ def _sparklines(run: Followed, width: int, rows: int, blocks: str) -> Group:
   grid = Columns(texts, column_first=True, equal=True, padding=(0, 2))
   heading = [Text(title, 'bold', no_wrap=True)]
   if run.evaluations:
-    heading.append(Text(_evaluations(run), no_wrap=True))
+    heading.append(Text('  '.join(_evaluations(run)), no_wrap=True))
   return Group('', *heading, grid)
 
 
-def _evaluations(run: Followed) -> str:
-  return '  '.join(
+def _evaluations(run: Followed) -> list[str]:
+  return [
     f'{name} perplexity {_number(value)} (step {step:,})'
     for name, (step, value) in run.evaluations.items()
-  )
+  ]
 
 
 def _number(value: float) -> str:

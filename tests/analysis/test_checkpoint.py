@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import moe_jax
+from moe_jax import nn
 from moe_jax.analysis import Run
 from moe_jax.parallel import mesh as meshes
 from moe_jax.runs import checkpoints
@@ -42,14 +43,16 @@ def test_the_state_is_the_one_that_was_saved(trained, opened):
   saved = checkpoints.restore_newest(
     trained.workdir / 'checkpoints',
     opened.facts['run'],
-    lambda _: trained.training.abstract,
+    lambda _: trained.training.abstract._asdict(),
   )
   assert newest.step == 6
   assert newest.config == trained.config
-  state = saved.state.router['moe_blocks']['feed_forward']['state']
-  np.testing.assert_array_equal(newest.q, state.q)
+  q_LxE = nn.prices(saved.items['router'])
+  np.testing.assert_array_equal(newest.q, q_LxE)
   assert newest.q.any()
-  jax.tree.map(np.testing.assert_array_equal, newest.params, saved.state.params)
+  jax.tree.map(
+    np.testing.assert_array_equal, newest.params, saved.items['params']
+  )
   assert not np.array_equal(opened.restore(3).q, newest.q)
   for layer in range(2):  # Records are of the same prices.
     for step in (3, 6):
@@ -125,7 +128,7 @@ def test_which_checkpoint_is_missing(opened):
 @pytest.mark.parametrize(
   ('name', 'why'),
   [
-    ('tokenizer.json', 'moe_jax before 0.2 left none'),
+    ('tokenizer.json', 'not a run, or not yet begun'),
     ('run.json', 'not a run, or not yet begun'),
     ('config.json', 'not a run, or not yet begun'),
   ],
@@ -163,7 +166,7 @@ def test_another_version_is_told(workdir):
   )
   del meta['sha256']
   meta['config']['gone'] = 1
-  sealed = meta | {'sha256': checkpoints._sha256(meta, data)}
+  sealed = meta | {'sha256': checkpoints.sha256_of(meta, data)}
   (items / 'meta' / 'metadata').write_text(json.dumps(sealed))
   facts = json.loads((workdir / 'run.json').read_text())
   facts['versions']['moe_jax'] = '0.0.7'

@@ -189,7 +189,7 @@ def test_a_figure_that_cannot_be_drawn_says_why(write_run, records, page):
   [
     (shutil.rmtree, 'metrics.jsonl is missing: not a run'),
     (lambda w: (w / 'metrics.jsonl').write_text(''), 'no step is completed'),
-    (lambda w: (w / 'run.json').write_text('{'), 'run.json: not JSON'),
+    (lambda w: (w / 'run.json').write_text('{'), 'run.json: damaged, not JSON'),
     (
       lambda w: (w / 'metrics.jsonl').write_text('{"step": 1, "x": 2}\n'),
       "has no 'train/loss'; of an older version",

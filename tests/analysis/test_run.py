@@ -61,19 +61,19 @@ def test_a_half_written_last_line_is_ignored(write_run, kept):
 @pytest.mark.parametrize(
   ('line', 'message'),
   [
-    (b'{"step": 2, "train/l', 'not JSON'),
-    (b'', 'not JSON'),
-    (b'{"step": 2, "a": "\xff"}', 'not JSON'),
-    (b'[2]', 'not an object'),
-    (b'{"train/loss": 1.0}', 'not an object'),
-    (b'{"step": 1}', 'step 1 comes after 1'),
+    (b'{"step": 2, "train/l', 'line 2 is damaged'),
+    (b'', 'line 2 is damaged'),
+    (b'{"step": 2, "a": "\xff"}', 'line 2 is damaged'),
+    (b'[2]', 'line 2 is damaged'),
+    (b'{"train/loss": 1.0}', 'line 2 is damaged'),
+    (b'{"step": 1}', 'line 2: step 1 after 1'),
   ],
 )
 def test_any_other_malformed_line_is_named(write_run, line, message):
   path = write_run() / 'metrics.jsonl'
   first, _, third = path.read_bytes().splitlines()
   path.write_bytes(b'\n'.join([first, line, third, b'']))
-  with pytest.raises(ValueError, match=rf'metrics\.jsonl:2: {message}'):
+  with pytest.raises(ValueError, match=rf'metrics\.jsonl: {message}'):
     _ = Run(path.parent).metrics
 
 
