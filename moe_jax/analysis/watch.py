@@ -47,7 +47,7 @@ def sparkline(
     width: of the line, in characters, at most.
     blocks: eight characters, from the lowest to the highest.
   """
-  parts = np.array_split(values, min(width, len(values))) if values else []
+  parts = np.array_split(values, min(width, len(values))) if len(values) else []
   shares = [part.mean() / top if top else 0 * part.mean() for part in parts]
   return ''.join(
     blocks[int(np.clip(share * 8, 0, 7))] if math.isfinite(share) else '?'
@@ -109,8 +109,9 @@ def line(run: Followed, now: float) -> str:
   if not run.steps:
     return f'{run.name}: {state(run, now)}'
   said = cells(run, now)
-  last = [*_evaluations(run), said.pop('state')]
-  return f'{run.name}: {"  ".join([f"{h} {text}" for h, text in said.items()] + last)}'
+  last = said.pop('state')
+  numbers = [f'{heading} {text}' for heading, text in said.items()]
+  return f'{run.name}: {"  ".join([*numbers, *_evaluations(run), last])}'
 
 
 def _sparklines(run: Followed, width: int, rows: int, blocks: str) -> Group:

@@ -30,9 +30,6 @@ EVALUATIONS = {
   },
 }
 
-# Of balancers, as a config has them even where they are defaults.
-ARGUMENTS = {'bip': {'iterations': 4}, 'loss_free': {'rate': 1e-3}}
-
 
 def record_of(step, violations, loads):
   record = {
@@ -79,8 +76,7 @@ def write_run(tmp_path, records):
       'sequence_length': 4,
       'capacity_factor': 0.0,
       'learning_rate': 1e-3,
-      'balancer': METHODS.get(method, {'name': method})
-      | ARGUMENTS.get(method, {}),
+      'balancer': METHODS.get(method, {'name': method}),
       'model': {'layers': 2, 'experts': 4, 'experts_per_token': 2},
     } | config
     facts = {
