@@ -117,10 +117,11 @@ def _sizes(plan: Plan) -> list[int]:
 
 def _training_under(plan: Plan, options: dict[str, Any]) -> Training:
   """Plans the model under the balancer of a checkpoint, on the mesh of now."""
+  options = config_lib.upgrade(options)
   if options['balancer'] == plan.config.balancer:
     return plan.training
   mesh = dataclasses.asdict(plan.config.mesh)
-  config = config_lib.freeze(config_lib.upgrade(options) | {'mesh': mesh})
+  config = config_lib.freeze(options | {'mesh': mesh})
   return make_training(config, make_optimizer(config), plan.mesh)
 
 
@@ -129,7 +130,7 @@ def _continued(plan: Plan, saved: Saved) -> TrainState:
   step = np.int32(saved.position.step)
   sharding = plan.training.abstract.step.sharding
   state = TrainState(step=jax.device_put(step, sharding), **saved.items)
-  if saved.config['balancer'] == plan.config.balancer:
+  if config_lib.upgrade(saved.config)['balancer'] == plan.config.balancer:
     return state
   router = nn.carry_prices(state.router, plan.training.init_router())
   return state._replace(router=router)
