@@ -1,6 +1,5 @@
-"""How far a run is, on the screen: a bar on a terminal, else plain lines."""
+"""How far a run is: a bar on a terminal, else a plain line now and then."""
 
-import math
 import sys
 import time
 from typing import Any
@@ -20,11 +19,58 @@ _SHOWN = {
 }
 
 
-def open_progress(label: str, step: int, steps: int) -> 'Bar | Lines':
-  """Returns what shows how a run goes on from `step` to `steps`."""
-  console = Console(stderr=True)
-  kind = Bar if console.is_terminal else Lines
-  return kind(console, label, step, steps)
+class Screen:
+  """Shows loss, MaxVio, speed, evaluations and the time left.
+
+  Args:
+    label: name of the run.
+    step: steps completed before.
+    steps: steps in total.
+  """
+
+  def __init__(self, label: str, step: int, steps: int):
+    console = Console(stderr=True)
+    self._is_terminal = console.is_terminal
+    self._bar = Progress(
+      TextColumn('{task.description}'),
+      BarColumn(),
+      MofNCompleteColumn(),
+      TextColumn('{task.fields[summary]}'),
+      TimeRemainingColumn(),
+      console=console,
+      disable=not console.is_terminal,
+    )
+    self._label, self._first, self._steps = label, step, steps
+    self._started = self._shown = time.monotonic()
+    self._task = self._bar.add_task(
+      label, total=steps, completed=step, summary='compiling'
+    )
+    self._bar.start()
+    self._print(step, 'compiling')
+
+  def _print(self, step: int, what: str) -> None:
+    if not self._is_terminal:
+      line = f'{self._label}: step {step}/{self._steps}  {what}'
+      print(line, file=sys.stderr, flush=True)
+
+  def show(self, record: dict[str, Any]) -> None:
+    """Shows the record of a step."""
+    step, now = record['step'], time.monotonic()
+    summary = _summary(record)
+    self._bar.update(self._task, completed=step, summary=summary)
+    done = step - self._first
+    due = done == 1 or now - self._shown >= _SECONDS_BETWEEN_LINES
+    if due or step == self._steps:
+      self._shown = now
+      seconds = (now - self._started) / max(1, done) * (self._steps - step)
+      self._print(step, f'{summary}  {seconds:.0f} s left')
+
+  def sync(self) -> None:
+    """Does nothing."""
+
+  def close(self) -> None:
+    """Leaves the bar as it is."""
+    self._bar.stop()
 
 
 def _summary(record: dict[str, Any]) -> str:
@@ -35,68 +81,3 @@ def _summary(record: dict[str, Any]) -> str:
     if name.startswith('eval/') and name.endswith('/perplexity')
   ]
   return '  '.join(parts)
-
-
-class Bar:
-  """A bar with loss, MaxVio, tokens/s and time left."""
-
-  def __init__(self, console: Console, label: str, step: int, steps: int):
-    self._progress = Progress(
-      TextColumn('{task.description}'),
-      BarColumn(),
-      MofNCompleteColumn(),
-      TextColumn('{task.fields[summary]}'),
-      TimeRemainingColumn(),
-      console=console,
-    )
-    self._task = self._progress.add_task(
-      label, total=steps, completed=step, summary='compiling'
-    )
-    self._progress.start()
-
-  def show(self, record: dict[str, Any]) -> None:
-    """Shows the record of a step."""
-    self._progress.update(
-      self._task, completed=record['step'], summary=_summary(record)
-    )
-
-  def sync(self) -> None:
-    """Does nothing."""
-
-  def close(self) -> None:
-    """Leaves the bar as it is."""
-    self._progress.stop()
-
-
-class Lines:
-  """Plain lines for logs, at most one every few seconds."""
-
-  def __init__(self, console: Console, label: str, step: int, steps: int):
-    del console
-    self._label, self._first, self._steps = label, step, steps
-    self._started = time.monotonic()
-    self._shown = -math.inf
-    self._say(step, 'compiling')
-
-  def _say(self, step: int, what: str) -> None:
-    print(
-      f'{self._label}: step {step}/{self._steps}  {what}',
-      file=sys.stderr,
-      flush=True,
-    )
-
-  def show(self, record: dict[str, Any]) -> None:
-    """Prints the record of a step, if it is time for a line."""
-    now, step = time.monotonic(), record['step']
-    if step < self._steps and now - self._shown < _SECONDS_BETWEEN_LINES:
-      return
-    self._shown = now
-    done = max(1, step - self._first)
-    seconds = (now - self._started) / done * (self._steps - step)
-    self._say(step, f'{_summary(record)}  {seconds:.0f} s left')
-
-  def sync(self) -> None:
-    """Does nothing."""
-
-  def close(self) -> None:
-    """Does nothing."""

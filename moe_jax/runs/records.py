@@ -16,7 +16,6 @@ from typing import Any
 from moe_jax.runs import files
 
 NAME = 'metrics.jsonl'
-_BYTES = 1 << 24  # `Tail` reads at most so much of the end of a long file.
 
 Record = dict[str, Any]
 
@@ -60,16 +59,18 @@ class Tail:
 
   Args:
     path: of the file; it need not exist yet.
+
+  Attributes:
+    written: when the file was, in seconds since the epoch; NaN without one.
   """
 
   def __init__(self, path: pathlib.Path):
     self._path = path
-    self.written = math.nan  # seconds since the epoch
-    self._start_at(0, inode=0)
+    self._forget()
 
-  def _start_at(self, offset: int, inode: int) -> None:
-    self._offset, self._inode = offset, inode
-    self._inside_line, self._last_step = offset > 0, 0
+  def _forget(self) -> None:
+    self.written = math.nan
+    self._inode = self._offset = self._last_step = 0
 
   def look(self) -> tuple[list[Record], bool]:
     """Returns new records, and whether all before are void.
@@ -81,35 +82,35 @@ class Tail:
       ValueError: a line is damaged.
       OSError: the file cannot be read.
     """
-    before = self._inode
+    void = False
     try:
+      status = self._path.stat()
+      if self._inode != status.st_ino or status.st_size < self._offset:
+        void = self._inode != 0
+        self._forget()
       with self._path.open('rb') as file:
-        status = os.fstat(file.fileno())
-        self.written = status.st_mtime
-        if status.st_ino != self._inode or status.st_size < self._offset:
-          self._start_at(max(0, status.st_size - _BYTES), status.st_ino)
         file.seek(self._offset)
         lines = file.read().splitlines(keepends=True)
     except FileNotFoundError:
-      self._start_at(0, inode=0)
-      return [], before != 0
+      void = self._inode != 0
+      self._forget()
+      return [], void
+    self._inode, self.written = status.st_ino, status.st_mtime
     if lines and not lines[-1].endswith(b'\n'):
       lines.pop()
     try:
-      records = list(_parse(self._path, lines[self._inside_line :]))
-      if records and self._last_step not in (0, records[0]['step'] - 1):
-        raise ValueError(f'{self._path}: step {self._last_step + 1} is missing')
+      records = list(_parse(self._path, lines))
+      expected = self._last_step + 1
+      if records and self._last_step and records[0]['step'] != expected:
+        raise ValueError(f'{self._path}: step {expected} is missing')
     except ValueError:
       if not self._last_step:
         raise
-      self._start_at(0, inode=0)  # It was written anew, in place.
+      self._forget()  # It was written anew, in place.
       return self.look()[0], True
-    if lines:
-      self._offset += sum(map(len, lines))
-      self._inside_line = False
-    if records:
-      self._last_step = records[-1]['step']
-    return records, self._inode != before
+    self._offset += sum(map(len, lines))
+    self._last_step = records[-1]['step'] if records else self._last_step
+    return records, void
 
 
 class Writer:

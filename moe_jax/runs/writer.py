@@ -26,7 +26,7 @@ from moe_jax.runs import records
 from moe_jax.runs.checkpoints import Position
 from moe_jax.runs.checkpoints import Saved
 from moe_jax.runs.events import Events
-from moe_jax.runs.progress import open_progress
+from moe_jax.runs.progress import Screen
 from moe_jax.runs.reader import Reader
 from moe_jax.runs.saver import Saver
 
@@ -198,7 +198,7 @@ class Writer:
     if self._directory is not None:
       self._outputs += [
         Events(self._directory, step=step, steps=steps, text=description),
-        open_progress(self._label, step, steps),
+        Screen(self._label, step, steps),
       ]
     self._clock = time.perf_counter()
 
