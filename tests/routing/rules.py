@@ -8,6 +8,8 @@ import numpy as np
 
 from moe_jax import routing
 
+_UNPRICED = routing.unbalanced()._replace(loss=None)
+
 RULES = {
   'unbalanced': routing.unbalanced(),
   'loss_controlled': routing.loss_controlled(),
@@ -27,14 +29,31 @@ RULES = {
   'sinkhorn': routing.sinkhorn(2),
 }
 
-# Sums of floats: q differs in its last bits by the order of the terms.
+# Prices from sums of floats, whose last bits depend on the order of the terms.
 BY_SUMS = ('sinkhorn',)
+
+# Prices from loads, which ties make uneven and which know no c.
+BY_LOADS = ('loss_free', 'loss_free_proportional')
+
+# q of these never moves.
+UNPRICED = [
+  name for name, rule in RULES.items() if rule._replace(loss=None) == _UNPRICED
+]
 
 # q of these is the same, bit for bit, however tokens are spread over devices.
 BY_COUNTING = [
   name
   for name, rule in RULES.items()
   if name not in BY_SUMS and not rule.per_shard
+]
+
+# q of these moves once a step, however many microbatches it has.
+BY_STEPS = [
+  name
+  for name in BY_COUNTING
+  if name not in UNPRICED
+  and RULES[name].additive
+  and RULES[name].solve == _UNPRICED.solve
 ]
 
 # Four tokens, three experts, k = 1. Without q: 0, 0, 1, 0.

@@ -144,7 +144,7 @@ def test_masked_tokens_are_as_if_deleted(name):
 @every_rule
 def test_a_step_without_tokens_leaves_the_state(name):
   state = warm(name)
-  if name not in ('unbalanced', 'loss_controlled'):
+  if name not in rules.UNPRICED:
     assert np.any(state.q)
   scores = jnp.full((TOKENS, EXPERTS), jnp.nan)
   after, _, choice = rules.jitted_step(name, K)(
@@ -164,11 +164,10 @@ def test_updating_from_nothing_leaves_q(name):
 @pytest.mark.parametrize(
   'name,tokens,k',
   [(name, TOKENS, EXPERTS) for name in rules.RULES]
-  # Loads and soft sums know no c.
   + [
     (name, 2, 3)
     for name in rules.RULES
-    if 'loss_free' not in name and name != 'sinkhorn'
+    if name not in (*rules.BY_LOADS, *rules.BY_SUMS)
   ],
 )
 def test_nothing_to_share_out_leaves_q(name, tokens, k):
@@ -190,7 +189,7 @@ def test_equal_scores_give_equal_prices(name):
   for _ in range(3):
     state, q, choice = rules.jitted_step(name, K)(state, scores)
     assert np.all(np.isfinite(q))
-    if 'loss_free' not in name:  # which goes by the loads that ties make
+    if name not in rules.BY_LOADS:
       np.testing.assert_array_equal(q, q[0])
       np.testing.assert_array_equal(choice.load, [TOKENS] * K + [0] * 5)
 
@@ -220,12 +219,14 @@ def test_a_token_of_nan_does_not_take_sinkhorn_from_the_others():
   assert np.any(q)
 
 
-@every_rule
+@pytest.mark.parametrize(
+  'name',
+  # The others average prices of shards and microbatches.
+  [name for name, rule in rules.RULES.items() if not rule.per_shard],
+)
 def test_a_rule_knows_whether_its_observations_add_up(name):
-  """Over microbatches that are priced alike; shards have a mean instead."""
+  """Over microbatches that are priced alike."""
   balancer, state = rules.RULES[name], warm(name)
-  if balancer.per_shard:
-    return
   observe = jax.jit(functools.partial(balancer.observe, k=K))
 
   def seen(scores):

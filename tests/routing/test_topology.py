@@ -158,9 +158,7 @@ def test_shards_solve_by_themselves_and_share_their_mean(lag):
   'parts',
   [pytest.param(n, marks=pytest.mark.long) for n in (2, 8)] + [4],
 )
-@pytest.mark.parametrize(
-  'name', ['loss_free', 'loss_free_proportional', 'quantile_histogram']
-)
+@pytest.mark.parametrize('name', rules.BY_STEPS)
 def test_rules_of_the_step_do_not_depend_on_microbatches(name, parts):
   balancer = rules.RULES[name]
   # Compiled, as a product and a sum may be rounded together where they are.
