@@ -37,18 +37,17 @@ Ctrl-C) and saved, 128 + N ended by signal N unsaved, 1 anything else.
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
-import difflib
 import os
 import runpy
 import sys
 import types
-from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict
 from ml_collections import config_flags
 
 from moe_jax.options import Refused
+from moe_jax.options import expected
 from moe_jax.options import is_plain
 from moe_jax.options import one_line
 from moe_jax.options import shown
@@ -89,7 +88,7 @@ def parse(
     # misspelt flags pass.
     name = argument.lstrip('-').partition('=')[0]
     if argument.startswith('-') and name in ('flagfile', 'undefok'):
-      _refuse(name, name, known)
+      raise ValueError(f'--{name}: {expected(name, known)}')
   try:
     rest = values(list(argv), known_only=True)
     for name, value in values.flag_values_dict().items():
@@ -158,28 +157,17 @@ def _check_argument(
   section, *path = name.split('.')
   if section == 'config' and path:
     for i, part in enumerate(path):
-      known = [] if not isinstance(config, ConfigDict) else sorted(config)
-      section = '.'.join(['config', *path[: i + 1]])
+      known = config if isinstance(config, ConfigDict) else ()
       if part not in known:
-        break
+        section = '.'.join(['config', *path[: i + 1]])
+        raise ValueError(f'--{section}: {expected(part, known)}')
       config = config[part]
-    else:
-      if isinstance(config, ConfigDict):
-        raise ValueError(
-          f'--{name}: a group of options; set one of {", ".join(config)}'
-        )
-      return
-    _refuse(section, part, known)
-  _refuse(name, section, known)
-
-
-def _refuse(name: str, part: str, known: Sequence[str]) -> NoReturn:
-  """Raises ValueError for a flag of which `part` is none of the `known`."""
-  close = difflib.get_close_matches(part, known, n=1)
-  hint = f'did you mean {close[0]}? ' if close else ''
-  raise ValueError(
-    f'--{name}: unknown; {hint}known are {", ".join(known) or "none"}'
-  )
+    if isinstance(config, ConfigDict):
+      raise ValueError(
+        f'--{name}: a group of options; set one of {", ".join(config)}'
+      )
+  else:
+    raise ValueError(f'--{name}: {expected(section, known)}')
 
 
 def main(argv: Sequence[str]) -> int:

@@ -138,7 +138,7 @@ def expected(name: Any, known: Iterable[str]) -> str:
   known = sorted(known)
   close = difflib.get_close_matches(str(name), known, n=1)
   hint = f'did you mean {close[0]}? ' if close else ''
-  return f'unknown; {hint}known are {", ".join(known)}'
+  return f'unknown; {hint}known are {", ".join(known) or "none"}'
 
 
 class Refused(ValueError):
