@@ -44,14 +44,14 @@ class Section(NamedTuple):
 
   Attributes:
     title: its heading.
-    text: what a reader is told of all of it.
     columns: from left to right.
+    text: what a reader is told of all of it.
     seeds: with so many seeds a lowest mean may count as the best; 0 for never.
   """
 
   title: str
-  text: str
   columns: tuple[Column, ...]
+  text: str = ''
   seeds: int = 0
 
 
@@ -220,13 +220,10 @@ def dropped(run):
 
 RUNS = Section(
   'Runs',
-  '',
   (method, balancer, seed, steps, finished, tokens, first_non_finite_step),
 )
 BALANCE = Section(
   'Balance',
-  'MaxVio of a layer in a step is the load of its fullest expert over the '
-  'mean load, minus 1: no unit, 0 is perfect balance, 1 is twice the mean.',
   (
     average_max_violation,
     sup_max_violation,
@@ -237,14 +234,15 @@ BALANCE = Section(
     worst_sup_max_violation,
     worst_sup_layer,
   ),
+  'MaxVio of a layer in a step is the load of its fullest expert over the '
+  'mean load, minus 1: no unit, 0 is perfect balance, 1 is twice the mean.',
   seeds=1,
 )
 TRAINING = Section(
-  'Training', '', (train_loss, gap_to_unigram, tokens_to_unigram), seeds=2
+  'Training', (train_loss, gap_to_unigram, tokens_to_unigram), seeds=2
 )
 COST = Section(
   'Cost',
-  '',
   (step_seconds, step_seconds_25, step_seconds_75, tokens_per_second, dropped),
 )
 _EVALUATED = (
@@ -262,14 +260,10 @@ _EVALUATED = (
     'The same cross-entropy over the bytes of the text, so that tokenizers '
     'compare.',
   ),
-  (
-    'perplexity_solved',
-    'perplexity, q solved',
-    '.2f',
-    'With q found anew in each evaluation batch, which sees tokens that come '
-    'later; a deployed model cannot.',
-  ),
-  ('bits_per_byte_solved', 'bits/byte, q solved', '.3f', ''),
+)
+_SOLVED = (
+  'q solved: q found anew in each evaluation batch, which sees tokens that come '
+  'later; a deployed model cannot.'
 )
 
 
@@ -279,17 +273,16 @@ def sections(sets: Iterable[str]) -> list[Section]:
 
 
 def _evaluation(name: str) -> Section:
-  measures = [
-    functools.partial(_last_evaluation, name=name, key=key)
-    for key, *_ in _EVALUATED
-  ]
-  columns = [
-    Column(f'eval/{name}/{key}', *shown, measure)
-    for (key, *shown), measure in zip(_EVALUATED, measures, strict=True)
-  ]
+  columns = []
+  for suffix, solved in (('', ''), ('_solved', ', q solved')):
+    for key, heading, form, meaning in _EVALUATED:
+      key = f'eval/{name}/{key}{suffix}'
+      measure = functools.partial(_last_evaluation, name=name, key=key)
+      meaning = '' if solved else meaning
+      columns.append(Column(key, heading + solved, form, meaning, measure))
   step = functools.partial(_last_evaluated_step, name=name)
   columns.append(Column(f'eval/{name}/step', 'at step', ',.0f', '', step))
-  return Section(f'On {name}', '', tuple(columns), seeds=2)
+  return Section(f'On {name}', tuple(columns), _SOLVED, seeds=2)
 
 
 def _last_evaluated_step(run: Results, name: str) -> int | None:
@@ -299,5 +292,5 @@ def _last_evaluated_step(run: Results, name: str) -> int | None:
 
 
 def _last_evaluation(run: Results, name: str, key: str) -> float | None:
-  values = run.metrics.get(f'eval/{name}/{key}', pd.Series())
+  values = run.metrics.get(key, pd.Series())
   return values.get(_last_evaluated_step(run, name))

@@ -21,15 +21,7 @@ import pandas as pd
 from moe_jax.analysis.results import Results
 
 # Okabe and Ito's, for the colour-blind.
-COLORS = (
-  '#0072B2',
-  '#E69F00',
-  '#000000',
-  '#CC79A7',
-  '#009E73',
-  '#56B4E9',
-  '#D55E00',
-)
+COLORS = '#0072B2 #E69F00 #000000 #CC79A7 #009E73 #56B4E9 #D55E00'.split()
 LINES = ('-', '--', '-.', ':')
 MARKERS = ('o', 's', '^', 'D', 'v', 'X', 'P', '*', '<', '>', 'p', 'h', 'd')
 # By (color, line, marker); a variant has the color of what it is a variant of.
@@ -123,14 +115,11 @@ def heat_map(axes: Axes, by_step: pd.DataFrame, **limits: float) -> QuadMesh:
 
   A record reaches half way to its neighbours, however far apart they are.
   """
-  mesh = axes.pcolormesh(
-    edges(by_step.index.to_numpy()),
-    np.arange(by_step.shape[1] + 1) - 0.5,
-    by_step.to_numpy().T,
-    cmap=CMAP,
-    rasterized=True,  # A thousand steps of 256 experts would be a huge SVG.
-    **limits,
-  )
+  steps = edges(by_step.index.to_numpy())
+  experts = np.arange(by_step.shape[1] + 1) - 0.5
+  # As pixels: a thousand steps of 256 experts would be a huge SVG.
+  look = {'cmap': CMAP, 'rasterized': True} | limits
+  mesh = axes.pcolormesh(steps, experts, by_step.to_numpy().T, **look)
   axes.invert_yaxis()
   axes.set_ylabel('expert')
   axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -158,14 +147,8 @@ def grid(axes: Axes) -> None:
 
 def legend(figure: Figure, axes: Axes) -> None:
   handles, labels = axes.get_legend_handles_labels()
-  drawn = figure.legend(
-    handles,
-    labels,
-    loc='outside upper center',
-    ncols=min(len(labels), 4),
-    frameon=False,
-    handlelength=4,
-  )
+  place = {'loc': 'outside upper center', 'ncols': min(len(labels), 4)}
+  drawn = figure.legend(handles, labels, frameon=False, handlelength=4, **place)
   for text in drawn.get_texts():
     text.set_parse_math(False)
 

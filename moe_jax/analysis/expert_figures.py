@@ -1,12 +1,7 @@
 """What the experts of a layer do: prices, margins, who is like whom."""
 
-from collections.abc import Sequence
-from typing import Any
-
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 import numpy as np
 
 from moe_jax import nn
@@ -35,27 +30,16 @@ def cutoff_figure(routed: RoutedText, *, layer: int) -> Figure:
   axes = figure.subplots()
   place = np.arange(len(table))
   width = 0.8 * 72 * (drawing.WIDTH - 1) / len(table)  # points, of an expert
+  thick = min(width * 0.4, 7.0)
   for name, label, color, shift in (
     ('others', 'scores not chosen', drawing.COLORS[1], 0.2),
     ('chosen', 'scores chosen', drawing.COLORS[0], -0.2),
   ):
-    _bars(
-      axes,
-      place + shift,
-      table[name].to_numpy().T,
-      thick=min(width * 0.4, 7.0),
-      color=color,
-      label=label,
-    )
-  axes.hlines(
-    table['price'],
-    place - 0.45,
-    place + 0.45,
-    color='black',
-    linewidth=1.8,
-    label='price q',
-  )
-  axes.set_title(f'layer {layer}', loc='left')
+    quantiles = table[name].to_numpy().T
+    _bars(axes, place + shift, quantiles, thick, color, label)
+  ends = (place - 0.45, place + 0.45)
+  axes.hlines(table['price'], *ends, 'black', linewidth=1.8, label='price q')
+  drawing.title(axes, f'layer {layer}')
   axes.set_xlabel('expert, by price')
   axes.set_ylabel('score, price')
   axes.set_xlim(-0.7, len(table) - 0.3)
@@ -84,21 +68,16 @@ def margin_figure(routed: RoutedText) -> Figure:
   colors = drawing.CMAP(np.linspace(0, 0.9, layers))
   # More points than one can see would be a huge SVG.
   points = np.unique(np.linspace(0, tokens - 1, 1000).astype(int))
-  for layer in range(layers):
-    shares.step(
-      margins[layer, points],
-      (points + 1) / tokens,
-      where='post',
-      color=colors[layer],
-      linewidth=1.2,
-    )
+  shares.set_prop_cycle(color=colors)
+  below = (points + 1) / tokens
+  shares.step(margins[:, points].T, below, where='post', linewidth=1.2)
   at = np.arange(layers)
   quantiles = np.quantile(margins, expert_statistics.QUANTILES, axis=1)
   _bars(bars, at, quantiles, min(9.0, 150 / layers), colors, lying=True)
   bars.set_ylim(layers - 0.5, -0.5)
   bars.set_ylabel('layer')
   _name_experts(bars, at, 'y')
-  shares.set_title('colours as on the right', loc='left', fontsize='medium')
+  drawing.title(shares, 'colors as on the right')
   shares.set_ylim(0, 1)
   shares.yaxis.set_major_formatter('{x:.0%}')
   shares.set_ylabel('tokens with a smaller margin')
@@ -143,14 +122,9 @@ def similarity_figure(checkpoint: Checkpoint, *, layer: int) -> Figure:
   ):
     similarity = np.where(np.eye(len(order)), np.nan, similarity)
     image = _matrix(axes, similarity, order, names=32)
-    axes.set_title(title, loc='left', fontsize='medium')
-    figure.colorbar(
-      image,
-      ax=axes,
-      location='bottom',
-      label='cosine similarity',
-      aspect=30,
-    )
+    drawing.title(axes, title)
+    label = 'cosine similarity'
+    figure.colorbar(image, ax=axes, location='bottom', label=label, aspect=30)
   figure.suptitle(f'step {checkpoint.step}, layer {layer}', ha='left', x=0.02)
   return figure
 
@@ -188,56 +162,33 @@ def coactivation_figure(
   order = expert_statistics.cluster_order(np.log(clipped))
   figure = Figure((6.0, 5.6), layout='constrained')
   axes = figure.subplots()
-  norm = LogNorm(1 / _RATIO, _RATIO)
-  image = _matrix(axes, clipped, order, norm=norm)
-  axes.set_title(
-    f'layer {layer} (hatched: fewer than {minimum:g} tokens expected)',
-    loc='left',
-    fontsize='medium',
-  )
-  bar = figure.colorbar(
-    image,
-    ax=axes,
-    label='tokens shared / expected by chance',
-    extend='both',
-    aspect=30,
-  )
+  image = _matrix(axes, clipped, order, norm=LogNorm(1 / _RATIO, _RATIO))
+  hatched = f'hatched: fewer than {minimum:g} tokens expected'
+  drawing.title(axes, f'layer {layer} ({hatched})')
+  label = 'tokens shared / expected by chance'
+  bar = figure.colorbar(image, ax=axes, label=label, extend='both', aspect=30)
   bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=['1/4', '1/2', '1', '2', '4'])
   bar.ax.minorticks_off()
   return figure
 
 
-def _matrix(
-  axes: Axes,
-  values: np.ndarray,
-  order: np.ndarray,
-  *,
-  names: int = 64,
-  **kwargs: Any,
-) -> AxesImage:
+def _matrix(axes, values, order, names=64, **colors):
   """Draws [E, E] in an order of the experts; NaN is left blank."""
-  image = axes.imshow(
-    values[np.ix_(order, order)],
-    cmap=drawing.CMAP,
-    interpolation='nearest',
-    **kwargs,
-  )
+  colors |= {'cmap': drawing.CMAP, 'interpolation': 'nearest'}
+  image = axes.imshow(values[np.ix_(order, order)], **colors)
   # White alone would look like the lightest colour, in greyscale.
   axes.patch.set(hatch='xxxx', edgecolor='0.8')
   for which in 'xy':
     _name_experts(axes, order, which, names)
-  axes.set_xlabel('expert')
-  axes.set_ylabel('expert')
+  axes.set(xlabel='expert', ylabel='expert')
   return image
 
 
-def _name_experts(
-  axes: Axes, experts: Sequence[int], which: str, names: int = 64
-) -> None:
+def _name_experts(axes, experts, which, names=64):
   """Puts the numbers of experts at 0, 1, ...; of some, if they are too many."""
   places = range(0, len(experts), -(-len(experts) // names))
   crowded = len(places) > 20
-  {'x': axes.xaxis, 'y': axes.yaxis}[which].set_ticks(
+  getattr(axes, f'{which}axis').set_ticks(
     places,
     labels=[str(experts[place]) for place in places],
     fontsize=5 if len(places) > 40 else 6 if crowded else 8,
@@ -245,15 +196,7 @@ def _name_experts(
   )
 
 
-def _bars(
-  axes: Axes,
-  at: np.ndarray,
-  quantiles: np.ndarray,
-  thick: float,
-  color: Any,
-  label: str = '',
-  lying: bool = False,
-) -> None:
+def _bars(axes, at, quantiles, thick, color, label='', lying=False):
   """Draws thin 5 to 95 %, thick the middle half, white the median."""
   low, first, median, third, high = quantiles
   lines = axes.hlines if lying else axes.vlines

@@ -80,13 +80,8 @@ def load_heatmap_figure(
     image = drawing.heat_map(axes, loads, vmin=0.0, vmax=_FULLEST)
     drawing.title(axes, f'{method}, layer {chosen}{why}', 'large')
   panels[-1].set_xlabel('optimizer step')
-  figure.colorbar(
-    image,
-    ax=panels,
-    label='load / mean load (1: balanced)',
-    extend='max',
-    aspect=30,
-  )
+  label = 'load / mean load (1: balanced)'
+  figure.colorbar(image, ax=panels, label=label, extend='max', aspect=30)
   return figure
 
 
@@ -154,14 +149,9 @@ def loss_figure(runs: Mapping[str, Results]) -> Figure:
     unigram = run.facts.get('unigram_bits_per_byte', unigram)
   if unigram is not None:
     validation.axhline(unigram, color='0.4', linewidth=1)
-    validation.annotate(
-      'unigram entropy',
-      (1, unigram),
-      xycoords=('axes fraction', 'data'),
-      xytext=(-4, 4),
-      textcoords='offset points',
-      ha='right',
-      color='0.3',
+    place = {'transform': validation.get_yaxis_transform(), 'ha': 'right'}
+    validation.text(
+      0.99, unigram, 'unigram entropy', va='bottom', color='0.3', **place
     )
   train.set_ylabel('training loss [nats/token]')
   validation.set_ylabel('validation, q frozen [bits/byte]')

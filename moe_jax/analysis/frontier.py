@@ -37,17 +37,10 @@ def frontier_figure(runs: Mapping[str, Sequence[Results]]) -> Figure:
   figure = Figure((drawing.WIDTH, 5.0), layout='constrained')
   axes = figure.subplots()
   front = points.loc[pareto_front(points)].sort_values('average_max_violation')
-  axes.plot(
-    *front.to_numpy().T,
-    drawstyle='steps-post',
-    color='0.6',
-    linewidth=4,
-    alpha=0.6,
-    marker='o',  # One run alone may better all others.
-    markersize=13,
-    markeredgewidth=0,
-    label='no run is better in both',
-  )
+  style = {'color': '0.8', 'linewidth': 4, 'drawstyle': 'steps-post'}
+  label = 'no run is better in both'
+  # With large dots: one run alone may better all others.
+  axes.plot(*front.to_numpy().T, 'o-', markersize=13, label=label, **style)
   firsts = {method: of_method[0] for method, of_method in runs.items()}
   for method, style in drawing.styles(firsts).items():
     style |= {'linestyle': '', 'markersize': 7, 'markevery': 1}

@@ -61,18 +61,15 @@ def tabulate(runs: Mapping[str, Results]) -> pd.DataFrame:
   summaries, settings = [], []
   for run in runs.values():
     try:
-      summary = summarize(run)
+      summaries.append(summarize(run))
     except KeyError as error:
       raise ValueError(f'{run}: has no {error}; of an older version') from error
-    summaries.append(
-      {k: math.nan if v is None else v for k, v in summary.items()}
-    )
     facts = {name: fact for name, fact in run.facts.items() if name != 'run'}
     settings.append(flatten({'config': run.config, 'facts': facts}))
   # As objects: a number that some runs do not have would become a float.
-  return pd.DataFrame(summaries, index=runs).join(
-    pd.DataFrame(settings, index=runs, dtype=object)
-  )
+  settings = pd.DataFrame(settings, index=runs, dtype=object)
+  summaries = pd.DataFrame(summaries, index=runs).fillna(math.nan)
+  return summaries.infer_objects().join(settings)
 
 
 def by_method(runs: Iterable[Results]) -> dict[str, list[Results]]:
@@ -133,10 +130,9 @@ def difference(a: Results, b: Results) -> pd.DataFrame:
   first, second = name_paths([a.workdir, b.workdir])
   table = tabulate({first: a, second: b})
   shown = settings(table)
-  options = [key for key in shown if key.startswith('config.')]
-  options = [key for key in options if shown[key].nunique() > 1]
-  results = [key for key in summarize(a) if key not in _NAMES]
-  both = table[options + results].astype(object).T
+  options = shown.filter(like='config.').loc[:, shown.nunique() > 1].columns
+  results = table.columns.drop([*shown, *_NAMES])
+  both = table[[*options, *results]].astype(object).T
   both['difference'] = [_minus(*pair) for pair in both.itertuples(index=False)]
   return both
 
@@ -150,10 +146,9 @@ def over_seeds(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
   groups = table.groupby('method', sort=False)
   measured = table.select_dtypes('number').columns.drop('seed', errors='ignore')
   texts = groups[['balancer', 'worst_average_layer', 'worst_sup_layer']]
-  return (
-    groups[measured].mean(skipna=False).join(texts.agg(_distinct)),
-    groups[measured].std(skipna=False),
-  )
+  texts = texts.agg(lambda values: ', '.join(values.unique()))
+  mean = groups[measured].mean(skipna=False)
+  return mean.join(texts), groups[measured].std(skipna=False)
 
 
 def settings(table: pd.DataFrame) -> pd.DataFrame:
@@ -164,17 +159,17 @@ def settings(table: pd.DataFrame) -> pd.DataFrame:
 def notes(table: pd.DataFrame) -> list[str]:
   """Returns what a reader must know before believing a table, as sentences."""
   said = []
-  names = table.index.map(lambda x: x if isinstance(x, str) else _seeded(*x))
+  names = [
+    x if isinstance(x, str) else '{}, seed {}'.format(*x) for x in table.index
+  ]
   table = table.reset_index()
   for name, run in zip(names, table.to_dict('records'), strict=True):
+    done, total = run['steps'], run['config.steps']
     if not run['finished']:
-      total = run['config.steps']
-      said.append(
-        f'{name} is not finished: step {run["steps"]:,.0f} of {total:,}.'
-      )
-    if not math.isnan(run['first_non_finite_step']):
-      step = run['first_non_finite_step']
-      said.append(f'{name} diverged: no finite loss at step {step:,.0f}.')
+      said.append(f'{name} is not finished: step {done:,} of {total:,}.')
+    diverged = run['first_non_finite_step']
+    if not math.isnan(diverged):
+      said.append(f'{name} diverged: no finite loss at step {diverged:,.0f}.')
   seeds = table.groupby('method', sort=False)['seed'].nunique()
   if alone := list(seeds.index[seeds == 1]):
     said.append(
@@ -186,9 +181,7 @@ def notes(table: pd.DataFrame) -> list[str]:
   facts = settings(table).filter(like='facts.')
   differ = facts.groupby(table['seed']).nunique().gt(1).any()
   if differ.any():
-    these = ', '.join(
-      key.removeprefix('facts.') for key in facts.loc[:, differ]
-    )
+    these = ', '.join(differ.index[differ].str.removeprefix('facts.'))
     said.append(f'Facts that differ between runs of one seed: {these}.')
   for key, reasons in facts.filter(like='facts.not_evaluated.').items():
     for reason in reasons[reasons != UNKNOWN].unique():
@@ -221,14 +214,6 @@ def _minus(a: Any, b: Any) -> float:
   return b - a if known else math.nan
 
 
-def _distinct(values: pd.Series) -> str:
-  return ', '.join(values.astype(str).unique())
-
-
-def _seeded(method: str, seed: int) -> str:
-  return f'{method}, seed {seed}'
-
-
 def _setting(value: Any) -> str:
   if value is None or value != value:
     return UNKNOWN
@@ -240,6 +225,5 @@ def _setting(value: Any) -> str:
 def _plain(value: Any) -> Any:
   """Makes NumPy scalars Python's, and what is not finite None."""
   value = value.item() if hasattr(value, 'item') else value
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value
+  infinite = isinstance(value, float) and not math.isfinite(value)
+  return None if infinite else value

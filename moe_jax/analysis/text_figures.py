@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from matplotlib import colormaps
 from matplotlib import font_manager
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -195,14 +194,6 @@ def _numbers(experts_K: np.ndarray) -> list[str]:
   return [' '.join(map(str, line)) for line in lines]
 
 
-def _write(axes: Axes, x: float, y: float, text: str, size: float) -> None:
-  axes.text(
-    x,
-    y,
-    text,
-    size=size,
-    family=_MONOSPACE,
-    ha='center',
-    va='center',
-    parse_math=False,
-  )
+def _write(axes, x, y, text, size):
+  centred = {'ha': 'center', 'va': 'center', 'parse_math': False}
+  axes.text(x, y, text, size=size, family=_MONOSPACE, **centred)

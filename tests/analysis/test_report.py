@@ -82,7 +82,7 @@ def test_one_run(write_run, page):
   ]
   assert tables['On validation'][1][1:3] == ['20.12', '1.500']
   assert 'Differences' not in html
-  for option in ('<dt>learning_<wbr>rate</dt><dd>0.001', '<dt>jax</dt>'):
+  for option in ('<dt>learning_rate</dt><dd>0.001', '<dt>jax</dt>'):
     assert option in html
 
 

@@ -12,7 +12,6 @@ import re
 from typing import NamedTuple
 
 import jinja2
-from markupsafe import Markup
 import pandas as pd
 
 from moe_jax.analysis import cells
@@ -57,7 +56,6 @@ def render(
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.filters['breakable'] = _breakable
   environment.tests['number'] = _NUMBER.fullmatch
   script, style = (
     environment.loader.get_source(environment, name)[0]
@@ -110,12 +108,6 @@ def _shared(table: pd.DataFrame) -> dict[str, dict[str, str]]:
     group, _, name = key.removeprefix('config.').rpartition('.')
     groups[group or 'options'][name] = value
   return groups
-
-
-def _breakable(text: str) -> Markup:
-  """Escapes a name; a narrow screen may break it after _ and /."""
-  underscored = Markup('_<wbr>').join(text.split('_'))
-  return underscored.replace('/', Markup('/<wbr>'))
 
 
 def _hash(text: str) -> str:

@@ -82,14 +82,13 @@ def draw_all(
     Dicts with `title`, `caption`, and either `source`, `width` and `height` of
     an image, or the reason why it is `missing`.
   """
-  drawn = []
+  drawn, together = [], _labelled(named)
   for picture in PICTURES:
     tell(f'drawing {picture.title}')
+    shown = {picture.title: together}
     if picture.each:
-      for name, run in named.items():
-        drawn.append(_draw(picture, run, f'{picture.title}: {name}'))
-    else:
-      drawn.append(_draw(picture, _labelled(named), picture.title))
+      shown = {f'{picture.title}: {name}': run for name, run in named.items()}
+    drawn += [_draw(picture, of, title) for title, of in shown.items()]
   return drawn
 
 
