@@ -166,7 +166,7 @@ def gap_to_unigram(run):
   """Validation bits per byte (q frozen) minus the unigram entropy of the
   validation set; below 0 the model has learnt more than how frequent tokens
   are."""
-  bits = _last_evaluation(run, VALIDATION, 'bits_per_byte')
+  bits = _last_evaluation(run, VALIDATION, f'eval/{VALIDATION}/bits_per_byte')
   unigram = run.facts.get('unigram_bits_per_byte')
   return None if bits is None or unigram is None else bits - unigram
 
@@ -262,8 +262,8 @@ _EVALUATED = (
   ),
 )
 _SOLVED = (
-  'q solved: q found anew in each evaluation batch, which sees tokens that come '
-  'later; a deployed model cannot.'
+  'q solved: q found anew in each evaluation batch, which sees tokens that '
+  'come later; a deployed model cannot.'
 )
 
 

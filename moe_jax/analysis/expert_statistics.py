@@ -53,7 +53,9 @@ def score_quantiles(routed: RoutedText, *, layer: int) -> pd.DataFrame:
     },
     axis='columns',
   )
-  return table.assign(price=routed.q[layer], load=chosen_SxE.sum(axis=0))
+  table['price', ''] = routed.q[layer]
+  table['load', ''] = chosen_SxE.sum(axis=0)
+  return table
 
 
 def typical_tokens(
