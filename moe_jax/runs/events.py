@@ -1,9 +1,11 @@
 """TensorBoard's events: scalars, histograms over experts, and what a run is."""
 
 from collections.abc import Mapping
+import json
 import math
 import pathlib
 import sys
+import textwrap
 import time
 from typing import Any
 
@@ -98,18 +100,19 @@ def describe(
 
   Args:
     label: its name.
-    options: the values of its config by their full names.
-    facts: those of its `run.json`.
+    options: its config.
+    facts: its `run.json`.
   """
-  return '\n\n'.join(
-    [
-      f'# {_literal(label)}',
-      'Histograms are over the experts of a layer: `router/load` is each '
-      "expert's load / mean load, a peak at 1 is balance.",
-      _table('option', options),
-      _table('fact', facts),
-    ]
-  )
+  parts = [
+    f'# {label}',
+    'Histograms are over the experts of a layer: `router/load` is each '
+    "expert's load / mean load, a peak at 1 is balance.",
+  ]
+  for title, values in (('Options', options), ('Facts', facts)):
+    # A block of code: what is in it means itself.
+    code = textwrap.indent(json.dumps(values, indent=2), '    ')
+    parts += [f'## {title}', code]
+  return '\n\n'.join(parts)
 
 
 def _histogram(name: str, values: list[float]) -> summary_pb2.Summary:
@@ -120,15 +123,3 @@ def _histogram(name: str, values: list[float]) -> summary_pb2.Summary:
   if not np.isfinite(values_E).all():
     return summary_pb2.Summary()
   return summary.histogram(name, values_E, bins=_BUCKETS)
-
-
-def _table(heading: str, items: Mapping[str, Any]) -> str:
-  rows = [f'| {name} | {_literal(value)} |' for name, value in items.items()]
-  return '\n'.join([f'| {heading} | value |', '| --- | --- |', *rows])
-
-
-def _literal(value: Any) -> str:
-  """Makes a value mean itself in Markdown, whatever is in it."""
-  return ''.join(
-    c if c.isalnum() or c in ' .,:/-' else f'&#{ord(c)};' for c in str(value)
-  )

@@ -166,9 +166,7 @@ def _changed_facts(plan: Plan, saved: Saved) -> dict[str, Any]:
 
 def _description(plan: Plan) -> str:
   facts = Reader(plan.workdir).facts
-  return events.describe(
-    plan.label, config_lib.flatten(plan.options), config_lib.flatten(facts)
-  )
+  return events.describe(plan.label, plan.options, facts)
 
 
 def _use_compilation_cache() -> None:

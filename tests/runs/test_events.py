@@ -2,6 +2,7 @@
 
 from html import unescape
 import itertools
+import json
 
 import pytest
 from tensorboard import plugin_util
@@ -124,21 +125,20 @@ def test_a_long_run_has_no_more_histograms_than_tensorboard_keeps(tmp_path):
 
 
 def test_text(tmp_path):
-  options = {'data.files': 'a|b_*_`c`\n<script>alert(1)</script>'}
-  facts = {'versions.jax': '0.10.2'}
-  text = events.describe('bip seed 3', options, facts)
+  options = {'data': {'files': 'a|b_*_`c`\n<script>alert(1)</script>'}}
+  text = events.describe('bip seed 3', options, {'versions': {'jax': '0.10'}})
   write(tmp_path, [1], text=text)
   (event,) = read(tmp_path).Tensors('run/text_summary')
   assert event.step == 1
   (stored,) = tensor_util.make_ndarray(event.tensor_proto)
   html = plugin_util.markdown_to_safe_html(stored)
   assert '<h1>bip seed 3</h1>' in html
-  assert '<td>versions.jax</td>\n<td>0.10.2</td>' in html
-  # One row of two cells, and nothing in it that Markdown or HTML would act on.
-  (row,) = (r for r in html.split('<tr>') if '<td>data.files</td>' in r)
-  assert row.count('<td>') == 2
-  assert '<script' not in row and '<em' not in row and '<code' not in row
-  assert 'a|b_*_`c`\n<script>alert(1)</script>' in unescape(row)
+  options_html, facts_html = html.split('<h2>Facts</h2>')
+  assert '"jax": "0.10"' in unescape(facts_html)
+  # Nothing in a value is acted on by Markdown or HTML.
+  code = options_html.partition('<code>')[2].partition('</code>')[0]
+  assert json.loads(unescape(code)) == options
+  assert '<' not in code
 
 
 def test_a_run_that_goes_on_replaces_what_is_computed_again(tmp_path):
