@@ -1,11 +1,13 @@
 """Config errors name the option, the value and what would work."""
 
 import dataclasses
+import functools
 
 from ml_collections import ConfigDict
 import pytest
 
 from moe_jax import config
+from moe_jax import routing
 
 
 @pytest.mark.parametrize('method', config.METHODS)
@@ -95,6 +97,23 @@ def test_wrong_names_and_types_are_refused(options, message):
 
 def test_whole_numbers_do_for_floats():
   assert config.freeze({'learning_rate': 1}).learning_rate == 1.0
+
+
+def test_a_balancer_is_built_once(monkeypatch):
+  built = []
+
+  @functools.wraps(routing.bip)
+  def bip(**arguments):
+    built.append(arguments)
+    return routing.bip(**arguments)
+
+  monkeypatch.setitem(config.BALANCERS, 'bip', bip)
+  frozen = config.freeze(config.default_config('loss_free'))
+  assert not built
+  frozen = config.freeze({'balancer': {'name': 'bip', 'iterations': 3}})
+  assert frozen.balancer_rule is frozen.balancer_rule
+  (arguments,) = built
+  assert arguments['iterations'] == 3
 
 
 def test_config_is_frozen():
