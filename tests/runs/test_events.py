@@ -136,7 +136,7 @@ def test_text(tmp_path):
   options_html, facts_html = html.split('<h2>Facts</h2>')
   assert '"jax": "0.10"' in unescape(facts_html)
   # Nothing in a value is acted on by Markdown or HTML.
-  code = options_html.partition('<code>')[2].partition('</code>')[0]
+  code = options_html.partition('<pre><code>')[2].partition('</code>')[0]
   assert json.loads(unescape(code)) == options
   assert '<' not in code
 

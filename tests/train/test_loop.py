@@ -100,7 +100,7 @@ def test_tensorboard_shows_a_run(finished):
     (last,) = events.Histograms(name)
     assert last.histogram_value.num == finished.config.model.experts
   (text,) = events.Tensors('run/text_summary')
-  assert b'| balancer.name | bip |' in text.tensor_proto.string_val[0]
+  assert b'"name": "bip"' in text.tensor_proto.string_val[0]
 
 
 def test_the_same_command_again_does_nothing(finished):
