@@ -87,7 +87,7 @@ def method_style(method: str) -> dict[str, Any]:
     'linewidth': 1.2,
     'marker': MARKERS[marker % len(MARKERS)],
     'markersize': 5,
-    'markevery': 0.1,  # of the diagonal
+    'markevery': 0.2,  # of the diagonal
   }
 
 
