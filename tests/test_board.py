@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 
-from moe_jax.train import events
+from moe_jax.runs import events
 from tests import test_security
 from tests.several_processes import ROOT
 
