@@ -41,11 +41,11 @@ check: setup audit
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run
 
-# Known vulnerabilities; where no database can be reached it says so and goes on.
+# Known vulnerabilities; where no database can be reached it says so and passes.
 audit: setup
 	$(BIN)/python .ci/audit.py
 
-# The site, in site/index.html, which needs no network. For its search, too:
+# The site, in site/index.html, which needs no network. With its search:
 # python -m http.server --bind=127.0.0.1 --directory=site
 docs: setup
 	$(BIN)/python -m docs.configuration

@@ -21,7 +21,7 @@ _ENVIRONMENT = {
   'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
   'TPU_WORKER_HOSTNAMES': 'localhost',
   'TPU_WORKER_ID': '0',
-  # No chip is touched, so others may compile, too.
+  # No chip is touched, so others may compile as well.
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
 }
 # Choosing kernels by running them needs a GPU.
@@ -167,7 +167,7 @@ def places(mesh, topology: Topology) -> list[tuple[int, ...]]:
 
 
 def compile_step(lowered, topology: Topology) -> Compiled:
-  """Compiles a lowered step. That it does not fit is a result, too.
+  """Compiles a lowered step. That it does not fit is also a result.
 
   Raises:
     ValueError: the compiler refuses the step for another reason.

@@ -163,7 +163,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def visits(program: Program) -> list[Visit]:
-  """Lists every instruction that runs, inside loops and fusions, too."""
+  """Lists every instruction that runs, also inside loops and fusions."""
 
   @functools.cache
   def visit(name: str) -> list[Visit]:
@@ -187,7 +187,7 @@ def visits(program: Program) -> list[Visit]:
 
 
 def called(instruction: Instruction) -> list[str]:
-  """Names the computations that it runs, reductions of pairs left out."""
+  """Names the computations that it runs, without reductions of pairs."""
   names = {
     'while': 'body',
     'call': 'to_apply',
@@ -283,7 +283,7 @@ def _payload(
 ) -> int:
   result = instruction.shape
   if instruction.opcode.endswith('-start'):
-    # A start's shape holds operands and contexts, too; its done's does not.
+    # A start's shape also holds operands and contexts; its done's does not.
     result = next(
       (
         other.shape

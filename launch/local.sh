@@ -36,7 +36,7 @@ print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port
 export JAX_NUM_PROCESSES=$processes
 pids=()
-# Who stops this script asks the processes to end, who stops it twice ends them.
+# Stopping this script asks the processes to end; stopping it twice ends them.
 signal=TERM
 trap 'kill -"$signal" "${pids[@]}" 2>/dev/null || true; signal=KILL' INT TERM
 for ((i = 0; i < processes; i++)); do

@@ -82,7 +82,7 @@ run() {
   shift 2
   printf -v command '%q ' .venv/bin/python -m moe_jax.main \
     --config="$config" --workdir="$workdir" "$@"
-  # It goes on when the connection ends, and says at last how it ended.
+  # It keeps running when the connection ends, and says at last how it ended.
   on_hosts all "cd moe_jax || exit; (trap '' HUP; $command; echo exit code \$?) \
 >>../train.log 2>&1 </dev/null &"
 }

@@ -128,7 +128,7 @@ linux = pytest.mark.skipif(
 
 @pytest.fixture(scope='module')
 def unpickled():
-  """Who looked up a class or function for a pickle, and which one."""
+  """Lookups of a class or function for a pickle: by which module, of what."""
   lookups, watching = [], True
 
   def hook(event, arguments):
@@ -190,7 +190,7 @@ def test_processes_on_one_machine_listen_on_loopback_only():
   command = ['-m', 'tests.test_security']
   for process in several_processes.run(command, command):
     assert process.returncode == 0, process.stderr
-    addresses = process.stdout.splitlines()[-1].split()  # Gloo talks, too.
+    addresses = process.stdout.splitlines()[-1].split()  # Gloo's as well.
     assert addresses
     for address in map(ipaddress.ip_address, addresses):
       assert (getattr(address, 'ipv4_mapped', None) or address).is_loopback

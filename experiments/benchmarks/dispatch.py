@@ -17,7 +17,7 @@ All take turns; printed are medians of milliseconds, of the forward pass and of
 forward and backward together (gradients of tokens, gates and weights), and the
 median and range of the latter's ratios to `batched` in the same turn. Results
 are checked to be equal first. A line that would take more than --memory GB is
-left out, as `ragged_dot` is on CPU with many rows and experts. Where torch is
+skipped, as `ragged_dot` is on CPU with many rows and experts. Where torch is
 not installed, so are its lines. For figures of one device, give JAX just one.
 """
 
@@ -295,7 +295,7 @@ def main() -> None:
     table = lines(problem, options.skip.split(','))
     for name, line in list(table.items()):
       if line.memory > options.memory:
-        print(f'{name} is left out: it would take {line.memory:.1f} GB')
+        print(f'{name} is skipped: it would take {line.memory:.1f} GB')
         del table[name]
     check(table, 1e-5 if options.dtype == 'float32' else 2e-2)
     compare(table, options.repeats)

@@ -76,7 +76,7 @@ def write(config: config_lib.Config, directory: pathlib.Path) -> None:
 
 
 def opened(directory: pathlib.Path, what: str) -> tuple[float, float]:
-  """Returns seconds, the start of Python left out, and peak bytes."""
+  """Returns seconds, without the start of Python, and peak bytes."""
   code = OPENS.format(what=WHAT[what])
   done = subprocess.run(
     [sys.executable, '-c', code, directory],

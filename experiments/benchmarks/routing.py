@@ -8,7 +8,7 @@ Sizes are tokens x experts x experts per token; solves are of 4 iterations. JAX
 and PyTorch take turns; printed are medians of milliseconds, and the median and
 range of the ratios of pairs. `memory` is what XLA needs at its peak beside
 inputs and results, in units of the score matrix. Where torch is not installed,
-its columns are left out. For figures of one device, give JAX just one.
+its columns are skipped. For figures of one device, give JAX just one.
 
 Then, for the train step of each model under bip: layers x solve of as many
 tokens as the first size with its experts has, as a share of the time that the

@@ -41,7 +41,7 @@ _METHODS = {
   'sinkhorn': (6, 2, 6),
 }
 _FILLS = ('full', 'none', 'left', 'right', 'top', 'bottom')
-CMAP = matplotlib.colormaps['cividis']  # light is much, in greyscale, too
+CMAP = matplotlib.colormaps['cividis']  # light is much, also in greyscale
 _ROUNDING = 1e-6  # a smaller MaxVio is float32's way to say 0
 WIDTH = 8.0  # inches: type stays readable when a README shows it 800 px wide
 

@@ -1,1 +1,1 @@
-"""Who computes what where: meshes, dispatch, grouped products."""
+"""What is computed where: meshes, dispatch, grouped products."""

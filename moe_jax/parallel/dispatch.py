@@ -48,7 +48,7 @@ def take_rows(
   """Gathers x[index], where `inverse` says which outputs each row went to.
 
   Knowing the inverse turns the gradient, a scatter of wide rows, into a
-  gather, too: both are fast on every backend and have a fixed order of sums.
+  gather as well: both are fast on every backend and have a fixed order of sums.
 
   Args:
     x_MxD: rows to gather from.

@@ -53,7 +53,7 @@ def grouped_matmul(
 
   Returns:
     [N, F] of the dtype of the rows, zero in the spare rows. Differentiable in
-    both operands if the cotangents of spare rows are zero, too.
+    both operands if the cotangents of spare rows are also zero.
   """
   operands = (rows_NxD, weights_ExDxF, load_E)
   varying = [jax.typeof(x).manual_axis_type.varying for x in operands]

@@ -16,7 +16,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 import jax.numpy as jnp
 
 # Rows of a tile: a group begins and ends within one, so larger ones, which few
-# loads fill, waste more. Columns are cut in multiples of it, too.
+# loads fill, waste more. Columns are also cut in multiples of it.
 _UNIT = 128
 # Bytes of fast memory for the largest block, and of a row of a block. The v5e
 # compiler refuses about twice as much of the former.

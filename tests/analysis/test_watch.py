@@ -83,7 +83,7 @@ def test_nothing_is_read_twice(write_run, records):
 def test_a_file_that_was_cut_back_is_read_anew(write_run, records):
   workdir = write_run(records=records)
   run = followed(workdir)
-  # As a run does it that goes on from its checkpoint of step 1.
+  # As a run does that resumes from its checkpoint of step 1.
   anew = workdir / 'metrics.tmp'
   anew.write_text(json_lines(records[:1]))
   os.replace(anew, workdir / 'metrics.jsonl')

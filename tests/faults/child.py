@@ -14,7 +14,7 @@ import sys
 import time
 
 # What is marked: where its caller finds it. A step has no end but what follows,
-# as the program goes on before it is computed.
+# as the program does not wait until it is computed.
 PHASES = {
   'data preparation': ('moe_jax.data', 'load_text'),
   'restore': ('moe_jax.runs.checkpoints', 'restore_newest'),

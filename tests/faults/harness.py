@@ -25,7 +25,7 @@ from tests.train import tiny
 ROOT = pathlib.Path(__file__).parents[2]
 LIMIT = 300.0  # Seconds; nothing here may take longer.
 OPTIONS = {'steps': 12, 'eval_every': 4, 'checkpoint_every': 3}
-# One device. Compiled in half the time; what was quickly compiled is kept, too.
+# One device. Compiled in half the time; what was quickly compiled is also kept.
 ENVIRONMENT = {
   'JAX_PLATFORMS': 'cpu',
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',

@@ -33,7 +33,7 @@ def stopped(tmp_path_factory, text, cache):
 
 @pytest.fixture
 def again(trial, stopped):
-  """A command that is to go on with a copy of `stopped`."""
+  """A command that is to resume in a copy of `stopped`."""
   command = trial(**KEPT)
   shutil.copytree(stopped, command.workdir)
   return command

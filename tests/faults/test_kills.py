@@ -27,7 +27,7 @@ def expected(tmp_path_factory, text, cache):
 @pytest.mark.long
 @pytest.mark.parametrize('number', range(CASES))
 def test_kills(number, expected, tmp_path, text, cache):
-  """200 kills in all; `python -m tests.faults.kills` has the summary."""
+  """200 kills in total; `python -m tests.faults.kills` has the summary."""
   report = kills.case(
     *(number, 0, kills.KILLS_OF_A_CASE, expected(number)),
     *(tmp_path, text, cache),

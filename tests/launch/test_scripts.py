@@ -54,7 +54,7 @@ if sys.argv[1] == '-c':
   os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
 names = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'XLA_FLAGS'
 line = ' '.join(map(str, [sys.argv[1:], *map(os.environ.get, names)]))
-os.write(1, line.encode() + b'\\n')  # at once, as others write, too
+os.write(1, line.encode() + b'\\n')  # at once: others write as well
 i = int(os.environ.get('JAX_PROCESS_ID', 0))
 {ending}""",
   )

@@ -34,7 +34,7 @@ def record(step, **more):
 
 
 def write(directory, steps, *, last=8, records=(), text=''):
-  """Writes the events of some steps, of `last` in all."""
+  """Writes the events of some steps, of `last` in total."""
   first, *_ = steps
   writer = events.Events(directory, step=first - 1, steps=last, text=text)
   for step in steps:
