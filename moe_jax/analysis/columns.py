@@ -1,5 +1,7 @@
 """What tables say of a run: each value with its heading, format and meaning.
 
+A class below is a table, a function in it a column, in that order.
+
 Definitions are those of arXiv 2408.15664 and 2502.15451: MaxVio of a layer in a
 step is the load of its fullest expert over the mean load, minus 1. A model's
 MaxVio is the mean over its layers within a step.
@@ -55,196 +57,170 @@ class Section(NamedTuple):
   seeds: int = 0
 
 
+def _text(documented: Any) -> str:
+  return ' '.join((documented.__doc__ or '').split())
+
+
 def column(heading: str, form: str = '') -> Callable[..., Column]:
   """Makes a column of a function, whose docstring is the meaning."""
 
   def make(measure: Callable[[Results], Any]) -> Column:
-    meaning = ' '.join((measure.__doc__ or '').split())
-    return Column(measure.__name__, heading, form, meaning, measure)
+    return Column(measure.__name__, heading, form, _text(measure), measure)
 
   return make
-
-
-@column('method')
-def method(run):
-  return run.method
-
-
-@column('balancer')
-def balancer(run):
-  options = dict(run.config['balancer'])
-  name = options.pop('name')
-  return f'{name}({", ".join(f"{k}={v}" for k, v in options.items())})'
-
-
-@column('seed', '.0f')
-def seed(run):
-  return run.config['seed']
-
-
-@column('steps', ',.0f')
-def steps(run):
-  """Steps that are completed."""
-  return run.metrics.index[-1]
-
-
-@column('finished')
-def finished(run):
-  return run.finished
-
-
-@column('tokens', ',.0f')
-def tokens(run):
-  """Positions trained on, padding included."""
-  return run.metrics.index[-1] * run.tokens_per_step
-
-
-@column('not finite', ',.0f')
-def first_non_finite_step(run):
-  """The first step whose training loss was not finite."""
-  loss = run.metrics['train/loss']
-  return next(iter(loss.index[~loss.abs().lt(math.inf)]), None)
-
-
-@column('AvgMaxVio', '.3f')
-def average_max_violation(run):
-  """MaxVio, mean over the layers, then over the run's steps."""
-  return run.max_violation.mean(skipna=False)
-
-
-@column('SupMaxVio', '.3f')
-def sup_max_violation(run):
-  """MaxVio, mean over the layers, at the worst step, the first included."""
-  return run.max_violation.max(skipna=False)
-
-
-@column('first step', '.3f')
-def first_max_violation(run):
-  """MaxVio, mean over the layers, at step 1."""
-  return run.max_violation.get(1)
-
-
-@column('last fifth', '.3f')
-def last_max_violation(run):
-  """MaxVio, mean over the layers, then over the last fifth of the steps."""
-  violation = run.max_violation
-  return violation.tail(max(1, len(violation) // 5)).mean(skipna=False)
-
-
-@column('AvgMaxVio, worst layer', '.3f')
-def worst_average_max_violation(run):
-  """AvgMaxVio of the layer where it is largest."""
-  return run.layer_max_violation.mean(skipna=False).max(skipna=False)
-
-
-@column('which')
-def worst_average_layer(run):
-  average = run.layer_max_violation.mean(skipna=False)
-  return average.fillna(math.inf).idxmax()
-
-
-@column('SupMaxVio, worst layer', '.3f')
-def worst_sup_max_violation(run):
-  """SupMaxVio of the layer where it is largest."""
-  return run.layer_max_violation.max(skipna=False).max(skipna=False)
-
-
-@column('which')
-def worst_sup_layer(run):
-  sup = run.layer_max_violation.max(skipna=False)
-  return sup.fillna(math.inf).idxmax()
-
-
-@column('train loss [nats/token]', '.3f')
-def train_loss(run):
-  """Cross-entropy, mean over the last 10 steps."""
-  return run.metrics['train/loss'].tail(LOSS_STEPS).mean(skipna=False)
-
-
-@column('gap to unigram [bits/byte]', '+.3f')
-def gap_to_unigram(run):
-  """Validation bits per byte (q frozen) minus the unigram entropy of the
-  validation set; below 0 the model has learnt more than how frequent tokens
-  are."""
-  bits = _last_evaluation(run, VALIDATION, f'eval/{VALIDATION}/bits_per_byte')
-  unigram = run.facts.get('unigram_bits_per_byte')
-  return None if bits is None or unigram is None else bits - unigram
-
-
-@column('tokens to unigram', ',.0f')
-def tokens_to_unigram(run):
-  """Tokens trained on when an evaluation first found the validation perplexity
-  (q frozen) below the unigram model's; no finer than the evaluations are
-  apart."""
-  unigram = run.facts.get('unigram_perplexity')
-  perplexity = run.metrics.get(f'eval/{VALIDATION}/perplexity')
-  if unigram is None or perplexity is None:
-    return None
-  below = perplexity.index[perplexity < unigram]
-  return below[0] * run.tokens_per_step if len(below) else None
 
 
 def _steady(run: Results, metric: str, quantile: float = 0.5) -> float:
   return run.metrics[metric].iloc[COMPILING_STEPS:].quantile(quantile)
 
 
-@column('step [s]', '.3f')
-def step_seconds(run):
-  """Median time of a step, without the first 2 steps, which compile."""
-  return _steady(run, 'time/step_seconds')
+class Runs:
+  """What the runs are."""
+
+  @column('method')
+  def method(run):
+    return run.method
+
+  @column('balancer')
+  def balancer(run):
+    options = dict(run.config['balancer'])
+    name = options.pop('name')
+    return f'{name}({", ".join(f"{k}={v}" for k, v in options.items())})'
+
+  @column('seed', '.0f')
+  def seed(run):
+    return run.config['seed']
+
+  @column('steps', ',.0f')
+  def steps(run):
+    """Steps that are completed."""
+    return run.metrics.index[-1]
+
+  @column('finished')
+  def finished(run):
+    return run.finished
+
+  @column('tokens', ',.0f')
+  def tokens(run):
+    """Positions trained on, padding included."""
+    return run.metrics.index[-1] * run.tokens_per_step
+
+  @column('not finite', ',.0f')
+  def first_non_finite_step(run):
+    """The first step whose training loss was not finite."""
+    loss = run.metrics['train/loss']
+    return next(iter(loss.index[~loss.abs().lt(math.inf)]), None)
 
 
-@column('25 % [s]', '.3f')
-def step_seconds_25(run):
-  """Lower quartile of the same."""
-  return _steady(run, 'time/step_seconds', 0.25)
+class Balance:
+  """MaxVio of a layer in a step is the load of its fullest expert over the mean
+  load, minus 1: no unit, 0 is perfect balance, 1 is twice the mean."""
+
+  seeds = 1
+
+  @column('AvgMaxVio', '.3f')
+  def average_max_violation(run):
+    """MaxVio, mean over the layers, then over the run's steps."""
+    return run.max_violation.mean(skipna=False)
+
+  @column('SupMaxVio', '.3f')
+  def sup_max_violation(run):
+    """MaxVio, mean over the layers, at the worst step, the first included."""
+    return run.max_violation.max(skipna=False)
+
+  @column('first step', '.3f')
+  def first_max_violation(run):
+    """MaxVio, mean over the layers, at step 1."""
+    return run.max_violation.get(1)
+
+  @column('last fifth', '.3f')
+  def last_max_violation(run):
+    """MaxVio, mean over the layers, then over the last fifth of the steps."""
+    violation = run.max_violation
+    return violation.tail(max(1, len(violation) // 5)).mean(skipna=False)
+
+  @column('AvgMaxVio, worst layer', '.3f')
+  def worst_average_max_violation(run):
+    """AvgMaxVio of the layer where it is largest."""
+    return run.layer_max_violation.mean(skipna=False).max(skipna=False)
+
+  @column('which')
+  def worst_average_layer(run):
+    average = run.layer_max_violation.mean(skipna=False)
+    return average.fillna(math.inf).idxmax()
+
+  @column('SupMaxVio, worst layer', '.3f')
+  def worst_sup_max_violation(run):
+    """SupMaxVio of the layer where it is largest."""
+    return run.layer_max_violation.max(skipna=False).max(skipna=False)
+
+  @column('which')
+  def worst_sup_layer(run):
+    sup = run.layer_max_violation.max(skipna=False)
+    return sup.fillna(math.inf).idxmax()
 
 
-@column('75 % [s]', '.3f')
-def step_seconds_75(run):
-  """Upper quartile of the same."""
-  return _steady(run, 'time/step_seconds', 0.75)
+class Training:
+  """What was learnt."""
+
+  seeds = 2
+
+  @column('train loss [nats/token]', '.3f')
+  def train_loss(run):
+    """Cross-entropy, mean over the last 10 steps."""
+    return run.metrics['train/loss'].tail(LOSS_STEPS).mean(skipna=False)
+
+  @column('gap to unigram [bits/byte]', '+.3f')
+  def gap_to_unigram(run):
+    """Validation bits per byte (q frozen) minus the unigram entropy of the
+    validation set; below 0 the model has learnt more than how frequent tokens
+    are."""
+    bits = _last_evaluation(run, VALIDATION, f'eval/{VALIDATION}/bits_per_byte')
+    unigram = run.facts.get('unigram_bits_per_byte')
+    return None if bits is None or unigram is None else bits - unigram
+
+  @column('tokens to unigram', ',.0f')
+  def tokens_to_unigram(run):
+    """Tokens trained on when an evaluation first found the validation
+    perplexity (q frozen) below the unigram model's; no finer than the
+    evaluations are apart."""
+    unigram = run.facts.get('unigram_perplexity')
+    perplexity = run.metrics.get(f'eval/{VALIDATION}/perplexity')
+    if unigram is None or perplexity is None:
+      return None
+    below = perplexity.index[perplexity < unigram]
+    return below[0] * run.tokens_per_step if len(below) else None
 
 
-@column('tokens/s', ',.0f')
-def tokens_per_second(run):
-  """Median over the same steps."""
-  return _steady(run, 'time/tokens_per_second')
+class Cost:
+  """What it took."""
+
+  @column('step [s]', '.3f')
+  def step_seconds(run):
+    """Median time of a step, without the first 2 steps, which compile."""
+    return _steady(run, 'time/step_seconds')
+
+  @column('25 % [s]', '.3f')
+  def step_seconds_25(run):
+    """Lower quartile of the same."""
+    return _steady(run, 'time/step_seconds', 0.25)
+
+  @column('75 % [s]', '.3f')
+  def step_seconds_75(run):
+    """Upper quartile of the same."""
+    return _steady(run, 'time/step_seconds', 0.75)
+
+  @column('tokens/s', ',.0f')
+  def tokens_per_second(run):
+    """Median over the same steps."""
+    return _steady(run, 'time/tokens_per_second')
+
+  @column('dropped', '.2%')
+  def dropped(run):
+    """Share of token-expert pairs that found no room, mean over all steps."""
+    return run.metrics['router/dropped'].mean(skipna=False)
 
 
-@column('dropped', '.2%')
-def dropped(run):
-  """Share of token-expert pairs that found no room, mean over all steps."""
-  return run.metrics['router/dropped'].mean(skipna=False)
-
-
-RUNS = Section(
-  'Runs',
-  (method, balancer, seed, steps, finished, tokens, first_non_finite_step),
-)
-BALANCE = Section(
-  'Balance',
-  (
-    average_max_violation,
-    sup_max_violation,
-    first_max_violation,
-    last_max_violation,
-    worst_average_max_violation,
-    worst_average_layer,
-    worst_sup_max_violation,
-    worst_sup_layer,
-  ),
-  'MaxVio of a layer in a step is the load of its fullest expert over the '
-  'mean load, minus 1: no unit, 0 is perfect balance, 1 is twice the mean.',
-  seeds=1,
-)
-TRAINING = Section(
-  'Training', (train_loss, gap_to_unigram, tokens_to_unigram), seeds=2
-)
-COST = Section(
-  'Cost',
-  (step_seconds, step_seconds_25, step_seconds_75, tokens_per_second, dropped),
-)
 _EVALUATED = (
   (
     'perplexity',
@@ -269,7 +245,15 @@ _SOLVED = (
 
 def sections(sets: Iterable[str]) -> list[Section]:
   """Returns all sections of runs that were evaluated on these sets."""
-  return [RUNS, BALANCE, TRAINING, *map(_evaluation, sets), COST]
+  first, last = map(_section, (Runs, Balance, Training)), _section(Cost)
+  return [*first, *map(_evaluation, sets), last]
+
+
+def _section(table: type) -> Section:
+  """Makes a section of a class: its name, docstring, columns and `seeds`."""
+  columns = [x for x in vars(table).values() if isinstance(x, Column)]
+  text, seeds = _text(table), getattr(table, 'seeds', 0)
+  return Section(table.__name__, tuple(columns), text, seeds)
 
 
 def _evaluation(name: str) -> Section:

@@ -24,7 +24,7 @@ from moe_jax.analysis.results import Results
 COLORS = '#0072B2 #E69F00 #000000 #CC79A7 #009E73 #56B4E9 #D55E00'.split()
 LINES = ('-', '--', '-.', ':')
 MARKERS = ('o', 's', '^', 'D', 'v', 'X', 'P', '*', '<', '>', 'p', 'h', 'd')
-# By (color, line, marker); a variant has the color of what it is a variant of.
+# (colour, line, marker); a variant has the colour of what it varies.
 _METHODS = {
   'loss_controlled': (0, 0, 0),
   'loss_free': (1, 1, 1),
@@ -76,7 +76,7 @@ def styles(runs: Mapping[str, Results]) -> dict[str, dict[str, Any]]:
 
 
 def method_style(method: str) -> dict[str, Any]:
-  """Returns the look of a method's line: in color, line and marker."""
+  """Returns the look of a method's line: colour, line and marker."""
   number = zlib.crc32(method.encode())  # Of methods that are not in the table.
   color, line, marker = _METHODS.get(
     method.partition('(')[0], (number, number >> 8, number >> 16)

@@ -77,7 +77,7 @@ def margin_figure(routed: RoutedText) -> Figure:
   bars.set_ylim(layers - 0.5, -0.5)
   bars.set_ylabel('layer')
   _name_experts(bars, at, 'y')
-  drawing.title(shares, 'colors as on the right')
+  drawing.title(shares, 'colours as on the right')
   shares.set_ylim(0, 1)
   shares.yaxis.set_major_formatter('{x:.0%}')
   shares.set_ylabel('tokens with a smaller margin')

@@ -1,6 +1,6 @@
 """Curves over the steps of runs; none of the functions touches pyplot.
 
-A method has the same color, line style and marker in all of them.
+A method has the same colour, line style and marker in all of them.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from moe_jax.analysis.results import pace
 from moe_jax.analysis.results import steady
 
 _NAMED = 3  # experts of the highest, and of the lowest prices
-_FULLEST = 2.0  # load over mean load at the top of the colors
+_FULLEST = 2.0  # load over mean load at the top of the colours
 
 
 def _check_begun(runs: Iterable[Results]) -> None:
@@ -58,7 +58,7 @@ def load_heatmap_figure(
 ) -> Figure:
   """Draws the load of each expert over the steps, a panel a method.
 
-  Perfect balance has the color in the middle, all loads of twice the mean or
+  Perfect balance has the colour in the middle, all loads of twice the mean or
   more that of the top.
 
   Args:
@@ -86,11 +86,11 @@ def load_heatmap_figure(
 
 
 def price_figure(run: Results, *, layer: int) -> Figure:
-  """Draws the price q of each expert over the steps, as lines and as colors.
+  """Draws the price q of each expert over the steps, as lines and as colours.
 
   The three experts of highest and of lowest price in the last record stand out
   from the others' thin lines; the title names them, from the outermost inwards.
-  Below, each expert has a row of colors.
+  Below, each expert has a row of colours.
 
   Args:
     run: one that recorded prices.

@@ -27,8 +27,8 @@ def text_figure(
 ) -> Figure:
   """Draws a text with the experts that its tokens went to.
 
-  A token stands on the color of its best expert; beneath are the numbers of
-  all that it chose, best first. There are 12 colors: the numbers decide. A
+  A token stands on the colour of its best expert; beneath are the numbers of
+  all that it chose, best first. There are 12 colours: the numbers decide. A
   space is shown as ·, a new line as ↵, a tab as →, what the type has no
   letter for as �; tokens of over 40 characters are cut.
 
@@ -78,7 +78,7 @@ def text_figure(
   end = start + len(tokens)
   figure.suptitle(
     f'layer {layer}, tokens {start} to {end - 1} of {len(routed.tokens)}; '
-    'color: best expert; numbers: all chosen, best first',
+    'colour: best expert; numbers: all chosen, best first',
     x=0.012,
     y=1 - 8 / (body + 24),
     ha='left',
@@ -179,7 +179,7 @@ def wrap(
 
 
 def expert_color(expert: int) -> tuple[float, float, float]:
-  """A light color; 12 experts in a row have different ones."""
+  """A light colour; 12 experts in a row have different ones."""
   return _COLORS.colors[expert % _COLORS.N]
 
 

@@ -42,7 +42,7 @@ def sparkline(
   """Draws values from 0 to `top` as blocks of eight heights.
 
   Args:
-    values: where there are more than `width`, means of neighbors are drawn.
+    values: where there are more than `width`, means of neighbours are drawn.
     top: what is as high as a block can be.
     width: of the line, in characters, at most.
     blocks: eight characters, from the lowest to the highest.
