@@ -36,12 +36,14 @@ def summarize(run: Results) -> dict[str, Any]:
     None is a value that is unknown or not finite.
 
   Raises:
-    ValueError: no step is completed.
+    ValueError: no step is completed, or it is no run of this version.
   """
   if run.metrics.empty:
     raise ValueError(f'{run}: no step is completed yet')
+  if 'train/loss' not in run.metrics:
+    raise ValueError(f'{run}: no run of this version, it has no train/loss')
   summary = {
-    column.key: column.measure(run)
+    column.key: _measured(column, run)
     for section in columns.sections(run.evaluation_sets)
     for column in section.columns
   }
@@ -52,18 +54,22 @@ def summarize(run: Results) -> dict[str, Any]:
   return {key: _plain(value) for key, value in summary.items()}
 
 
+def _measured(column: columns.Column, run: Results) -> Any:
+  try:
+    return column.measure(run)
+  except KeyError:  # A metric that came later than the run.
+    return None
+
+
 def tabulate(runs: Mapping[str, Results]) -> pd.DataFrame:
   """Returns the table of any runs, by their names.
 
   Raises:
-    ValueError: a run has completed no step, or is of an older version.
+    ValueError: a run has completed no step, or is none of this version.
   """
   summaries, settings = [], []
   for run in runs.values():
-    try:
-      summaries.append(summarize(run))
-    except KeyError as error:
-      raise ValueError(f'{run}: has no {error}; of an older version') from error
+    summaries.append(summarize(run))
     facts = {name: fact for name, fact in run.facts.items() if name != 'run'}
     settings.append(flatten({'config': run.config, 'facts': facts}))
   # As objects: a number that some runs do not have would become a float.

@@ -192,7 +192,7 @@ def test_a_figure_that_cannot_be_drawn_says_why(write_run, records, page):
     (lambda w: (w / 'run.json').write_text('{'), 'run.json: damaged, not JSON'),
     (
       lambda w: (w / 'metrics.jsonl').write_text('{"step": 1, "x": 2}\n'),
-      "has no 'train/loss'; of an older version",
+      'no run of this version, it has no train/loss',
     ),
   ],
 )

@@ -98,6 +98,15 @@ def test_final_loss_is_the_mean_of_ten_steps(write_run, records):
   assert summary['train_loss'] == 2.0 * statistics.mean(range(3, 13))
 
 
+def test_a_metric_that_came_later_is_unknown(write_run, records):
+  for record in records:
+    del record['router/dropped']
+  run = Run(write_run(records=records))
+  assert summarize(run)['dropped'] is None
+  markdown = comparison_markdown(comparison({'bip': [run]}))
+  assert cells(markdown, 'bip', 'Cost')[-1] == '–'
+
+
 def test_a_run_that_diverged_is_a_result(write_run, records):
   for record in records[1:]:
     record['train/loss'] = None
