@@ -10,6 +10,7 @@ import pandas as pd
 
 from moe_jax.config import method_of
 from moe_jax.config import upgrade
+from moe_jax.runs import records
 from moe_jax.runs.reader import Reader
 
 COMPILING_STEPS = 2  # whose times say nothing of the others
@@ -55,7 +56,8 @@ class Results(Reader):
       FileNotFoundError: there is no `metrics.jsonl`.
       ValueError: a line is damaged.
     """
-    return pd.DataFrame(self.records or {'step': []}).set_index('step')
+    found = records.read(self.workdir / records.NAME)
+    return pd.DataFrame(found or {'step': []}).set_index('step')
 
   @property
   def finished(self) -> bool:
