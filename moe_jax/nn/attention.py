@@ -11,6 +11,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from moe_jax.nn.config import DecoderConfig
 from moe_jax.nn.feed_forward import linear
 
 
@@ -61,23 +62,13 @@ def _attend(query_BxSxHxW, key_BxSxGxW, value_BxSxGxW):
 class Attention(nnx.Module):
   """Causal self-attention; each key/value head serves H/G query heads."""
 
-  def __init__(
-    self,
-    width: int,
-    *,
-    heads: int,
-    kv_heads: int,
-    rope_theta: float,
-    dtype,
-    rngs: nnx.Rngs,
-  ):
-    head_width = width // heads
-    self.heads, self.kv_heads, self.rope_theta = heads, kv_heads, rope_theta
-    kv_width = kv_heads * head_width
-    self.query = linear(width, width, dtype=dtype, rngs=rngs)
-    self.key = linear(width, kv_width, dtype=dtype, rngs=rngs)
-    self.value = linear(width, kv_width, dtype=dtype, rngs=rngs)
-    self.out = linear(width, width, dtype=dtype, rngs=rngs)
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    self.config, width = config, config.width
+    kv_width = width // config.heads * config.kv_heads
+    self.query = linear(width, width, dtype=config.dtype, rngs=rngs)
+    self.key = linear(width, kv_width, dtype=config.dtype, rngs=rngs)
+    self.value = linear(width, kv_width, dtype=config.dtype, rngs=rngs)
+    self.out = linear(width, width, dtype=config.dtype, rngs=rngs)
 
   @jax.named_scope('attention')
   def __call__(
@@ -88,17 +79,17 @@ class Attention(nnx.Module):
     Returns:
       [B, S, D], and the cache with these tokens added.
     """
-    start = 0 if cache is None else cache.length
+    config, start = self.config, 0 if cache is None else cache.length
 
     def split(y, heads):
       return y.reshape(*x_BxSxD.shape[:2], heads, -1)
 
     def rotated(y, heads):
-      return rotate(split(y, heads), theta=self.rope_theta, start=start)
+      return rotate(split(y, heads), theta=config.rope_theta, start=start)
 
-    query = rotated(self.query(x_BxSxD), self.heads)
-    key = rotated(self.key(x_BxSxD), self.kv_heads)
-    value = split(self.value(x_BxSxD), self.kv_heads)
+    query = rotated(self.query(x_BxSxD), config.heads)
+    key = rotated(self.key(x_BxSxD), config.kv_heads)
+    value = split(self.value(x_BxSxD), config.kv_heads)
     if cache is None:
       y = _attend(query, key, value)
     else:

@@ -83,7 +83,10 @@ class DecoderConfig(MoEConfig):
   norm_epsilon: float = option(1e-5, above=0, most=1.0)
   """Added to the mean square in normalization."""
   remat: bool = option(False, change='named')
-  """Whether the backward pass recomputes each layer from its input."""
+  """Whether the backward pass recomputes each layer from its input. Choices and
+  q are kept, not recomputed. In float32 results stay the same; in bfloat16 they
+  may differ by its rounding, as XLA keeps float32 between the operations that
+  it fuses, unless XLA_FLAGS has --xla_allow_excess_precision=false."""
 
   def __post_init__(self):
     super().__post_init__()

@@ -42,16 +42,9 @@ class Block(nnx.Module):
     *,
     rngs: nnx.Rngs,
   ):
-    self.attention_norm = _norm(config, rngs)
-    self.attention = Attention(
-      config.width,
-      heads=config.heads,
-      kv_heads=config.kv_heads,
-      rope_theta=config.rope_theta,
-      dtype=jnp.dtype(config.dtype),
-      rngs=rngs,
-    )
-    self.feed_forward_norm = _norm(config, rngs)
+    self.attention_norm = rms_norm(config, rngs=rngs)
+    self.attention = Attention(config, rngs=rngs)
+    self.feed_forward_norm = rms_norm(config, rngs=rngs)
     self.feed_forward = feed_forward(rngs=rngs)
 
   def __call__(
@@ -70,15 +63,6 @@ class Block(nnx.Module):
     else:
       y_BxSxD, output = self.feed_forward(y_BxSxD), None
     return x_BxSxD + y_BxSxD, output, cache
-
-
-def _norm(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-  return rms_norm(
-    config.width,
-    epsilon=config.norm_epsilon,
-    dtype=jnp.dtype(config.dtype),
-    rngs=rngs,
-  )
 
 
 class DecoderCache(NamedTuple):
@@ -133,19 +117,18 @@ class Decoder(nnx.Module):
         'the gathered weights of all layers would be kept for the backward pass'
       )
     self.config, self.mesh, self.fsdp = config, mesh, fsdp
-    dtype = jnp.dtype(config.dtype)
-    # As MiniMind's output layer, whose weight it is, too: U(+-1/sqrt(D)).
+    # Also the weight of MiniMind's output layer: U(+-1/sqrt(D)).
     self.embedding = nnx.Embed(
       vocabulary,
       config.width,
-      dtype=dtype,
+      dtype=jnp.dtype(config.dtype),
       embedding_init=nnx.initializers.variance_scaling(
         1 / 3, 'fan_out', 'uniform'
       ),
       rngs=rngs,
     )
     dense = functools.partial(
-      SwiGLU, config.width, config.dense_hidden, dtype=dtype
+      SwiGLU, config.width, config.dense_hidden, dtype=config.dtype
     )
     moe = functools.partial(
       MoE,
@@ -160,7 +143,7 @@ class Decoder(nnx.Module):
       _stack(config, dense_layers, dense, rngs) if dense_layers else None
     )
     self.moe_blocks = _stack(config, config.layers - dense_layers, moe, rngs)
-    self.norm = _norm(config, rngs)
+    self.norm = rms_norm(config, rngs=rngs)
 
   def __call__(
     self,
@@ -272,16 +255,7 @@ class Decoder(nnx.Module):
 
   def update_router(self) -> None:
     """Moves every layer's router by the step's observations, once a step."""
-    graphdef, params, routers = nnx.split(
-      self.moe_blocks, nnx.Param, RouterState
-    )
-
-    def update(routers):
-      block = nnx.merge(graphdef, params, routers, copy=True)
-      block.feed_forward.update_router()
-      return nnx.state(block, RouterState)
-
-    nnx.update(self.moe_blocks, jax.vmap(update)(routers))
+    self.moe_blocks.feed_forward.update_router()
 
 
 def _is_variable(node) -> bool:

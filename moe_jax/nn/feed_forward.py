@@ -4,6 +4,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from moe_jax.nn.config import DecoderConfig
+
 
 def linear_init(*, batch_axis: int | tuple[int, ...] = ()):
   """Draws weights [..., in, out] from U(-1/sqrt(in), 1/sqrt(in)).
@@ -15,13 +17,15 @@ def linear_init(*, batch_axis: int | tuple[int, ...] = ()):
   )
 
 
-def linear(inputs: int, outputs: int, *, dtype, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(
+  inputs: int, outputs: int, *, dtype: str, rngs: nnx.Rngs
+) -> nnx.Linear:
   """Builds a linear layer without bias: float32 weights, compute in dtype."""
   return nnx.Linear(
     inputs,
     outputs,
     use_bias=False,
-    dtype=dtype,
+    dtype=jnp.dtype(dtype),
     kernel_init=linear_init(),
     rngs=rngs,
   )
@@ -34,7 +38,7 @@ class SwiGLU(nnx.Module):
     Shazeer, arXiv 2002.05202, equation 6.
   """
 
-  def __init__(self, width: int, hidden: int, *, dtype, rngs: nnx.Rngs):
+  def __init__(self, width: int, hidden: int, *, dtype: str, rngs: nnx.Rngs):
     self.gate = linear(width, hidden, dtype=dtype, rngs=rngs)
     self.up = linear(width, hidden, dtype=dtype, rngs=rngs)
     self.down = linear(hidden, width, dtype=dtype, rngs=rngs)
@@ -43,8 +47,12 @@ class SwiGLU(nnx.Module):
     return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-def rms_norm(width: int, *, epsilon: float, dtype, rngs: nnx.Rngs):
+def rms_norm(config: DecoderConfig, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
   """Builds x / sqrt(mean(x^2) + epsilon) * scale, reduced in float32."""
   return nnx.RMSNorm(
-    width, epsilon=epsilon, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
+    config.width,
+    epsilon=config.norm_epsilon,
+    dtype=jnp.dtype(config.dtype),
+    param_dtype=jnp.float32,
+    rngs=rngs,
   )

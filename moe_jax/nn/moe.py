@@ -99,7 +99,7 @@ class MoE(nnx.Module):
       SwiGLU(
         width,
         config.shared_experts * hidden,
-        dtype=jnp.dtype(config.dtype),
+        dtype=config.dtype,
         rngs=rngs,
       )
       if config.shared_experts
@@ -150,13 +150,17 @@ class MoE(nnx.Module):
     return y_BxSxD.astype(x_BxSxD.dtype), output
 
   def update_router(self) -> None:
-    """Moves the router by the step's observations and forgets them."""
-    observation = self.observation.get_value()
-    self.state.set_value(
-      self.balancer.update(
-        self.state.get_value(), observation, k=self.config.experts_per_token
-      )
+    """Moves the router by the step's observations and forgets them.
+
+    Layers that are stacked along leading axes move each by itself.
+    """
+    update = functools.partial(
+      self.balancer.update, k=self.config.experts_per_token
     )
+    for _ in self.router.shape[:-2]:
+      update = jax.vmap(update)
+    observation = self.observation.get_value()
+    self.state.set_value(update(self.state.get_value(), observation))
     self.observation.set_value(jax.tree.map(jnp.zeros_like, observation))
 
   def _on_mesh(self, train, shape_BxSxD):

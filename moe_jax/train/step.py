@@ -1,6 +1,7 @@
 """One optimizer step: the place where the training state changes."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 from flax import nnx
@@ -41,46 +42,29 @@ def make_train_step(
     `squares` of `gradient` and `parameters`.
   """
   schedule = make_schedule(config)
-
-  def losses(params, router, batch, tokens):
-    model = nnx.merge(training.graphdef, params, router, copy=True)
-    logits, outputs = model(batch.inputs, batch.mask, train=True)
-    sums = {
-      'loss': jnp.sum(cross_entropy(logits, batch)) / tokens,
-      'auxiliary_loss': jnp.sum(outputs.loss) / config.accumulation,
-      'router': outputs.sums,
-    }
-    return sums['loss'] + sums['auxiliary_loss'], (sums, _router_state(model))
-
-  def update(state, gradient, router):
-    with jax.named_scope('optimizer'):
-      updates, optimizer = training.optimizer.update(
-        gradient, state.optimizer, state.params
-      )
-      params = optax.apply_updates(state.params, updates)
-    model = nnx.merge(training.graphdef, state.params, router, copy=True)
-    model.update_router()
-    return TrainState(state.step, params, optimizer, _router_state(model))
+  gradients = jax.grad(
+    functools.partial(_losses, training.graphdef, config.accumulation),
+    has_aux=True,
+  )
 
   def train_step(state, batch):
     tokens = batch.inputs.size if batch.mask is None else jnp.sum(batch.mask)
     tokens = jnp.maximum(tokens, 1)
 
-    def gradients(router, batch):
-      gradient, (sums, router) = jax.grad(losses, has_aux=True)(
-        state.params, router, batch, tokens
-      )
+    def of_microbatch(router, batch):
+      gradient, (sums, router) = gradients(state.params, router, batch, tokens)
       return (gradient, sums), router
 
     (gradient, sums), router = add_up(
-      gradients, state.router, batch, config.accumulation
+      of_microbatch, state.router, batch, config.accumulation
     )
     gradient_squares = squares(gradient)
     gradient_norm = jnp.sqrt(sum(map(jnp.sum, gradient_squares.values())))
     finite = jnp.isfinite(sums['loss'] + sums['auxiliary_loss'])
     finite &= jnp.isfinite(gradient_norm)
     finite &= ~jnp.any(sums['router']['infinite'])
-    new = apply_if(finite, lambda state: update(state, gradient, router), state)
+    update = functools.partial(_update, training, gradient, router)
+    new = apply_if(finite, update, state)
     metrics = {
       'train/loss': sums['loss'],
       'train/aux_loss': sums['auxiliary_loss'],
@@ -106,6 +90,30 @@ def make_train_step(
     out_shardings=(shardings, whole, whole),
     compiler_options=training.compiler_options,
   )
+
+
+def _losses(graphdef, microbatches, params, router, batch, tokens):
+  """Returns the loss of a microbatch; its sums and the routers after it."""
+  model = nnx.merge(graphdef, params, router, copy=True)
+  logits, outputs = model(batch.inputs, batch.mask, train=True)
+  sums = {
+    'loss': jnp.sum(cross_entropy(logits, batch)) / tokens,
+    'auxiliary_loss': jnp.sum(outputs.loss) / microbatches,
+    'router': outputs.sums,
+  }
+  return sums['loss'] + sums['auxiliary_loss'], (sums, _router_state(model))
+
+
+def _update(training, gradient, router, state) -> TrainState:
+  """Moves parameters by a gradient and routers by what they have observed."""
+  with jax.named_scope('optimizer'):
+    updates, optimizer = training.optimizer.update(
+      gradient, state.optimizer, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+  model = nnx.merge(training.graphdef, state.params, router, copy=True)
+  model.update_router()
+  return TrainState(state.step, params, optimizer, _router_state(model))
 
 
 def _router_state(model: nn.Decoder) -> dict[str, Any]:
