@@ -91,7 +91,7 @@ def route(
     train: whether q may move.
     mask_BxS: bool; False for padding.
     groups: equal, consecutive parts of the tokens that round by themselves.
-      Without `axis_name` they solve as so many devices would, too: each by
+      Without `axis_name` they also solve as so many devices would: each by
       itself where the balancer is `per_shard`.
     axis_name: mesh axes over which the batch is split, inside `jax.shard_map`.
   """
@@ -101,7 +101,6 @@ def route(
   scores_BxSxE = _SCORES[config.scoring](logits_BxSxE)
   scores_TxE = scores_BxSxE.reshape(-1, weight_DxE.shape[1])
   mask_T = None if mask_BxS is None else mask_BxS.reshape(-1)
-  total = functools.partial(_total, axis_name=axis_name)
   k = config.experts_per_token
   if train:
     solve = functools.partial(
@@ -116,7 +115,8 @@ def route(
       scores_BxSxE, choice, k=k, mask_BxS=mask_BxS, axis_name=axis_name
     )
     if config.router_z_loss:
-      loss += config.router_z_loss * _z_loss(logits_BxSxE, mask_BxS, total)
+      z_loss = _z_loss(logits_BxSxE, mask_BxS, axis_name)
+      loss += config.router_z_loss * z_loss
     moved = (new_state, seen)
   else:
     choice = routing.choose(scores_TxE, state.q, k=k, mask_T=mask_T)
@@ -128,10 +128,6 @@ def route(
   if config.round_to_capacity:
     sums['unrounded_load'] = choice.load
   return Routed(rounded, scores_TxE, loss, sums, moved)
-
-
-def _total(x, *, axis_name):
-  return x if axis_name is None else lax.psum(x, axis_name)
 
 
 def _solve(
@@ -180,13 +176,13 @@ def _joined(choice_G: routing.Choice) -> routing.Choice:
   return routing.Choice(experts, gates, jnp.sum(choice_G.load, axis=0))
 
 
-def _z_loss(
-  logits_BxSxE: jax.Array, mask_BxS: jax.Array | None, total: Callable
-) -> jax.Array:
+def _z_loss(logits_BxSxE, mask_BxS, axis_name) -> jax.Array:
   """Averages logsumexp(logits)^2 over tokens (arXiv 2202.08906, eq. 5)."""
   square_BxS = jnp.square(jax.nn.logsumexp(logits_BxSxE, axis=-1))
   if mask_BxS is None:
     mask_BxS = jnp.ones(square_BxS.shape, bool)
-  count = total(jnp.sum(mask_BxS))
-  square = total(jnp.sum(jnp.where(mask_BxS, square_BxS, 0.0)))
+  square = jnp.sum(jnp.where(mask_BxS, square_BxS, 0.0))
+  count = jnp.sum(mask_BxS)
+  if axis_name is not None:
+    square, count = lax.psum((square, count), axis_name)
   return square / jnp.maximum(count, 1)

@@ -76,8 +76,8 @@ def make_model(config: Config, mesh: Mesh | None = None) -> nn.Decoder:
 
 def dropless(config: Config) -> Config:
   """Returns the config without capacity or rounding, for evaluation."""
-  # Who trains with static buffers shall not learn in the first evaluation that
-  # a compiler refuses the ragged exchange.
+  # Training with static buffers works where a compiler refuses the ragged
+  # exchange; evaluation shall work there as well.
   static = config.capacity_factor or config.model.round_to_capacity
   model = dataclasses.replace(
     config.model,
@@ -178,7 +178,7 @@ def _shardings(abstract, params, optimizer, mesh, fsdp) -> TrainState:
   return TrainState(
     step=replicated,
     params=param_shardings,
-    # In Auto mode moments would be replicated if this were left out.
+    # In Auto mode, moments without this would be replicated.
     optimizer=optax.tree.map_params(
       optimizer,
       lambda _, sharding: sharding,
