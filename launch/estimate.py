@@ -20,7 +20,6 @@ from moe_jax import nn
 from moe_jax.config import Config
 from moe_jax.parallel import mesh as meshes
 from moe_jax.train import batches
-from moe_jax.train import optimizer as optimizer_lib
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
 
@@ -67,10 +66,8 @@ def estimate(
   Raises:
     ValueError: the config does not fit the number of devices.
   """
-  mesh = meshes.make_mesh(config.mesh.data, config.mesh.expert, devices=devices)
-  training = state_lib.make_training(
-    config, optimizer_lib.make_optimizer(config), mesh
-  )
+  mesh = meshes.make_mesh(**config.mesh.axes, devices=devices)
+  training = state_lib.make_training(config, mesh)
   tokens = jax.ShapeDtypeStruct(
     (config.batch_size, config.sequence_length),
     jnp.int32,

@@ -239,11 +239,10 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _print_sharding(config) -> None:
   from moe_jax.parallel import mesh as meshes
-  from moe_jax.train import optimizer
   from moe_jax.train import state
 
-  mesh = meshes.make_mesh(config.mesh.data, config.mesh.expert)
-  training = state.make_training(config, optimizer.make_optimizer(config), mesh)
+  mesh = meshes.make_mesh(**config.mesh.axes)
+  training = state.make_training(config, mesh)
   print(state.sharding_table(training.abstract))
 
 

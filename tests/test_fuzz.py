@@ -19,7 +19,6 @@ from moe_jax.options import Option
 from moe_jax.options import options_of
 from moe_jax.parallel import mesh as meshes
 from moe_jax.train import batches
-from moe_jax.train import optimizer
 from moe_jax.train import state
 from moe_jax.train import step
 
@@ -446,9 +445,7 @@ def trace_or_refuse(options, devices):
     mesh = meshes.make_mesh(
       frozen.mesh.data, frozen.mesh.expert, devices=jax.devices()[:devices]
     )
-    training = state.make_training(
-      frozen, optimizer.make_optimizer(frozen), mesh
-    )
+    training = state.make_training(frozen, mesh)
   except ValueError as error:
     assert type(error) is ValueError
     frame = traceback.extract_tb(error.__traceback__)[-1]

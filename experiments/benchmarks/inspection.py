@@ -26,7 +26,6 @@ from moe_jax.runs.checkpoints import ITEMS
 from moe_jax.runs.checkpoints import Position
 from moe_jax.runs.saver import Saver
 from moe_jax.train import facts
-from moe_jax.train import optimizer
 from moe_jax.train import state as states
 
 OPENS = r"""
@@ -50,9 +49,7 @@ WHAT = {
 def write(config: config_lib.Config, directory: pathlib.Path) -> None:
   """Leaves what a run would, but for metrics and the optimizer's state."""
   mesh = meshes.make_mesh()
-  training = states.make_training(
-    config, optimizer.make_optimizer(config), mesh
-  )
+  training = states.make_training(config, mesh)
 
   @jax.jit
   def init():

@@ -27,7 +27,6 @@ from moe_jax.parallel import mesh as meshes
 from moe_jax.runs import checksums
 from moe_jax.runs import preemption
 from moe_jax.runs.checkpoints import ITEMS
-from moe_jax.train import optimizer
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
 
@@ -55,9 +54,7 @@ def each_checkpoint(
 ) -> dict[str, float]:
   """Times what a checkpoint costs beside being written: median seconds."""
   mesh = meshes.make_mesh()
-  training = state_lib.make_training(
-    config, optimizer.make_optimizer(config), mesh
-  )
+  training = state_lib.make_training(config, mesh)
   state = training.init()
   arrays = {name: getattr(state, name) for name in ITEMS}
   jax.block_until_ready(arrays)

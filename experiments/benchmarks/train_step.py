@@ -36,7 +36,6 @@ from moe_jax import config as config_lib
 from moe_jax import main as command_line
 from moe_jax.parallel import mesh as meshes
 from moe_jax.train import batches
-from moe_jax.train import optimizer
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
 
@@ -49,9 +48,7 @@ def our_step(
 ) -> tuple[Callable[[], None], str]:
   """Returns a function that trains one step, and its compiled program."""
   mesh = meshes.make_mesh()
-  training = state_lib.make_training(
-    config, optimizer.make_optimizer(config), mesh
-  )
+  training = state_lib.make_training(config, mesh)
   state = training.init()
   batch = batches.to_devices(
     mesh, {'inputs': tokens_BxS[:, :-1], 'targets': tokens_BxS[:, 1:]}

@@ -175,7 +175,7 @@ class Checkpoint:
       accumulation=1,
       model=dataclasses.replace(self.config.model, shards=0),
     )
-    return states.make_training(config, optax.identity(), self.mesh)
+    return states.make_training(config, self.mesh, optimizer=optax.identity())
 
   def _checked(self, path, name, abstract=None):
     item = checkpoints.read_item(path, name, abstract)

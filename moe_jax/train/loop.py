@@ -26,7 +26,6 @@ from moe_jax.runs.writer import open_writer
 from moe_jax.train import facts as facts_lib
 from moe_jax.train.batches import training_batches
 from moe_jax.train.evaluate import make_evaluation
-from moe_jax.train.optimizer import make_optimizer
 from moe_jax.train.optimizer import make_schedule
 from moe_jax.train.plan import Plan
 from moe_jax.train.state import Training
@@ -122,7 +121,7 @@ def _training_under(plan: Plan, options: dict[str, Any]) -> Training:
     return plan.training
   mesh = dataclasses.asdict(plan.config.mesh)
   config = config_lib.freeze(options | {'mesh': mesh})
-  return make_training(config, make_optimizer(config), plan.mesh)
+  return make_training(config, plan.mesh)
 
 
 def _continued(plan: Plan, saved: Saved) -> TrainState:

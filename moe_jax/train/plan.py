@@ -17,7 +17,6 @@ from moe_jax.runs import files
 from moe_jax.runs import processes
 from moe_jax.runs.reader import Reader
 from moe_jax.train import facts
-from moe_jax.train.optimizer import make_optimizer
 from moe_jax.train.state import Training
 from moe_jax.train.state import check_memory
 from moe_jax.train.state import make_training
@@ -108,8 +107,8 @@ def plan(
   """
   with processes.agreement() as agreed:
     directory = files.open_workdir(workdir)
-    mesh = make_mesh(config.mesh.data, config.mesh.expert)
-    training = make_training(config, make_optimizer(config), mesh)
+    mesh = make_mesh(**config.mesh.axes)
+    training = make_training(config, mesh)
     check_memory(training.abstract)
     text = data.load_text(config.data)
     if config.sequence_length >= len(text.train_tokens):

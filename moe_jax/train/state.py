@@ -20,6 +20,7 @@ import pandas
 from moe_jax import nn
 from moe_jax.config import Config
 from moe_jax.parallel.grouped_matmul import compiler_options
+from moe_jax.train.optimizer import make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -88,14 +89,23 @@ def dropless(config: Config) -> Config:
 
 
 def make_training(
-  config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+  config: Config,
+  mesh: Mesh,
+  *,
+  optimizer: optax.GradientTransformation | None = None,
 ) -> Training:
   """Plans model and optimizer state on the mesh; computes nothing yet.
+
+  Args:
+    config: what to train.
+    mesh: the devices.
+    optimizer: by default that of the config.
 
   Raises:
     ValueError: experts or batch do not divide over the mesh or its shards.
   """
   _check_mesh(config, mesh)
+  optimizer = optimizer or make_optimizer(config)
 
   def split(config):
     model = make_model(config, mesh)

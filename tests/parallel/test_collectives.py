@@ -13,7 +13,6 @@ import pytest
 from launch import hlo
 from moe_jax.parallel import mesh as meshes
 from moe_jax.train import batches
-from moe_jax.train import optimizer
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
 from tests.train import tiny
@@ -47,9 +46,7 @@ def compiled(data, expert, batch=8, method='bip', **overrides):
     },
   )
   mesh = meshes.make_mesh(data, expert)
-  training = state_lib.make_training(
-    config, optimizer.make_optimizer(config), mesh
-  )
+  training = state_lib.make_training(config, mesh)
   tokens = jax.ShapeDtypeStruct(
     (batch, SEQUENCE), jnp.int32, sharding=NamedSharding(mesh, meshes.BATCH)
   )

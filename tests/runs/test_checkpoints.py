@@ -19,7 +19,6 @@ from moe_jax.runs import checkpoints as checkpoint_lib
 from moe_jax.runs import checksums as checksum_lib
 from moe_jax.runs import files
 from moe_jax.runs.saver import Saver
-from moe_jax.train import optimizer
 from moe_jax.train import state as state_lib
 from tests.train import tiny
 
@@ -54,9 +53,7 @@ def restore(directory, training, run='name'):
 def test_pending_prices_and_histograms_come_back(method, tmp_path):
   config = tiny.tiny_config(tmp_path, method)
   mesh = meshes.make_mesh(1, 1, devices=jax.devices()[:1])
-  training = state_lib.make_training(
-    config, optimizer.make_optimizer(config), mesh
-  )
+  training = state_lib.make_training(config, mesh)
   state = training.init()
   leaves, structure = jax.tree.flatten(state.router)
   leaves = [
@@ -112,9 +109,7 @@ def test_checkpoints_move_between_meshes(path, tmp_path):
     mesh = meshes.make_mesh(
       data, expert, devices=jax.devices()[: data * expert]
     )
-    training = state_lib.make_training(
-      config, optimizer.make_optimizer(config), mesh
-    )
+    training = state_lib.make_training(config, mesh)
     if first is None:
       items = items_of(training.init())
       first = jax.device_get(items)
@@ -133,9 +128,7 @@ def trained(tmp_path_factory):
   directory = tmp_path_factory.mktemp('trained')
   config = tiny.tiny_config(directory, checkpoints_kept=3)
   mesh = meshes.make_mesh(1, 1, devices=jax.devices()[:1])
-  training = state_lib.make_training(
-    config, optimizer.make_optimizer(config), mesh
-  )
+  training = state_lib.make_training(config, mesh)
   items = items_of(training.init())
   with open_saver(directory / 'checkpoints', config) as saver:
     for step in (1, 2, 3):

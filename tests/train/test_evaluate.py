@@ -14,7 +14,6 @@ from moe_jax.config import Config
 from moe_jax.parallel import mesh as meshes
 from moe_jax.train import batches as batches_lib
 from moe_jax.train import evaluate as evaluation
-from moe_jax.train import optimizer
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
 from tests.train import tiny
@@ -32,9 +31,7 @@ class Model(NamedTuple):
 def model(text):
   config = tiny.tiny_config(text, eval_sequences=20)
   mesh = meshes.make_mesh()
-  training = state_lib.make_training(
-    config, optimizer.make_optimizer(config), mesh
-  )
+  training = state_lib.make_training(config, mesh)
   text = data.load_text(config.data)
   return Model(config, training, mesh, text, training.init())
 

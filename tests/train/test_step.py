@@ -13,7 +13,6 @@ from moe_jax.config import METHODS
 from moe_jax.config import MeshConfig
 from moe_jax.parallel import mesh as meshes
 from moe_jax.train import batches
-from moe_jax.train import optimizer
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
 from tests.train import tiny
@@ -28,9 +27,7 @@ def run_steps(config, count=3, guard='allow', compiler_options=None):
   data = max(1, config.mesh.data)  # one device where nothing is said
   devices = jax.devices()[: data * config.mesh.expert]
   mesh = meshes.make_mesh(data, config.mesh.expert, devices=devices)
-  training = state_lib.make_training(
-    config, optimizer.make_optimizer(config), mesh
-  )
+  training = state_lib.make_training(config, mesh)
   training = training._replace(
     compiler_options={**training.compiler_options, **(compiler_options or {})}
   )
@@ -236,9 +233,7 @@ def test_choices_on_a_mesh_differ_between_near_equals_only(shape, config):
   def forward(data, expert):
     devices = jax.devices()[: data * expert]
     mesh = meshes.make_mesh(data, expert, devices=devices)
-    training = state_lib.make_training(
-      config, optimizer.make_optimizer(config), mesh
-    )
+    training = state_lib.make_training(config, mesh)
 
     @jax.jit
     def apply(params, router, tokens):
@@ -268,9 +263,7 @@ def test_choices_on_a_mesh_differ_between_near_equals_only(shape, config):
 @pytest.mark.long
 def test_masked_tokens_change_nothing(config):
   mesh = meshes.make_mesh(1, 1, devices=jax.devices()[:1])
-  training = state_lib.make_training(
-    config, optimizer.make_optimizer(config), mesh
-  )
+  training = state_lib.make_training(config, mesh)
   train_step = step_lib.make_train_step(config, training)
   random = np.random.default_rng(2)
   tokens = random.integers(300, size=(8, 17), dtype=np.int32)
