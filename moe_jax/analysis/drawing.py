@@ -139,6 +139,11 @@ def title(axes: Axes, text: str, size: str = 'medium') -> None:
   axes.set_title(text, loc='left', fontsize=size, parse_math=False)
 
 
+def heading(figure: Figure, text: str, **look: Any) -> None:
+  look = {'x': 0.02, 'ha': 'left', 'fontsize': 'medium'} | look
+  figure.suptitle(text, parse_math=False, **look)
+
+
 def grid(axes: Axes) -> None:
   axes.grid(color='0.9')
   axes.set_axisbelow(True)

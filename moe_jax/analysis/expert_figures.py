@@ -40,8 +40,7 @@ def cutoff_figure(routed: RoutedText, *, layer: int) -> Figure:
   ends = (place - 0.45, place + 0.45)
   axes.hlines(table['price'], *ends, 'black', linewidth=1.8, label='price q')
   drawing.title(axes, f'layer {layer}')
-  axes.set_xlabel('expert, by price')
-  axes.set_ylabel('score, price')
+  axes.set(xlabel='expert, by price', ylabel='score, price')
   axes.set_xlim(-0.7, len(table) - 0.3)
   _name_experts(axes, table.index.to_numpy(), 'x')
   drawing.grid(axes)
@@ -74,13 +73,11 @@ def margin_figure(routed: RoutedText) -> Figure:
   at = np.arange(layers)
   quantiles = np.quantile(margins, expert_statistics.QUANTILES, axis=1)
   _bars(bars, at, quantiles, min(9.0, 150 / layers), colors, lying=True)
-  bars.set_ylim(layers - 0.5, -0.5)
-  bars.set_ylabel('layer')
+  bars.set(ylim=(layers - 0.5, -0.5), ylabel='layer')
   _name_experts(bars, at, 'y')
   drawing.title(shares, 'colours as on the right')
-  shares.set_ylim(0, 1)
+  shares.set(ylim=(0, 1), ylabel='tokens with a smaller margin')
   shares.yaxis.set_major_formatter('{x:.0%}')
-  shares.set_ylabel('tokens with a smaller margin')
   positive = margins[margins > 0]
   for axes in (shares, bars):
     if len(positive):  # A margin of 0, a tie, is left of the axis.
@@ -125,7 +122,7 @@ def similarity_figure(checkpoint: Checkpoint, *, layer: int) -> Figure:
     drawing.title(axes, title)
     label = 'cosine similarity'
     figure.colorbar(image, ax=axes, location='bottom', label=label, aspect=30)
-  figure.suptitle(f'step {checkpoint.step}, layer {layer}', ha='left', x=0.02)
+  drawing.heading(figure, f'step {checkpoint.step}, layer {layer}')
   return figure
 
 

@@ -45,8 +45,8 @@ def max_violation_figure(runs: Mapping[str, Results]) -> Figure:
     drawing.balance(axes, runs[label], **style)
   means = pd.concat([run.max_violation for run in runs.values()])
   drawing.log_axis(axes, means.dropna())
-  axes.set_xlabel('optimizer step')
-  axes.set_ylabel('MaxVio (fullest expert / mean - 1)')
+  label = 'MaxVio (fullest expert / mean - 1)'
+  axes.set(xlabel='optimizer step', ylabel=label)
   drawing.title(axes, 'line: mean over layers; band: up to the worst layer')
   drawing.grid(axes)
   drawing.legend(figure, axes)
@@ -185,16 +185,14 @@ def progress_figure(run: Results) -> Figure:
   drawing.log_axis(violation, run.max_violation.dropna())
   violation.set_ylabel('MaxVio, mean to\nworst layer')
   speed.plot(steady(metrics['time/tokens_per_second']), **style)
-  speed.set_ylim(bottom=0.0)
+  speed.set(xlabel='optimizer step', ylabel='speed\n[tokens/s]')
+  speed.set(xlim=(0, run.config['steps']), ylim=(0, None))
   speed.yaxis.set_major_formatter(EngFormatter(sep=' '))
-  speed.set_ylabel('speed\n[tokens/s]')
-  speed.set_xlabel('optimizer step')
-  speed.set_xlim(0, run.config['steps'])
   for axes in (loss, violation, speed):
     drawing.grid(axes)
   figure.align_ylabels()
   title = f'{run.method}: {_how_far(run)}'
-  figure.suptitle(title, ha='left', x=0.02, fontsize='large', parse_math=False)
+  drawing.heading(figure, title, fontsize='large')
   return figure
 
 

@@ -76,12 +76,11 @@ def text_figure(
       down = 1.4 * _TYPE + (0.6 + 1.2 * i) * _SMALL
       _write(axes, column + width / 2, y + down, text, _SMALL)
   end = start + len(tokens)
-  figure.suptitle(
+  drawing.heading(
+    figure,
     f'layer {layer}, tokens {start} to {end - 1} of {len(routed.tokens)}; '
     'colour: best expert; numbers: all chosen, best first',
-    x=0.012,
     y=1 - 8 / (body + 24),
-    ha='left',
     fontsize='small',
   )
   return figure
@@ -130,11 +129,10 @@ def typical_tokens_figure(
   )
   axes = figure.subplots()
   axes.set(xlim=(-0.5, count - 0.5), ylim=(len(experts) - 0.5, -0.5))
-  axes.set_xticks([])
+  axes.set(xticks=[], ylabel='expert')
   axes.set_yticks(range(len(experts)), labels=map(str, experts))
   axes.tick_params(left=False)
   axes.spines[:].set_visible(False)
-  axes.set_ylabel('expert')
   norm = LogNorm(1.0, max(2.0, table['lift'].max()))
   for y, expert in enumerate(experts):
     of_expert = table[table['expert'] == expert]
@@ -145,12 +143,8 @@ def typical_tokens_figure(
       _write(axes, x, y - 0.16, _cut(visible(row.token), 12), _TYPE)
       lift = f'{row.lift:.1f}x {row.times}'
       _write(axes, x, y + 0.27, lift, 0.78 * _TYPE)
-  figure.suptitle(
-    f'layer {layer}; beneath each token: lift, times it went to the expert',
-    x=0.02,
-    ha='left',
-    fontsize='medium',
-  )
+  said = f'layer {layer}; beneath each token: lift, times it went to the expert'
+  drawing.heading(figure, said)
   return figure
 
 

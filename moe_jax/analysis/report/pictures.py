@@ -117,7 +117,7 @@ def _labelled(named: Mapping[str, Run]) -> dict[str, Run]:
   labels = [
     name
     if len(name) <= _LONGEST_LABEL
-    else f'{number}: …{name[3 - _LONGEST_LABEL :]}'
-    for number, name in enumerate(names, start=1)
+    else f'{i}: …{name[3 - _LONGEST_LABEL :]}'
+    for i, name in enumerate(names, start=1)
   ]
   return dict(zip(labels, named.values(), strict=True))
