@@ -3,12 +3,10 @@
 Shape letters: B batch, S sequence, N all tokens, L layers, E experts, K chosen.
 """
 
-from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
 
-from etils import epath
 from flax import nnx
 import jax
 from jax.sharding import Mesh
@@ -18,8 +16,8 @@ import optax
 import moe_jax
 from moe_jax import config as config_lib
 from moe_jax import nn
+from moe_jax.analysis.results import Results
 from moe_jax.analysis.routed_text import RoutedText
-from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.runs import checkpoints
 from moe_jax.train import state as states
 
@@ -33,9 +31,8 @@ class Checkpoint:
   What is read is checked against the checksums that were saved with it.
 
   Args:
-    path: of the checkpoint.
-    tokenizer: gives that of the run.
-    version: of moe_jax that the run began with, for errors.
+    run: whose checkpoint it is.
+    step: after which it was saved.
     mesh: where to put the model: with axes 'data' and 'expert', whatever the
       run's own was.
 
@@ -51,18 +48,12 @@ class Checkpoint:
     OSError: it cannot be read now, which does not mean that it is damaged.
   """
 
-  def __init__(
-    self,
-    path: epath.Path,
-    *,
-    tokenizer: Callable[[], Tokenizer],
-    version: str,
-    mesh: Mesh,
-  ):
-    self.path, self.mesh = path, mesh
-    self._tokenizer, self._version = tokenizer, version
+  def __init__(self, run: Results, step: int, mesh: Mesh):
+    self.path = run.workdir / 'checkpoints' / str(step)
+    self.step, self.mesh, self._run = step, mesh, run
+    versions = run.facts.get('versions', {})
+    self._version = versions.get('moe_jax', 'before 0.2')
     self._meta = self._read(checkpoints.read_meta)
-    self.step = self._meta['position']['step']
     self.config = self._read(
       lambda _: config_lib.freeze(config_lib.upgrade(self._meta['config']))
     )
@@ -101,7 +92,7 @@ class Checkpoint:
     Raises:
       ValueError: the text is empty.
     """
-    tokenizer = self._tokenizer()
+    tokenizer = self._run.tokenizer
     ids_N = tokenizer.encode(text).astype(np.int32)
     if not len(ids_N):
       raise ValueError("text='': must have at least one token")
@@ -152,7 +143,7 @@ class Checkpoint:
     Raises:
       ValueError: the prompt is empty, or an option out of its range.
     """
-    tokenizer = self._tokenizer()
+    tokenizer = self._run.tokenizer
     # A row for each device; they are all alike.
     prompt_BxS = np.tile(tokenizer.encode(prompt), (self.mesh.size, 1))
     new_BxN = nn.generate(

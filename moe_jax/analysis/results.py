@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import functools
+import json
 import os
 from typing import Any
 
@@ -10,6 +11,7 @@ import pandas as pd
 
 from moe_jax.config import method_of
 from moe_jax.config import upgrade
+from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.runs import records
 from moe_jax.runs.reader import Reader
 
@@ -44,6 +46,12 @@ class Results(Reader):
   def config(self) -> dict[str, Any]:
     """The nested config, from `config.json`, its options named as today."""
     return upgrade(super().config)
+
+  @functools.cached_property
+  def tokenizer(self) -> Tokenizer:
+    """What made tokens of the text, from `tokenizer.json`."""
+    vocabulary = self.config['data']['vocabulary']
+    return Tokenizer.from_json(json.dumps(super().tokenizer), vocabulary)
 
   @functools.cached_property
   def metrics(self) -> pd.DataFrame:

@@ -1,7 +1,5 @@
 """A run, opened from its work directory."""
 
-import functools
-import json
 import os
 
 import jax
@@ -12,7 +10,6 @@ from moe_jax.analysis.checkpoint import Checkpoint
 from moe_jax.analysis.results import Results
 from moe_jax.analysis.routed_text import RoutedText
 from moe_jax.analysis.table import difference
-from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.parallel import mesh as meshes
 
 
@@ -30,12 +27,6 @@ class Run(Results):
   def __init__(self, workdir: str | os.PathLike[str]):
     super().__init__(workdir)
     self._checkpoint: Checkpoint | None = None
-
-  @functools.cached_property
-  def tokenizer(self) -> Tokenizer:
-    """What made tokens of the text, from `tokenizer.json`."""
-    vocabulary = self.config['data']['vocabulary']
-    return Tokenizer.from_json(json.dumps(super().tokenizer), vocabulary)
 
   def restore(
     self, step: int | None = None, *, mesh: Mesh | None = None
@@ -61,12 +52,7 @@ class Run(Results):
     mesh = mesh or meshes.make_mesh(1, 1, devices=jax.devices()[:1])
     kept = self._checkpoint
     if kept is None or (kept.step, kept.mesh) != (step, mesh):
-      self._checkpoint = Checkpoint(
-        self.workdir / 'checkpoints' / str(step),
-        tokenizer=lambda: self.tokenizer,
-        version=self.facts.get('versions', {}).get('moe_jax', 'before 0.2'),
-        mesh=mesh,
-      )
+      self._checkpoint = Checkpoint(self, step, mesh)
     return self._checkpoint
 
   def route(self, text: str, step: int | None = None) -> RoutedText:

@@ -139,7 +139,8 @@ def difference(a: Results, b: Results) -> pd.DataFrame:
   options = shown.filter(like='config.').loc[:, shown.nunique() > 1].columns
   results = table.columns.drop([*shown, *_NAMES])
   both = table[[*options, *results]].astype(object).T
-  both['difference'] = [_minus(*pair) for pair in both.itertuples(index=False)]
+  numeric = both.where(both.map(_is_number))
+  both['difference'] = numeric[second] - numeric[first]
   return both
 
 
@@ -213,11 +214,8 @@ def _refuse_differences(table: pd.DataFrame, but: Sequence[str]) -> None:
     )
 
 
-def _minus(a: Any, b: Any) -> float:
-  known = all(
-    isinstance(x, numbers.Real) and not isinstance(x, bool) for x in (a, b)
-  )
-  return b - a if known else math.nan
+def _is_number(value: Any) -> bool:
+  return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _setting(value: Any) -> str:
