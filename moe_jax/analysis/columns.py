@@ -20,7 +20,6 @@ from moe_jax.analysis.results import COMPILING_STEPS
 from moe_jax.analysis.results import Results
 
 VALIDATION = 'validation'  # the set that the unigram facts are about
-LOSS_STEPS = 10  # the final training loss is the mean over so many steps
 
 
 class Column(NamedTuple):
@@ -168,7 +167,7 @@ class Training:
   @column('train loss [nats/token]', '.3f')
   def train_loss(run):
     """Cross-entropy, mean over the last 10 steps."""
-    return run.metrics['train/loss'].tail(LOSS_STEPS).mean(skipna=False)
+    return run.metrics['train/loss'].tail(10).mean(skipna=False)
 
   @column('gap to unigram [bits/byte]', '+.3f')
   def gap_to_unigram(run):
