@@ -95,15 +95,9 @@ class MoE(nnx.Module):
     self.gate = expert_weights(width, hidden)
     self.up = expert_weights(width, hidden)
     self.down = expert_weights(hidden, width)
+    shared = config.shared_experts * hidden
     self.shared = (
-      SwiGLU(
-        width,
-        config.shared_experts * hidden,
-        dtype=config.dtype,
-        rngs=rngs,
-      )
-      if config.shared_experts
-      else None
+      SwiGLU(width, shared, dtype=config.dtype, rngs=rngs) if shared else None
     )
     self.state = RouterState(balancer.init(experts))
     self.observation = RouterState(
