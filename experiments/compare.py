@@ -16,7 +16,6 @@ import sys
 
 from moe_jax import analysis
 from moe_jax import main as command_line
-from moe_jax.options import Refused
 from moe_jax.runs import preemption
 from moe_jax.runs import processes
 
@@ -104,16 +103,12 @@ def main(argv: Sequence[str]) -> int:
     try:
       with preemption.notice() as preempted:
         train(planned, preempted)
-    except preemption.Preempted as error:
-      print(f'preempted: {error}; the same command continues', file=sys.stderr)
-      return 75
-    except Refused as error:
-      print(f'error: {error}', file=sys.stderr)
-      return 2
     except FloatingPointError as error:
       # A method that fails is a result: the others are compared with it.
       print(f'error: {name}: {error}', file=sys.stderr)
       failed = True
+    except Exception as error:
+      return command_line.exit_code(error)
     runs.setdefault(method, []).append(analysis.Run(workdir / name))
   print(write(runs, workdir))
   print(f'Table and figures are in {workdir}: comparison.md, *.png, *.svg')

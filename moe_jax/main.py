@@ -206,29 +206,31 @@ def _train(argv: Sequence[str], preempted: Callable[[], bool]) -> int:
     return 2
   try:
     train(planned, preempted)
-  except Refused as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  except preemption.Preempted as error:
-    print(f'preempted: {error}; the same command continues', file=sys.stderr)
-    return 75
-  except FloatingPointError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
-  except OSError as error:
-    print(f'error: {error}', file=sys.stderr)
-    print('The same command resumes from the last checkpoint.', file=sys.stderr)
-    return 1
   except Exception as error:
-    if not _is_out_of_memory(error):
-      raise
-    print(
-      f'error: {one_line(error)}; a smaller batch_size, more accumulation or a '
-      'smaller model need less; --print_sharding lists the bytes of parameters',
-      file=sys.stderr,
-    )
-    return 1
+    return exit_code(error)
   return 0
+
+
+def exit_code(error: Exception) -> int:
+  """Says in a line what ended a run; returns the program's exit code.
+
+  What nobody foresees is raised again.
+  """
+  message, hint = one_line(error), ''
+  if isinstance(error, preemption.Preempted):
+    print(f'preempted: {message}; the same command continues', file=sys.stderr)
+    return 75
+  if isinstance(error, OSError):
+    hint = '\nThe same command resumes from the last checkpoint.'
+  elif _is_out_of_memory(error):
+    hint = (
+      '; a smaller batch_size, more accumulation or a smaller model need less; '
+      '--print_sharding lists the bytes of parameters'
+    )
+  elif not isinstance(error, (Refused, FloatingPointError)):
+    raise error
+  print(f'error: {message}{hint}', file=sys.stderr)
+  return 2 if isinstance(error, Refused) else 1
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -85,7 +85,7 @@ def get(url: str):
 )
 def test_board(tmp_path, board):
   (tmp_path / 'bip').mkdir()
-  text = events.describe({'balancer': {'name': 'bip'}, 'seed': 0}, {})
+  text = events.describe('bip seed 0', {'balancer': {'name': 'bip'}}, {})
   writer = events.Events(tmp_path / 'bip', step=0, steps=1, text=text)
   writer.show({'step': 1, 'train/loss': 7.0, 'router/load/layer_00': [1, 3]})
   writer.close()

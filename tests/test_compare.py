@@ -4,6 +4,8 @@ import pandas as pd
 import pytest
 
 from experiments import compare
+from moe_jax.train import loop
+from moe_jax.train import plan
 from tests.train import tiny
 
 DEMO = '--config=experiments/demo.py'
@@ -25,6 +27,16 @@ def test_refused_before_anything_is_trained(flags, message, tmp_path, capsys):
   assert compare.main(['compare', f'--workdir={workdir}', *flags]) == 2
   assert message in capsys.readouterr().err
   assert not workdir.exists()
+
+
+def test_what_ends_a_run_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+  def fail(plan, preempted):
+    raise OSError('No space left')
+
+  monkeypatch.setattr(plan, 'plan', lambda *args: None)
+  monkeypatch.setattr(loop, 'train', fail)
+  assert compare.main(['compare', f'--workdir={tmp_path}', DEMO]) == 1
+  assert 'error: No space left\nThe same command' in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -167,12 +167,12 @@ def restore_newest(
         'or choose another --workdir to begin anew'
       )
     return None
-  for step, why in damaged.items():
+  for at, why in damaged.items():
     if jax.process_index() == 0:
-      aside = _move_aside(directory / str(step), directory.parent / 'damaged')
+      path = directory / str(at)
+      aside = _move_aside(path, directory.parent / 'damaged')
       print(
-        f'warning: {directory / str(step)}: {why}; it was moved to {aside}, '
-        f'step {saved.position.step} is used',
+        f'warning: {path}: {why}; it was moved to {aside}, step {step} is used',
         file=sys.stderr,
       )
   if damaged:
@@ -191,7 +191,15 @@ def _read(path: epath.Path, step: int, run: str, plan) -> Saved:
   Raises:
     OSError: it cannot be read now, which does not mean that it is damaged.
   """
-  meta = _agreed(lambda: _read_meta(path, step, run))
+
+  def read_own_meta():
+    meta = read_meta(path)
+    saved = meta['position']['step']
+    if meta['run'] != run or saved != step:
+      raise ValueError(f'it is of step {saved} of another run')
+    return meta
+
+  meta = _agreed(read_own_meta)
   abstract = plan(meta['config'])
   items = _agreed(
     lambda: {name: read_item(path, name, abstract[name]) for name in ITEMS}
@@ -201,20 +209,8 @@ def _read(path: epath.Path, step: int, run: str, plan) -> Saved:
   if now != meta['checksums']:
     wrong = [name for name in now if now[name] != meta['checksums'].get(name)]
     raise _Damaged(f'values changed since it was written: {", ".join(wrong)}')
-  return Saved(
-    items,
-    Position(**meta['position']),
-    meta['config'],
-    meta.get('record', {}),
-  )
-
-
-def _read_meta(path: epath.Path, step: int, run: str) -> dict[str, Any]:
-  meta = read_meta(path)
-  saved = meta['position']['step']
-  if meta['run'] != run or saved != step:
-    raise ValueError(f'it is of step {saved} of another run')
-  return meta
+  position, record = Position(**meta['position']), meta.get('record', {})
+  return Saved(items, position, meta['config'], record)
 
 
 def _agreed(read: Callable[[], Any]) -> Any:
@@ -230,29 +226,21 @@ def _agreed(read: Callable[[], Any]) -> Any:
         break
       time.sleep(pause)
   if why := processes.first_error(failure):
-    raise (OSError if _may_pass(why) else _Damaged)(why) from failure
+    raise (OSError if _MAY_PASS.search(why) else _Damaged)(why) from failure
   return result
 
 
 def may_pass(error: BaseException) -> bool:
-  """Whether what was raised in reading may not be raised another time."""
-  return _may_pass(_named(_root(error)))
+  """Whether an error tells of disk, network or memory, not of the data."""
+  root = _root(error)
+  return bool(_MAY_PASS.search(f'{type(root).__name__}: {root}'))
 
 
 def _root(error: BaseException) -> BaseException:
   """Returns what orbax wraps into an `Exception` of its own."""
-  while type(error) is Exception and (cause := error.__cause__):
-    error = cause
+  while type(error) is Exception and error.__cause__:
+    error = error.__cause__
   return error
-
-
-def _named(error: BaseException) -> str:
-  return f'{type(error).__name__}: {error}'
-
-
-def _may_pass(why: str) -> bool:
-  """Whether an error tells of the disk, network or memory, not of the data."""
-  return bool(_MAY_PASS.search(why))
 
 
 def sha256_of(meta: dict[str, Any], data: dict[str, Any]) -> str:

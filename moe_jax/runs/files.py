@@ -164,6 +164,20 @@ def patiently(write: Callable[[], None], what: str) -> None:
   return write()
 
 
+def read(path: epath.Path | pathlib.Path) -> bytes:
+  """Reads a file of a work directory.
+
+  Raises:
+    FileNotFoundError: it is missing.
+  """
+  try:
+    return path.read_bytes()
+  except FileNotFoundError as error:
+    raise FileNotFoundError(
+      f'{path} is missing: not a run, or not yet begun'
+    ) from error
+
+
 def read_json(path: epath.Path) -> Any:
   """Reads a JSON file of a work directory.
 
@@ -172,11 +186,7 @@ def read_json(path: epath.Path) -> Any:
     ValueError: it is damaged.
   """
   try:
-    return json.loads(path.read_bytes())
-  except FileNotFoundError as error:
-    raise FileNotFoundError(
-      f'{path} is missing: not a run, or not yet begun'
-    ) from error
+    return json.loads(read(path))
   except ValueError as error:
     raise ValueError(f'{path}: damaged, not JSON ({error})') from error
 

@@ -15,6 +15,7 @@ from etils import epath
 import jax
 
 from moe_jax.options import Refused
+from moe_jax.runs import files
 
 # A bucket has no locks that end with their process: the owner says that it is
 # alive by writing every so often, and a newcomer waits whether it does.
@@ -39,12 +40,10 @@ def hold(workdir: epath.Path) -> Iterator[Callable[[], None]]:
   """
   if jax.process_index() > 0:
     yield _nothing
-  elif '://' in os.fspath(workdir):
-    with _object(workdir / 'lock') as check:
-      yield check
-  else:
-    with _file(workdir / 'lock'):
-      yield _nothing
+    return
+  kind = _object if files.is_remote(workdir) else _file
+  with kind(workdir / 'lock') as check:
+    yield check
 
 
 def _nothing() -> None:
@@ -67,7 +66,7 @@ def _in_use(path: epath.Path, owner: str) -> Refused:
 
 
 @contextlib.contextmanager
-def _file(path: epath.Path) -> Iterator[None]:
+def _file(path: epath.Path) -> Iterator[Callable[[], None]]:
   import fcntl  # Not on every system that can read this package.
 
   with open(path, 'a+', encoding='utf-8') as file:
@@ -83,7 +82,7 @@ def _file(path: epath.Path) -> Iterator[None]:
     file.write(json.dumps(_owner()) + '\n')
     file.flush()
     # The file stays: to remove it could remove a successor's.
-    yield
+    yield _nothing
 
 
 @contextlib.contextmanager

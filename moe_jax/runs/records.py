@@ -27,13 +27,7 @@ def read(path: pathlib.Path) -> list[Record]:
     FileNotFoundError: there is no such file.
     ValueError: a line is damaged, or steps do not increase.
   """
-  try:
-    lines = path.read_bytes().splitlines(keepends=True)
-  except FileNotFoundError as error:
-    raise FileNotFoundError(
-      f'{path} is missing: not a run, or not yet begun'
-    ) from error
-  return list(_parse(path, lines))
+  return list(_parse(path, files.read(path).splitlines(keepends=True)))
 
 
 def _parse(path: pathlib.Path, lines: Iterable[bytes]) -> Iterator[Record]:
@@ -122,6 +116,9 @@ class Writer:
       run that got further, are removed.
     record: of that very step, which the file may lack.
 
+  Attributes:
+    last: the last record; empty before the first one.
+
   Raises:
     ValueError: the file lacks a step before.
   """
@@ -144,36 +141,30 @@ class Writer:
       raise ValueError(
         f'{path}: must have every step up to the checkpoint of step {step}'
       )
-    self._last = records[-1] if records else {}
+    self.last = records[-1] if records else {}
     self._last_size = len(lines[-1]) if lines else 0
     temporary = path.with_suffix('.tmp')
-    with temporary.open('wb') as file:
-      file.writelines(lines)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
     # A record fits: what the disk has no room for can wait in the buffer.
-    self._path, self._file = path, path.open('ab', buffering=1 << 22)
+    self._path, self._file = path, temporary.open('wb', buffering=1 << 22)
+    self._file.writelines(lines)
+    self._file.flush()
+    self.sync()
+    temporary.replace(path)
 
   def show(self, record: Record) -> None:
     """Appends the record of a step, or of the last one again with more in it.
 
-    Should the process be killed in between, the checkpoint that the run resumes
-    from has the record.
+    The longer line takes the place of the last one in a single write: at any
+    time the file has every step.
     """
-    if record['step'] == self._last.get('step'):
-      record = self._last | record
-      self._file.flush()
-      self._file.truncate(self._file.tell() - self._last_size)
+    if record['step'] == self.last.get('step'):
+      record = self.last | record
+      self._file.seek(-self._last_size, os.SEEK_CUR)
     line = _line(record)
-    self._last, self._last_size = record, len(line)
+    self.last, self._last_size = record, len(line)
     self._file.write(line)
     files.patiently(self._file.flush, str(self._path))
-
-  @property
-  def is_evaluated(self) -> bool:
-    """Whether the last record has an evaluation."""
-    return any(name.startswith('eval/') for name in self._last)
+    self._file.truncate()  # Should the line before have been longer.
 
   def sync(self) -> None:
     """Waits until all is on the disk."""

@@ -1,10 +1,11 @@
 """Checkpoints, written: retries, and which of the old ones stay."""
 
+from collections.abc import Mapping
 import contextlib
 import ctypes
+import itertools
 import math
-import sys
-import time
+import types
 from typing import Any
 
 from etils import epath
@@ -12,14 +13,11 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from moe_jax.runs import checkpoints
 from moe_jax.runs import checksums
 from moe_jax.runs import files
 from moe_jax.runs.checkpoints import ITEMS
-from moe_jax.runs.checkpoints import Items
 from moe_jax.runs.checkpoints import Position
-from moe_jax.runs.checkpoints import array_handler
-from moe_jax.runs.checkpoints import sha256_of
-from moe_jax.runs.checkpoints import steps
 
 
 class Saver:
@@ -44,7 +42,7 @@ class Saver:
     config: dict[str, Any],
     run: str,
     *,
-    losses: dict[int, float] | None = None,
+    losses: Mapping[int, float] = types.MappingProxyType({}),
     largest: int = 0,
   ):
     self._directory, self._config, self._run = directory, config, run
@@ -68,7 +66,7 @@ class Saver:
         lightweight_initialize=True,
       ),
       item_handlers={
-        **{name: array_handler(self._largest) for name in ITEMS},
+        **{name: checkpoints.array_handler(self._largest) for name in ITEMS},
         'data': ocp.JsonCheckpointHandler(),
         'meta': ocp.JsonCheckpointHandler(),
       },
@@ -82,7 +80,7 @@ class Saver:
 
   def save(
     self,
-    items: Items,
+    items: checkpoints.Items,
     position: Position,
     *,
     record: dict[str, Any],
@@ -116,34 +114,36 @@ class Saver:
     saved = ocp.args.Composite(
       **{name: ocp.args.PyTreeSave(items[name]) for name in ITEMS},
       data=ocp.args.JsonSave(data),
-      meta=ocp.args.JsonSave(meta | {'sha256': sha256_of(meta, data)}),
+      meta=ocp.args.JsonSave(
+        meta | {'sha256': checkpoints.sha256_of(meta, data)}
+      ),
     )
-    for pause in (*files.PAUSES, None):
-      try:
-        if not self._manager.save(position.step, args=saved):
-          raise OSError('there is one of this step or of a later one')
-        if wait or jax.default_backend() == 'cpu':
-          self._manager.wait_until_finished()
-        break
-      # Whatever orbax makes of a file system's errors.
-      except Exception as error:
-        if pause is None or jax.process_count() > 1:
-          raise OSError(
-            f'{self._directory}: the checkpoint of step {position.step} cannot '
-            f'be written ({error}); those before are as they were'
-          ) from error
-        print(
-          f'warning: no checkpoint of step {position.step}: {error}; tries '
-          f'again in {pause:.0f} s',
-          file=sys.stderr,
-        )
-        time.sleep(pause)
+    step, on_cpu = position.step, jax.default_backend() == 'cpu'
+    tries = itertools.count()
+
+    def write() -> None:
+      if next(tries):
         with contextlib.suppress(Exception):  # The same error once more.
           self._manager.close()
         self._manager = self._open()
-        if position.step in steps(self._directory):
-          break  # It is there: what failed came after it.
-    if jax.default_backend() == 'cpu':
+        if step in checkpoints.steps(self._directory):
+          return  # It is there: what failed came after it.
+      if not self._manager.save(step, args=saved):
+        raise OSError('there is one of this step or of a later one')
+      if wait or on_cpu:
+        self._manager.wait_until_finished()
+
+    try:
+      if jax.process_count() > 1:
+        write()
+      else:
+        files.patiently(write, f'no checkpoint of step {step}')
+    except Exception as error:  # Whatever orbax makes of a file system's.
+      raise OSError(
+        f'{self._directory}: the checkpoint of step {step} cannot be written '
+        f'({error}); those before are as they were'
+      ) from error
+    if on_cpu:
       _return_free_memory()
 
 
@@ -157,7 +157,7 @@ class _Manager(ocp.CheckpointManager):
 class _Best(keep.PreservationPolicy):
   """Preserves the `count` checkpoints of the lowest loss."""
 
-  def __init__(self, losses: dict[int, float], count: int):
+  def __init__(self, losses: Mapping[int, float], count: int):
     self._losses, self._count = losses, count
 
   def should_preserve(self, checkpoints, *, context):

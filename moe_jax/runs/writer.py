@@ -11,7 +11,6 @@ import math
 import sys
 import time
 from typing import Any
-from typing import NamedTuple
 
 from etils import epath
 import jax
@@ -26,20 +25,13 @@ from moe_jax.runs import records
 from moe_jax.runs.checkpoints import Position
 from moe_jax.runs.checkpoints import Saved
 from moe_jax.runs.events import Events
+from moe_jax.runs.events import describe
 from moe_jax.runs.progress import Screen
 from moe_jax.runs.reader import Reader
 from moe_jax.runs.saver import Saver
 
 LOSS = 'eval/validation/bits_per_byte'  # decides which checkpoints are best
 _PER_LAYER = '/layer'
-
-
-class _Step(NamedTuple):
-  """What a step that was just dispatched returns, on the device."""
-
-  step: int
-  metrics: dict[str, Any]
-  diagnostics: dict[str, Any]
 
 
 @contextlib.contextmanager
@@ -77,26 +69,29 @@ class Writer:
   and `add` after those that are saved and evaluated.
 
   Attributes:
+    facts: what `run.json` says; empty where there is no checkpoint.
     evaluated: whether the step that the run resumes from was evaluated.
   """
 
   def __init__(self, workdir, config, label, still_ours, stack):
     self._workdir, self._config, self._label = workdir, config, label
     self._still_ours, self._stack = still_ours, stack
+    self.facts: dict[str, Any] = {}
+    self._largest = 0  # bytes of the largest array
     self._outputs: list[Any] = []
-    self._pending: _Step | None = None
+    # Of the last step, on the device: its number, metrics and diagnostics.
+    self._pending: tuple[int, dict[str, Any], dict[str, Any]] | None = None
     self._record: records.Record = {}  # Known, but not yet written.
     self._losses: dict[int, float] = {}
 
   def restore(
-    self, plan: Callable[[dict[str, Any]], checkpoints.Items], size: int
+    self, plan: Callable[[dict[str, Any]], checkpoints.Items]
   ) -> Saved | None:
     """Reads the newest checkpoint that is whole; None where there is none.
 
     Args:
       plan: from the options that a checkpoint was saved under to the abstract
         items to restore, with shardings.
-      size: bytes of a checkpoint.
 
     Raises:
       Refused: no checkpoint is of use, steps would be lost, or too little room
@@ -104,15 +99,20 @@ class Writer:
       OSError: a checkpoint cannot be read now.
     """
     directory = self._workdir / 'checkpoints'
-    with processes.agreement() as facts:
+    leaves = jax.tree.leaves(plan(self._config))
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
+    self._largest = max(sizes)
+    with processes.agreement() as agreed:
       found = checkpoints.steps(directory)
-      facts['checkpoints in --workdir'] = str(found)
-      run = Reader(self._workdir).facts.get('run', '') if found else ''
+      agreed['checkpoints in --workdir'] = str(found)
+      if found:
+        self.facts = Reader(self._workdir).facts
       if jax.process_index() == 0:
         missing = self._config['checkpoints_kept'] + 1 - len(found)
-        files.check_space(self._workdir, size, max(1, missing))
+        files.check_space(self._workdir, sum(sizes), max(1, missing))
         if not found:
           self._check_nothing_is_lost()
+    run = self.facts.get('run', '')
     return checkpoints.restore_newest(directory, run, plan) if found else None
 
   def _check_nothing_is_lost(self) -> None:
@@ -144,7 +144,7 @@ class Writer:
     """
     self._start = saved.position if saved else Position()
     self._position, self._saved_step = self._start, self._start.step
-    self._run = facts['run']
+    self.facts, self._last = facts, {}
     with processes.agreement():
       self._directory, self._upload = self._stack.enter_context(
         files.local_log(self._workdir, self._still_ours)
@@ -152,13 +152,15 @@ class Writer:
       self._stack.callback(self._close)
       if self._directory is not None:
         # Before config.json, whose checkpoint_every the steps so far are under.
-        self._outputs.append(
-          records.Writer(
-            self._directory / records.NAME,
-            self._start.step,
-            saved.record if saved else None,
-          )
-        )
+        path, record = self._directory / records.NAME, saved and saved.record
+        self._outputs = [records.Writer(path, self._start.step, record)]
+        self._last = self._outputs[0].last
+        if self._config['checkpoints_kept_best']:
+          self._losses = {
+            record['step']: record[LOSS]
+            for record in records.read(path)
+            if LOSS in record
+          }
         for name, value in (
           ('config', self._config),
           ('tokenizer', tokenizer),
@@ -167,39 +169,33 @@ class Writer:
           files.write_json(self._workdir / f'{name}.json', value)
     with processes.agreement():
       files.check_shared(self._workdir, self._config)
-      if self._config['checkpoints_kept_best']:
-        self._losses |= {
-          record['step']: record[LOSS]
-          for record in Reader(self._workdir).records
-          if LOSS in record
-        }
-    evaluated = bool(self._outputs) and self._outputs[0].is_evaluated
-    if jax.process_count() > 1:
-      evaluated = multihost_utils.broadcast_one_to_all(np.int32(evaluated))
-    self.evaluated = bool(evaluated)
-
-  def open(self, description: str, largest: int) -> None:
-    """Opens what the coming steps need: checkpoints, events, progress bar.
-
-    Args:
-      description: what the run is, Markdown.
-      largest: bytes of the largest array to save.
-    """
-    step, steps = self._start.step, self._config['steps']
-    self._saver = self._stack.enter_context(
-      Saver(
-        self._workdir / 'checkpoints',
-        self._config,
-        self._run,
-        losses=self._losses,
-        largest=largest,
-      )
+    evaluated = any(name.startswith('eval/') for name in self._last)
+    # The first process alone has read that.
+    self.evaluated = bool(
+      multihost_utils.broadcast_one_to_all(np.int32(evaluated))
     )
-    if self._directory is not None:
-      self._outputs += [
-        Events(self._directory, step=step, steps=steps, text=description),
-        Screen(self._label, step, steps),
-      ]
+
+  def open(self) -> None:
+    """Opens what the coming steps need: checkpoints, events, progress bar."""
+    step, steps = self._start.step, self._config['steps']
+    with processes.agreement():
+      self._saver = self._stack.enter_context(
+        Saver(
+          self._workdir / 'checkpoints',
+          self._config,
+          self.facts['run'],
+          losses=self._losses,
+          largest=self._largest,
+        )
+      )
+      if self._directory is not None:
+        text = describe(self._label, self._config, self.facts)
+        before = max(0, step - 1)
+        events = Events(self._directory, step=before, steps=steps, text=text)
+        self._outputs.append(events)
+        if self._last:  # It may be known from the checkpoint alone.
+          events.show(self._last)
+        self._outputs.append(Screen(self._label, step, steps))
     self._clock = time.perf_counter()
 
   def record(
@@ -219,7 +215,7 @@ class Writer:
     """
     self._read()
     self._write()
-    self._pending = _Step(step, metrics, diagnostics)
+    self._pending = step, metrics, diagnostics
     self._position = self._position._replace(
       step=step, next_sequence=self._sequences(step).stop
     )
@@ -247,18 +243,23 @@ class Writer:
     self._saved_step = step
     self._clock = time.perf_counter()
 
-  def add(self, values: dict[str, float] | None) -> bool:
+  def add(
+    self, evaluate: Callable[..., dict[str, float] | None], *arguments: Any
+  ) -> bool:
     """Adds an evaluation to the record of the last step.
 
     Args:
-      values: by the names of their metrics; None where there was none.
+      evaluate: returns values by the names of their metrics, or None if it was
+        stopped. It is called when the step is finished and its time taken.
+      *arguments: those of `evaluate`.
 
     Returns:
-      Whether there was one.
+      Whether it was finished.
     """
+    self._read()
+    values = evaluate(*arguments)
     if values is None:
       return False
-    self._read()
     step = self._position.step
     self._record = (self._record or {'step': step}) | values
     self._losses[step] = values.get(LOSS, math.nan)
@@ -276,10 +277,10 @@ class Writer:
     """Waits for the last step recorded and checks that it is finite."""
     if self._pending is None:
       return
-    pending, self._pending = self._pending, None
-    infinite_L = np.asarray(pending.diagnostics['infinite'])
-    record = {'step': pending.step}
-    for name, value in pending.metrics.items():
+    (step, metrics, diagnostics), self._pending = self._pending, None
+    infinite_L = np.asarray(diagnostics['infinite'])
+    record = {'step': step}
+    for name, value in metrics.items():
       if name.endswith(_PER_LAYER):
         for layer, row in enumerate(np.asarray(value).tolist()):
           record[f'{name}_{layer:02d}'] = row
@@ -298,12 +299,12 @@ class Writer:
     )
     record['train/skipped_steps'] = self._position.skipped
     self._record = record
-    if pending.step % self._config['experts_every']:
+    if step % self._config['experts_every']:
       self._record = {
         k: v for k, v in record.items() if not isinstance(v, list)
       }
     if cause:
-      self._warn(cause, record, pending.diagnostics['squares'])
+      self._warn(cause, record, diagnostics['squares'])
 
   def _write(self) -> None:
     record, self._record = self._record, {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from collections.abc import Mapping
+import functools
 from typing import NamedTuple
 
 import jax
@@ -42,7 +43,7 @@ def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Batch:
 def training_batches(
   config: Config, mesh: Mesh, tokens_N: np.ndarray, sequence: int
 ) -> Iterator[Batch]:
-  """Yields the batches from a global sequence index on, without end."""
+  """Returns the batches from a global sequence index on, without end."""
   batches = data.training_batches(
     tokens_N,
     sequence_length=config.sequence_length,
@@ -52,14 +53,13 @@ def training_batches(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  for batch in batches:
-    yield to_devices(mesh, batch)
+  return map(functools.partial(to_devices, mesh), batches)
 
 
 def evaluation_batches(
   config: Config, mesh: Mesh, tokens_N: np.ndarray
 ) -> Iterator[Batch]:
-  """Yields the batches of an evaluation set."""
+  """Returns the batches of an evaluation set."""
   batches = data.evaluation_batches(
     tokens_N,
     sequence_length=config.sequence_length,
@@ -68,5 +68,4 @@ def evaluation_batches(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  for batch in batches:
-    yield to_devices(mesh, batch)
+  return map(functools.partial(to_devices, mesh), batches)

@@ -6,7 +6,6 @@ import uuid
 
 import jax
 from jax.sharding import Mesh
-import numpy as np
 
 import moe_jax
 from moe_jax import nn
@@ -23,8 +22,10 @@ def of_run(
 ) -> dict[str, Any]:
   """Returns versions, devices and sizes of a run, and what is easy to beat."""
   total, active = nn.parameter_counts(config.model, params)
+  count = config.eval_sequences * config.sequence_length
   evaluated = {
-    name: _evaluated(config, tokens) for name, tokens in text.evaluation.items()
+    name: tokens_N[: count + 1] if count else tokens_N
+    for name, tokens_N in text.evaluation.items()
   }
   facts = {
     'run': uuid.uuid4().hex,  # Its name; its checkpoints bear it.
@@ -45,7 +46,15 @@ def of_run(
     'not_evaluated': text.not_evaluated,
   }
   if 'validation' in evaluated:
-    facts |= _unigram_facts(config, text, evaluated['validation'])
+    tokens_N = evaluated['validation']
+    loss = evaluation.unigram_loss(
+      text.train_tokens, tokens_N, config.data.vocabulary
+    )
+    size = int(text.tokenizer.token_bytes_V[tokens_N[1:]].sum())
+    facts |= {
+      'unigram_perplexity': evaluation.perplexity(loss, len(tokens_N) - 1),
+      'unigram_bits_per_byte': evaluation.bits_per_byte(loss, size),
+    }
   return facts
 
 
@@ -66,22 +75,3 @@ def versions() -> dict[str, str]:
   """Returns the versions of the packages that results may depend on."""
   packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
   return {'moe_jax': moe_jax.__version__, **packages}
-
-
-def _evaluated(config: Config, tokens_N: np.ndarray) -> np.ndarray:
-  """Returns the part of a set that the model is evaluated on."""
-  count = config.eval_sequences * config.sequence_length
-  return tokens_N[: count + 1] if count else tokens_N
-
-
-def _unigram_facts(
-  config: Config, text: TextData, tokens_N: np.ndarray
-) -> dict[str, float]:
-  loss = evaluation.unigram_loss(
-    text.train_tokens, tokens_N, config.data.vocabulary
-  )
-  size = int(text.tokenizer.token_bytes_V[tokens_N[1:]].sum())
-  return {
-    'unigram_perplexity': evaluation.perplexity(loss, len(tokens_N) - 1),
-    'unigram_bits_per_byte': evaluation.bits_per_byte(loss, size),
-  }

@@ -60,25 +60,18 @@ class Plan(NamedTuple):
 
   def check_workdir(self) -> None:
     """Raises ValueError unless the work directory is free or has this run."""
-    where, before = f'--workdir={self.workdir}', Reader(self.workdir)
-    is_run = (self.workdir / 'config.json').exists()
-    if not is_run and (self.workdir / 'checkpoints').exists():
-      raise ValueError(f'{where}: checkpoints, but no config.json')
-    config_lib.check_changes(
-      config_lib.upgrade(before.config) if is_run else None,
-      self.options,
-      self.allowed,
-      where=where,
-    )
+    _check_config(self.workdir, self.config, self.allowed)
     if not (self.workdir / 'run.json').exists():
       return
-    if before.facts['text_fingerprint'] != self.text.fingerprint:
+    before = Reader(self.workdir).facts
+    if before['text_fingerprint'] != self.text.fingerprint:
       raise ValueError(
-        f'{where}: this run began with other training text, or another version '
-        'of the tokenizers package; choose another work directory'
+        f'--workdir={self.workdir}: this run began with other training text, '
+        'or another version of the tokenizers package; choose another work '
+        'directory'
       )
     shards = facts.shards_that_matter(self.config, self.mesh)
-    began = before.facts.get('shards', shards)
+    began = before.get('shards', shards)
     if began != shards and 'model.shards' not in self.allowed:
       raise ValueError(
         f'model.shards={self.config.model.shards}: on this mesh it makes '
@@ -110,6 +103,7 @@ def plan(
     mesh = make_mesh(**config.mesh.axes)
     training = make_training(config, mesh)
     check_memory(training.abstract)
+    _check_config(directory, config, allow_config_change)  # Text takes longer.
     text = data.load_text(config.data)
     if config.sequence_length >= len(text.train_tokens):
       raise ValueError(
@@ -122,6 +116,7 @@ def plan(
     planned.check_workdir()
     agreed |= {
       'text': text.fingerprint,
+      **{f'tokens of {name}': len(x) for name, x in text.evaluation.items()},
       'devices of each process': jax.local_device_count(),
       **facts.versions(),
       **{
@@ -130,3 +125,16 @@ def plan(
       },
     }
   return planned
+
+
+def _check_config(
+  workdir: epath.Path, config: Config, allowed: Sequence[str]
+) -> None:
+  """Raises ValueError if the work directory has a run of another config."""
+  where = f'--workdir={workdir}'
+  is_run = (workdir / 'config.json').exists()
+  if not is_run and (workdir / 'checkpoints').exists():
+    raise ValueError(f'{where}: checkpoints, but no config.json')
+  before = config_lib.upgrade(Reader(workdir).config) if is_run else None
+  now = config_lib.to_dict(config)
+  config_lib.check_changes(before, now, allowed, where=where)

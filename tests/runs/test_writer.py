@@ -2,11 +2,15 @@
 
 import contextlib
 import json
+from unittest import mock
 
 from etils import epath
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
+from moe_jax.options import Refused
+from moe_jax.runs import files
 from moe_jax.runs import records
 from moe_jax.runs import writer as writer_lib
 from moe_jax.runs.checkpoints import Position
@@ -23,6 +27,7 @@ CONFIG = {
   'skipped_steps': 1,
   'experts_every': 1,
 }
+EVALUATED = {'eval/validation/perplexity': 7.0}
 FINE = {'infinite': np.zeros(2, int), 'squares': {}}
 
 
@@ -60,7 +65,7 @@ def open_writer(workdir, step=0, record=None, **options):
   ) as writer:
     saved = Saved({}, Position(step, 10 * step), config, record or {})
     writer.begin(saved if step else None, {'run': 'name'}, {})
-    writer.open('', largest=0)
+    writer.open()
     yield writer
 
 
@@ -98,14 +103,69 @@ def test_the_probe_does_fail_when_read_early(tmp_path):
 def test_record(tmp_path):
   with open_writer(tmp_path) as writer:
     writer.record(1, metrics(), FINE)
-    assert not writer.add(None)
-    assert writer.add({'eval/validation/perplexity': 7.0})
+    assert not writer.add(lambda: None)
+    assert writer.add(dict, EVALUATED)
   (record,) = read(tmp_path)
   assert record['router/load/layer_00'] == [1, 2]
   assert record['router/load/layer_01'] == [3, 4]
   assert record['eval/validation/perplexity'] == 7.0
   seconds = record['time/step_seconds']
   assert record['time/tokens_per_second'] == pytest.approx(100 / seconds)
+
+
+def test_an_evaluation_takes_none_of_the_time_of_its_step(tmp_path):
+  now = [0.0]
+
+  def evaluate():
+    now[0] += 100.0
+    return EVALUATED
+
+  with mock.patch.object(writer_lib.time, 'perf_counter', lambda: now[0]):
+    with open_writer(tmp_path) as writer:
+      for step in (1, 2):
+        now[0] += 3.0
+        writer.record(step, metrics(), FINE)
+        writer.add(evaluate)
+  assert [record['time/step_seconds'] for record in read(tmp_path)] == [3.0] * 2
+
+
+def test_no_step_is_missing_while_its_evaluation_is_written(
+  tmp_path, monkeypatch
+):
+  """Of a checkpoint of an older version, which has no record of its step."""
+  record_steps(tmp_path, [1, 2, 3])
+  before = (tmp_path / 'metrics.jsonl').read_bytes()
+
+  def killed(write, what):
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt), open_writer(tmp_path, 3) as writer:
+    monkeypatch.setattr(files, 'patiently', killed)
+    try:
+      writer.add(dict, EVALUATED)
+    finally:
+      assert (tmp_path / 'metrics.jsonl').read_bytes() == before
+
+
+def test_events_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
+  def fail(*args, **kwargs):
+    raise PermissionError('events')
+
+  monkeypatch.setattr(writer_lib, 'Events', fail)
+  with pytest.raises(Refused, match='events'), open_writer(tmp_path):
+    pass
+
+
+def test_the_best_are_known_to_a_run_that_resumes(tmp_path, bucket):
+  """In a bucket, where the first run has no metrics to read."""
+  loss = {writer_lib.LOSS: 2.0}
+  saver = mock.patch.object(writer_lib, 'Saver')
+  with saver, open_writer(bucket, checkpoints_kept_best=1) as writer:
+    writer.record(1, metrics(), FINE)
+    writer.add(dict, loss)
+  with saver as opened:
+    with open_writer(bucket, 1, checkpoints_kept_best=1):
+      assert opened.call_args.kwargs['losses'] == {1: 2.0}
 
 
 def test_records_of_experts_may_be_rarer(tmp_path):
@@ -152,10 +212,14 @@ def test_the_checkpoint_brings_the_record_of_its_step(tmp_path):
     path.write_text(''.join(left))
     with open_writer(tmp_path, 3, json.loads(last)) as writer:
       assert not writer.evaluated
-      writer.add({'eval/validation/perplexity': 7.0})
-    evaluated = {'eval/validation/perplexity': 7.0}
-    assert read(tmp_path)[-1] == json.loads(last) | evaluated
+      writer.add(dict, EVALUATED)
+    assert read(tmp_path)[-1] == json.loads(last) | EVALUATED
     assert len(read(tmp_path)) == 3
+    # TensorBoard gets both: nobody knows whether the first was written.
+    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    for name, value in (('train/loss', 3.0), *EVALUATED.items()):
+      event = events.Scalars(name)[-1]
+      assert (event.step, event.value) == (3, value)
   with open_writer(tmp_path, 3) as writer:
     assert writer.evaluated
 

@@ -235,6 +235,13 @@ def test_a_notice_during_an_evaluation_does_not_wait_for_it(text, tmp_path):
   assert records(workdir) == records(undisturbed.workdir)
 
 
+def test_a_notice_in_the_last_step_leaves_nothing_to_do(text, tmp_path):
+  """Without an evaluation the run is finished: no second start is needed."""
+  config = tiny.tiny_config(text, steps=1, **{'data.evaluation_sets': ''})
+  tiny.run(config, tmp_path / 'run', preempted=preempted_after(2))
+  assert Reader(tmp_path / 'run').checkpoints == [1]
+
+
 def test_an_evaluation_that_fails_loses_no_step(text, tmp_path, monkeypatch):
   """The save comes first, and the next start makes the evaluation."""
   config = tiny.tiny_config(text, steps=2, checkpoint_every=100)
@@ -279,10 +286,44 @@ def test_a_jump_of_the_learning_rate_is_announced(finished, tmp_path, capsys):
   assert 'without the change it would be 0.001' in note
 
 
-def test_another_config_is_refused_and_named(finished):
+def test_changes_that_reached_no_checkpoint_are_forgotten(finished, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished.workdir, workdir)
+  seed = {'seed': {'from': 1, 'to': 0}}
+  facts = Reader(workdir).facts | {'config_changes': {'3': seed, '6': seed}}
+  (workdir / 'run.json').write_text(json.dumps(facts))
+  tiny.run(finished.config, workdir)
+  assert Reader(workdir).facts == facts | {'config_changes': {'3': seed}}
+  facts['config_changes'] = {'6': seed}
+  (workdir / 'run.json').write_text(json.dumps(facts))
+  tiny.run(finished.config, workdir)
+  assert Reader(workdir).facts['config_changes'] == {}
+
+
+def test_fewer_steps_than_were_made(finished, tmp_path, capsys):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished.workdir, workdir)
+  config = dataclasses.replace(finished.config, steps=5)
+  tiny.run(config, workdir, ['steps'])
+  assert 'already at step 6' in capsys.readouterr().err
+
+
+def test_another_config_is_refused_and_named(finished, monkeypatch):
+  """Before text is read, which may take an hour."""
+  monkeypatch.setattr(plan_lib.data, 'load_text', None)
   config = dataclasses.replace(finished.config, steps=7)
   with pytest.raises(ValueError, match=r'steps=7 \(was 6\)'):
     plan_lib.plan(config, finished.workdir)
+
+
+def test_processes_agree_on_what_they_evaluate_on(finished, monkeypatch):
+  """One without a set would be waited for in the evaluation."""
+  agreed = {}
+  agreement = contextlib.nullcontext(agreed)
+  monkeypatch.setattr(plan_lib.processes, 'agreement', lambda: agreement)
+  plan = plan_lib.plan(finished.config, finished.workdir)
+  count = len(plan.text.evaluation['validation'])
+  assert agreed['tokens of validation'] == count
 
 
 def test_another_balancer_is_refused_unless_that_is_said(
