@@ -13,11 +13,11 @@ from matplotlib.ticker import MaxNLocator
 import pandas as pd
 
 from moe_jax.analysis import drawing
+from moe_jax.analysis.columns import COMPILING_STEPS
 from moe_jax.analysis.columns import VALIDATION
 from moe_jax.analysis.results import Results
-from moe_jax.analysis.results import pace
-from moe_jax.analysis.results import steady
 
+_PACE = 20  # of the last steps tell how fast a run is
 _NAMED = 3  # experts of the highest, and of the lowest prices
 _FULLEST = 2.0  # load over mean load at the top of the colours
 
@@ -184,7 +184,7 @@ def progress_figure(run: Results) -> Figure:
   drawing.balance(violation, run, **style)
   drawing.log_axis(violation, run.max_violation.dropna())
   violation.set_ylabel('MaxVio, mean to\nworst layer')
-  speed.plot(steady(metrics['time/tokens_per_second']), **style)
+  speed.plot(_steady(metrics['time/tokens_per_second']), **style)
   speed.set(xlabel='optimizer step', ylabel='speed\n[tokens/s]')
   speed.set(xlim=(0, run.config['steps']), ylim=(0, None))
   speed.yaxis.set_major_formatter(EngFormatter(sep=' '))
@@ -196,9 +196,15 @@ def progress_figure(run: Results) -> Figure:
   return figure
 
 
+def _steady(values: pd.Series) -> pd.Series:
+  """Leaves out the steps that compile, if there are others."""
+  return values[COMPILING_STEPS:] if len(values) > COMPILING_STEPS else values
+
+
 def _how_far(run: Results) -> str:
   step, steps = run.metrics.index[-1], run.config['steps']
-  left = (steps - step) * pace(run.metrics['time/step_seconds'])
-  left = f'about {datetime.timedelta(seconds=round(left))} left'
+  seconds = _steady(run.metrics['time/step_seconds']).tail(_PACE).median()
+  left = round((steps - step) * seconds)
+  left = f'about {datetime.timedelta(seconds=left)} left'
   done = f'step {step:,} of {steps:,} ({step / steps:.0%})'
   return f'{done}, {left if step < steps else "done"}'

@@ -14,7 +14,10 @@ def name_paths(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
   Raises:
     ValueError: a path is there twice, or two differ in what cannot be shown.
   """
-  parts = [_parts(os.fspath(path)) for path in paths]
+  parts = [
+    pathlib.PurePath(''.join(c if c.isprintable() else '?' for c in path)).parts
+    for path in map(os.fspath, paths)
+  ]
   if len(set(parts)) < len(parts):
     raise ValueError(
       f'the same work directory twice: {", ".join(map(os.fspath, paths))}'
@@ -23,9 +26,3 @@ def name_paths(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
   while len({part[-ends:] for part in parts}) < len(parts):
     ends += 1
   return ['/'.join(part[-ends:]) for part in parts]
-
-
-def _parts(path: str) -> tuple[str, ...]:
-  path = path if '://' in path else os.path.abspath(path)
-  shown = ''.join(c if c.isprintable() else '?' for c in path)
-  return pathlib.PurePath(shown).parts

@@ -1,12 +1,10 @@
 """What a run recorded, in numbers."""
 
-from collections.abc import Sequence
 import functools
 import json
 import os
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from moe_jax.config import method_of
@@ -14,19 +12,6 @@ from moe_jax.config import upgrade
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.runs import records
 from moe_jax.runs.reader import Reader
-
-COMPILING_STEPS = 2  # whose times say nothing of the others
-_PACE_STEPS = 20
-
-
-def steady(values: Sequence[float]) -> Sequence[float]:
-  """Returns a metric without the steps that compile, if there are others."""
-  return values[COMPILING_STEPS:] if len(values) > COMPILING_STEPS else values
-
-
-def pace(seconds: Sequence[float]) -> float:
-  """Returns the median time of the last 20 steps; NaN of none."""
-  return float(np.median(steady(seconds)[-_PACE_STEPS:]))
 
 
 class Results(Reader):

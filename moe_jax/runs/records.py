@@ -48,65 +48,6 @@ def _parse(path: pathlib.Path, lines: Iterable[bytes]) -> Iterator[Record]:
     yield {k: math.nan if v is None else v for k, v in record.items()}
 
 
-class Tail:
-  """Reads a local file that grows, each time what is new.
-
-  Args:
-    path: of the file; it need not exist yet.
-
-  Attributes:
-    written: when the file was, in seconds since the epoch; NaN without one.
-  """
-
-  def __init__(self, path: pathlib.Path):
-    self._path = path
-    self._forget()
-
-  def _forget(self) -> None:
-    self.written = math.nan
-    self._inode = self._offset = self._last_step = 0
-
-  def look(self) -> tuple[list[Record], bool]:
-    """Returns new records, and whether all before are void.
-
-    They are void when the file was written anew, by a run that resumed from a
-    checkpoint.
-
-    Raises:
-      ValueError: a line is damaged.
-      OSError: the file cannot be read.
-    """
-    void = False
-    try:
-      status = self._path.stat()
-      if self._inode != status.st_ino or status.st_size < self._offset:
-        void = self._inode != 0
-        self._forget()
-      with self._path.open('rb') as file:
-        file.seek(self._offset)
-        lines = file.read().splitlines(keepends=True)
-    except FileNotFoundError:
-      void = self._inode != 0
-      self._forget()
-      return [], void
-    self._inode, self.written = status.st_ino, status.st_mtime
-    if lines and not lines[-1].endswith(b'\n'):
-      lines.pop()
-    try:
-      records = list(_parse(self._path, lines))
-      expected = self._last_step + 1
-      if records and self._last_step and records[0]['step'] != expected:
-        raise ValueError(f'{self._path}: step {expected} is missing')
-    except ValueError:
-      if not self._last_step:
-        raise
-      self._forget()  # It was written anew, in place.
-      return self.look()[0], True
-    self._offset += sum(map(len, lines))
-    self._last_step = records[-1]['step'] if records else self._last_step
-    return records, void
-
-
 class Writer:
   """Appends records, so that a reader sees whole lines.
 
