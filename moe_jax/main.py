@@ -177,38 +177,28 @@ def main(argv: Sequence[str]) -> int:
     return 0
   try:
     processes.start()
-  except ValueError as error:
-    print(f'error: {one_line(error)}', file=sys.stderr)
-    return 2
-  with preemption.notice() as preempted:
-    return _train(argv, preempted)
-
-
-def _train(argv: Sequence[str], preempted: Callable[[], bool]) -> int:
-  try:
-    with processes.agreement():
-      options, values = parse(argv, others=_FLAGS)
-      if not values.workdir and not values.print_sharding:
-        raise ValueError('--workdir=DIR: missing')
-      # Late: a wrong flag is answered at once, before anything big is loaded.
-      from moe_jax import config
-      from moe_jax.train.loop import train
-      from moe_jax.train.plan import plan
-
-      frozen = config.freeze(options)
-      if values.print_sharding:
-        _print_sharding(frozen)
-        return 0
-    allowed = config.split_names(values.allow_config_change)
-    planned = plan(frozen, values.workdir, allowed)
-  except (ValueError, OSError) as error:
-    print(f'error: {one_line(error)}', file=sys.stderr)
-    return 2
-  try:
-    train(planned, preempted)
+    with preemption.notice() as preempted:
+      _train(argv, preempted)
   except Exception as error:
     return exit_code(error)
   return 0
+
+
+def _train(argv: Sequence[str], preempted: Callable[[], bool]) -> None:
+  with processes.agreement():
+    options, values = parse(argv, others=_FLAGS)
+    if not values.workdir and not values.print_sharding:
+      raise ValueError('--workdir=DIR: missing')
+    # Late: a wrong flag is answered at once, before anything big is loaded.
+    from moe_jax import config
+    from moe_jax.train.loop import train
+    from moe_jax.train.plan import plan
+
+    frozen = config.freeze(options)
+    allowed = config.split_names(values.allow_config_change)
+    if values.print_sharding:
+      return _print_sharding(frozen)
+  train(plan(frozen, values.workdir, allowed), preempted)
 
 
 def exit_code(error: Exception) -> int:

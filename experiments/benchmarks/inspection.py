@@ -66,6 +66,7 @@ def write(config: config_lib.Config, directory: pathlib.Path) -> None:
     directory / 'checkpoints',
     options,
     'random',
+    losses={},
     largest=max(x.nbytes for x in jax.tree.leaves(state)),
   ) as saver:
     items = {name: getattr(state, name) for name in ITEMS}

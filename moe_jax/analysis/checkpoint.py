@@ -170,7 +170,7 @@ class Checkpoint:
 
   def _checked(self, path, name, abstract=None):
     item = checkpoints.read_item(path, name, abstract)
-    checkpoints.check_item(self._meta, name, item)
+    checkpoints.check(self._meta, {name: item})
     return item
 
   def _read(self, read, *arguments):

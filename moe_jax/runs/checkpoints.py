@@ -121,11 +121,26 @@ def read_item(path: epath.PathLike, name: str, abstract: Any = None) -> Any:
   )
 
 
-def check_item(meta: dict[str, Any], name: str, item: Any) -> None:
-  """Raises ValueError unless arrays are those that were saved."""
-  for array, checksum in checksums.checksums({name: item}).items():
-    if meta['checksums'].get(array) != checksum:
-      raise ValueError(f'values changed since it was written: {array}')
+class Damaged(ValueError):
+  """A checkpoint is not as it was written, or not of this run."""
+
+
+def check(meta: dict[str, Any], items: Items) -> None:
+  """Raises Damaged unless the arrays of some items are those that were saved.
+
+  Args:
+    meta: what `read_meta` returned.
+    items: what `read_item` returned, by name.
+  """
+  now = checksums.checksums(items)
+  before = {
+    name: checksum
+    for name, checksum in meta['checksums'].items()
+    if name.partition('.')[0] in items
+  }
+  wrong = [name for name in before | now if before.get(name) != now.get(name)]
+  if wrong:
+    raise Damaged(f'values changed since it was written: {", ".join(wrong)}')
 
 
 def restore_newest(
@@ -157,7 +172,7 @@ def restore_newest(
     try:
       saved = _read(directory / str(step), step, run, plan)
       break
-    except _Damaged as error:
+    except Damaged as error:
       damaged[step] = str(error)
   else:
     if damaged:
@@ -181,12 +196,8 @@ def restore_newest(
   return saved
 
 
-class _Damaged(Exception):
-  """A checkpoint is not as it was written, or not of this run."""
-
-
 def _read(path: epath.Path, step: int, run: str, plan) -> Saved:
-  """Reads a checkpoint; raises _Damaged in all processes or in none.
+  """Reads a checkpoint; raises Damaged in all processes or in none.
 
   Raises:
     OSError: it cannot be read now, which does not mean that it is damaged.
@@ -205,10 +216,7 @@ def _read(path: epath.Path, step: int, run: str, plan) -> Saved:
     lambda: {name: read_item(path, name, abstract[name]) for name in ITEMS}
   )
   # Together: one process waits for the others in these.
-  now = checksums.checksums(items)
-  if now != meta['checksums']:
-    wrong = [name for name in now if now[name] != meta['checksums'].get(name)]
-    raise _Damaged(f'values changed since it was written: {", ".join(wrong)}')
+  check(meta, items)
   position, record = Position(**meta['position']), meta.get('record', {})
   return Saved(items, position, meta['config'], record)
 
@@ -226,7 +234,7 @@ def _agreed(read: Callable[[], Any]) -> Any:
         break
       time.sleep(pause)
   if why := processes.first_error(failure):
-    raise (OSError if _MAY_PASS.search(why) else _Damaged)(why) from failure
+    raise (OSError if _MAY_PASS.search(why) else Damaged)(why) from failure
   return result
 
 

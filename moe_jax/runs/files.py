@@ -19,7 +19,7 @@ from typing import Any
 from etils import epath
 import jax
 
-from moe_jax.runs import processes
+from moe_jax.options import Refused
 
 # Seconds before what a file system refused is tried again.
 PAUSES = (5.0, 20.0)
@@ -91,7 +91,7 @@ def check_space(workdir: epath.Path, size: int, count: int) -> None:
 
 
 def check_shared(workdir: epath.Path, options: dict[str, Any]) -> None:
-  """Raises Disagreement unless this process sees what the first one wrote.
+  """Raises Refused unless this process sees what the first one wrote.
 
   Args:
     workdir: the work directory.
@@ -101,7 +101,7 @@ def check_shared(workdir: epath.Path, options: dict[str, Any]) -> None:
   deadline = time.monotonic() + _SECONDS_UNTIL_SEEN
   while not path.exists() or read_json(path) != options:
     if time.monotonic() > deadline:
-      raise processes.Disagreement(
+      raise Refused(
         f'--workdir={workdir}: process {jax.process_index()} does not see the '
         'config.json that process 0 wrote there; choose a directory that all '
         'machines share'

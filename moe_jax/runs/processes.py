@@ -50,10 +50,6 @@ _SECONDS_TO_AGREE = 3600
 _agreements = itertools.count()
 
 
-class Disagreement(Refused):
-  """Another process failed, or processes are not about to do the same."""
-
-
 def start() -> None:
   """Joins this process to the others of its run; does nothing if it is alone.
 
@@ -61,7 +57,7 @@ def start() -> None:
   listens on the loopback interface only.
 
   Raises:
-    ValueError: some of the three variables are missing or impossible.
+    Refused: some of the three variables are missing or impossible.
   """
   arguments = _explicit() or _detected()
   if not arguments:
@@ -90,17 +86,17 @@ def _explicit() -> dict[str, Any]:
     return {}
   missing = [name for name, value in given.items() if not value]
   if missing:
-    raise ValueError(
+    raise Refused(
       f'{", ".join(missing)}: missing in the environment; several processes '
       f'need all of {", ".join(_VARIABLES)}, one process none of them'
     )
   address, count, index = given.values()
   if not address.rpartition(':')[2].isdecimal() or ':' not in address:
-    raise ValueError(f'JAX_COORDINATOR_ADDRESS={address}: must be HOST:PORT')
+    raise Refused(f'JAX_COORDINATOR_ADDRESS={address}: must be HOST:PORT')
   if not count.isdecimal() or int(count) < 1:
-    raise ValueError(f'JAX_NUM_PROCESSES={count}: must be 1 or more')
+    raise Refused(f'JAX_NUM_PROCESSES={count}: must be 1 or more')
   if not index.isdecimal() or int(index) >= int(count):
-    raise ValueError(
+    raise Refused(
       f'JAX_PROCESS_ID={index}: must be 0 to {int(count) - 1}, as '
       f'JAX_NUM_PROCESSES={count}'
     )
@@ -163,9 +159,8 @@ def agreement() -> Iterator[dict[str, Any]]:
     in all processes.
 
   Raises:
-    Disagreement: another process failed, or the facts differ; the message says
-      which, and in which processes.
-    Refused: a ValueError or OSError of this process.
+    Refused: a ValueError or OSError of this process; or another process failed,
+      or the facts differ: the message says which, and in which processes.
   """
   facts: dict[str, Any] = {}
   try:
@@ -175,9 +170,8 @@ def agreement() -> Iterator[dict[str, Any]]:
     if isinstance(error, (ValueError, OSError)):
       raise Refused(str(error)) from error
     raise
-  verdict = _verdict({'facts': facts})
-  if verdict:
-    raise Disagreement(verdict)
+  if verdict := _verdict({'facts': facts}):
+    raise Refused(verdict)
 
 
 def first_error(error: Exception | None) -> str:
@@ -185,8 +179,6 @@ def first_error(error: Exception | None) -> str:
 
   All processes must call it at the same place; '' if all gave None.
   """
-  if distributed.global_state.client is None:
-    return _in_a_line(error) if error else ''
   return _verdict({'error': _in_a_line(error)} if error else {'facts': {}})
 
 
@@ -227,7 +219,7 @@ def _verdict(answer: dict[str, Any]) -> str:
   """
   client = distributed.global_state.client
   if client is None:
-    return ''
+    return answer.get('error', '')
   place = f'moe_jax/agreement_{next(_agreements)}'
   index = distributed.global_state.process_id
   deadline = time.monotonic() + _SECONDS_TO_AGREE

@@ -59,6 +59,7 @@ class Writer:
 
   Attributes:
     last: the last record; empty before the first one.
+    evaluations: step -> metrics, of the steps before this start.
 
   Raises:
     ValueError: the file lacks a step before.
@@ -77,12 +78,16 @@ class Writer:
     lines = [line for line in lines[:step] if line.endswith(b'\n')]
     if len(lines) == step - 1 and record:
       lines.append(_line(record))
-    records = list(_parse(path, lines))
-    if [found['step'] for found in records] != list(range(1, step + 1)):
+    steps, self.last, self.evaluations = [], {}, {}
+    for found in _parse(path, lines):  # One at a time: they can be gigabytes.
+      steps.append(found['step'])
+      self.last = found
+      if values := {k: x for k, x in found.items() if k.startswith('eval/')}:
+        self.evaluations[found['step']] = values
+    if steps != list(range(1, step + 1)):
       raise ValueError(
         f'{path}: must have every step up to the checkpoint of step {step}'
       )
-    self.last = records[-1] if records else {}
     self._last_size = len(lines[-1]) if lines else 0
     temporary = path.with_suffix('.tmp')
     # A record fits: what the disk has no room for can wait in the buffer.

@@ -1,11 +1,9 @@
 """Checkpoints, written: retries, and which of the old ones stay."""
 
-from collections.abc import Mapping
 import contextlib
 import ctypes
 import itertools
 import math
-import types
 from typing import Any
 
 from etils import epath
@@ -17,7 +15,6 @@ from moe_jax.runs import checkpoints
 from moe_jax.runs import checksums
 from moe_jax.runs import files
 from moe_jax.runs.checkpoints import ITEMS
-from moe_jax.runs.checkpoints import Position
 
 
 class Saver:
@@ -42,8 +39,8 @@ class Saver:
     config: dict[str, Any],
     run: str,
     *,
-    losses: Mapping[int, float] = types.MappingProxyType({}),
-    largest: int = 0,
+    losses: dict[int, float],
+    largest: int,
   ):
     self._directory, self._config, self._run = directory, config, run
     self._losses, self._largest = losses, largest
@@ -81,7 +78,7 @@ class Saver:
   def save(
     self,
     items: checkpoints.Items,
-    position: Position,
+    position: checkpoints.Position,
     *,
     record: dict[str, Any],
     wait: bool = False,
@@ -157,7 +154,7 @@ class _Manager(ocp.CheckpointManager):
 class _Best(keep.PreservationPolicy):
   """Preserves the `count` checkpoints of the lowest loss."""
 
-  def __init__(self, losses: Mapping[int, float], count: int):
+  def __init__(self, losses: dict[int, float], count: int):
     self._losses, self._count = losses, count
 
   def should_preserve(self, checkpoints, *, context):

@@ -18,14 +18,11 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from moe_jax.runs import checkpoints
+from moe_jax.runs import events
 from moe_jax.runs import files
 from moe_jax.runs import lock
 from moe_jax.runs import processes
 from moe_jax.runs import records
-from moe_jax.runs.checkpoints import Position
-from moe_jax.runs.checkpoints import Saved
-from moe_jax.runs.events import Events
-from moe_jax.runs.events import describe
 from moe_jax.runs.progress import Screen
 from moe_jax.runs.reader import Reader
 from moe_jax.runs.saver import Saver
@@ -38,7 +35,6 @@ _PER_LAYER = '/layer'
 def open_writer(
   workdir: epath.Path,
   config: dict[str, Any],
-  *,
   label: str,
   check: Callable[[], None],
 ) -> Iterator['Writer']:
@@ -82,11 +78,10 @@ class Writer:
     # Of the last step, on the device: its number, metrics and diagnostics.
     self._pending: tuple[int, dict[str, Any], dict[str, Any]] | None = None
     self._record: records.Record = {}  # Known, but not yet written.
-    self._losses: dict[int, float] = {}
 
   def restore(
     self, plan: Callable[[dict[str, Any]], checkpoints.Items]
-  ) -> Saved | None:
+  ) -> checkpoints.Saved | None:
     """Reads the newest checkpoint that is whole; None where there is none.
 
     Args:
@@ -130,7 +125,7 @@ class Writer:
 
   def begin(
     self,
-    saved: Saved | None,
+    saved: checkpoints.Saved | None,
     facts: dict[str, Any],
     tokenizer: dict[str, Any],
   ) -> None:
@@ -142,9 +137,9 @@ class Writer:
       tokenizer: for tokenizer.json: who has the work directory can read and
         write the model's tokens.
     """
-    self._start = saved.position if saved else Position()
-    self._position, self._saved_step = self._start, self._start.step
-    self.facts, self._last = facts, {}
+    self._position = saved.position if saved else checkpoints.Position()
+    self._saved_step = self._position.step
+    self.facts, self._last, evaluations = facts, {}, {}
     with processes.agreement():
       self._directory, self._upload = self._stack.enter_context(
         files.local_log(self._workdir, self._still_ours)
@@ -153,31 +148,24 @@ class Writer:
       if self._directory is not None:
         # Before config.json, whose checkpoint_every the steps so far are under.
         path, record = self._directory / records.NAME, saved and saved.record
-        self._outputs = [records.Writer(path, self._start.step, record)]
-        self._last = self._outputs[0].last
-        if self._config['checkpoints_kept_best']:
-          self._losses = {
-            record['step']: record[LOSS]
-            for record in records.read(path)
-            if LOSS in record
-          }
-        for name, value in (
-          ('config', self._config),
-          ('tokenizer', tokenizer),
-          ('run', facts),
-        ):
-          files.write_json(self._workdir / f'{name}.json', value)
+        metrics = records.Writer(path, self._saved_step, record)
+        self._outputs = [metrics]
+        self._last, evaluations = metrics.last, metrics.evaluations
+        files.write_json(self._workdir / 'config.json', self._config)
+        files.write_json(self._workdir / 'tokenizer.json', tokenizer)
+        files.write_json(self._workdir / 'run.json', facts)
     with processes.agreement():
       files.check_shared(self._workdir, self._config)
-    evaluated = any(name.startswith('eval/') for name in self._last)
+    self._losses = {
+      step: values.get(LOSS, math.nan) for step, values in evaluations.items()
+    }
     # The first process alone has read that.
-    self.evaluated = bool(
-      multihost_utils.broadcast_one_to_all(np.int32(evaluated))
-    )
+    evaluated = np.int32(self._saved_step in evaluations)
+    self.evaluated = bool(multihost_utils.broadcast_one_to_all(evaluated))
 
   def open(self) -> None:
     """Opens what the coming steps need: checkpoints, events, progress bar."""
-    step, steps = self._start.step, self._config['steps']
+    step, steps = self._position.step, self._config['steps']
     with processes.agreement():
       self._saver = self._stack.enter_context(
         Saver(
@@ -189,13 +177,15 @@ class Writer:
         )
       )
       if self._directory is not None:
-        text = describe(self._label, self._config, self.facts)
-        before = max(0, step - 1)
-        events = Events(self._directory, step=before, steps=steps, text=text)
-        self._outputs.append(events)
+        board = events.Events(
+          self._directory,
+          step=max(0, step - 1),
+          steps=steps,
+          text=events.describe(self._label, self._config, self.facts),
+        )
         if self._last:  # It may be known from the checkpoint alone.
-          events.show(self._last)
-        self._outputs.append(Screen(self._label, step, steps))
+          board.show(self._last)
+        self._outputs += [board, Screen(self._label, step, steps)]
     self._clock = time.perf_counter()
 
   def record(
@@ -216,9 +206,8 @@ class Writer:
     self._read()
     self._write()
     self._pending = step, metrics, diagnostics
-    self._position = self._position._replace(
-      step=step, next_sequence=self._sequences(step).stop
-    )
+    sequence = self._position.next_sequence + self._config['batch_size']
+    self._position = self._position._replace(step=step, next_sequence=sequence)
 
   def save(self, state: Any, *, wait: bool) -> None:
     """Saves the last step recorded, unless that was done.
@@ -266,12 +255,6 @@ class Writer:
     self._write()
     self._clock = time.perf_counter()
     return True
-
-  def _sequences(self, step: int) -> range:
-    """Returns the indices of a step's training sequences."""
-    count = self._config['batch_size']
-    first = self._start.next_sequence + (step - self._start.step - 1) * count
-    return range(first, first + count)
 
   def _read(self) -> None:
     """Waits for the last step recorded and checks that it is finite."""
@@ -323,6 +306,7 @@ class Writer:
         print(f'warning: {what}; skipped ({count})', file=sys.stderr)
       return
     self._write()
+    end = self._position.next_sequence
     name = f'not_finite_step_{step:08d}.json'
     if self._directory is not None:
       norms = jax.tree.map(lambda x: np.sqrt(np.asarray(x)).tolist(), squares)
@@ -330,7 +314,7 @@ class Writer:
         'step': step,
         'cause': cause,
         'skipped_in_a_row': in_a_row,
-        'sequences': list(self._sequences(step)),
+        'sequences': list(range(end - self._config['batch_size'], end)),
         'record': record,
         'norms': norms,
       }

@@ -42,7 +42,10 @@ def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
     Preempted: `preempted` said so, and all is saved.
   """
   _use_compilation_cache()
-  with exchange.refusal_explained(), _open_writer(plan) as run:
+  directory = writer.open_writer(
+    plan.workdir, plan.options, plan.label, plan.check_workdir
+  )
+  with exchange.refusal_explained(), directory as run:
     state, position = _restore_or_begin(plan, run)
     done, steps = position.step, plan.config.steps
     late = plan.evaluates_after(done) and not run.evaluated
@@ -70,12 +73,6 @@ def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
       if stop:
         run.save(state, wait=True)
         raise preemption.Preempted(f'saved after step {step} of {steps}')
-
-
-def _open_writer(plan: Plan):
-  return writer.open_writer(
-    plan.workdir, plan.options, label=plan.label, check=plan.check_workdir
-  )
 
 
 def _restore_or_begin(

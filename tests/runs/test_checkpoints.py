@@ -27,9 +27,9 @@ def items_of(state):
   return {name: getattr(state, name) for name in checkpoint_lib.ITEMS}
 
 
-def open_saver(directory, config, run='name', **arguments):
-  options = config_lib.to_dict(config)
-  return Saver(directory, options, run, **arguments)
+def open_saver(directory, config, run='name', losses=None, largest=0):
+  options, losses = config_lib.to_dict(config), {} if losses is None else losses
+  return Saver(directory, options, run, losses=losses, largest=largest)
 
 
 def save(directory, config, items, position, run='name'):

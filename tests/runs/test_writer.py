@@ -3,6 +3,7 @@
 import contextlib
 import json
 from unittest import mock
+import weakref
 
 from etils import epath
 import numpy as np
@@ -61,7 +62,7 @@ def open_writer(workdir, step=0, record=None, **options):
   """Opens a writer that resumes from a step, of which `record` was saved."""
   config = CONFIG | options
   with writer_lib.open_writer(
-    epath.Path(workdir), config, label='test', check=lambda: None
+    epath.Path(workdir), config, 'test', lambda: None
   ) as writer:
     saved = Saved({}, Position(step, 10 * step), config, record or {})
     writer.begin(saved if step else None, {'run': 'name'}, {})
@@ -151,7 +152,7 @@ def test_events_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
   def fail(*args, **kwargs):
     raise PermissionError('events')
 
-  monkeypatch.setattr(writer_lib, 'Events', fail)
+  monkeypatch.setattr(writer_lib.events, 'Events', fail)
   with pytest.raises(Refused, match='events'), open_writer(tmp_path):
     pass
 
@@ -201,6 +202,27 @@ def test_steps_after_the_checkpoint_and_half_lines_are_removed(tmp_path):
   writer.close()
   assert [record['step'] for record in read(tmp_path)] == [1, 2, 3]
   assert read(tmp_path)[-1]['train/loss'] == 9.0
+
+
+def test_a_run_that_resumes_holds_one_record_at_a_time(tmp_path, monkeypatch):
+  """100k steps with lists of experts take gigabytes."""
+  record_steps(tmp_path, range(1, 9))
+  held, seen = [], []
+
+  class Counted(dict):
+    pass
+
+  def parse(path, lines):
+    for record in parse_all(path, lines):
+      record = Counted(record)
+      seen.append(weakref.ref(record))
+      held.append(sum(found() is not None for found in seen))
+      yield record
+
+  parse_all = records._parse
+  monkeypatch.setattr(records, '_parse', parse)
+  records.Writer(tmp_path / 'metrics.jsonl', 8).close()
+  assert len(seen) == 8 and max(held) <= 3
 
 
 def test_the_checkpoint_brings_the_record_of_its_step(tmp_path):
