@@ -3,18 +3,15 @@
 Importing this takes seconds, because it imports tensorflow_datasets.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import difflib
 import functools
 import importlib
-import inspect
 import io
 import os
 import re
-import sys
 
 from absl import logging
 from etils import epath
@@ -30,14 +27,13 @@ _FORMAT = 1  # Part of every key: raise it when this file reads differently.
 
 
 def open_corpora(
-  config: DataConfig, log: Callable[[str], None], known: Sequence[str] = ()
+  config: DataConfig, known: Sequence[str] = ()
 ) -> dict[str, Corpus]:
-  """Opens a TFDS data set; prepares it where that needs no TensorFlow.
+  """Opens a TFDS data set that is prepared as array_record.
 
   Args:
     config: has its name, such as 'lm1b' or 'wikipedia/20230601.en:1.0.0', the
       name of a text feature and where TFDS data sets are prepared.
-    log: takes a line where it must be prepared.
     known: names of other sources, for a hint at a name that is misspelt.
 
   Returns:
@@ -45,11 +41,20 @@ def open_corpora(
     else test, else the last 5 % of train.
 
   Raises:
-    ValueError: there is no such data set or field, or it cannot be read here.
+    ValueError: there is no such data set or field, it is not prepared or
+      cannot be read here.
   """
   where = f'data.dataset={config.dataset}'
   builder = _find_builder(config, where, known)
-  _prepare(builder, where, log)
+  with _quiet():
+    prepared = builder.is_prepared()
+  if not prepared:
+    raise ValueError(
+      f'{where}: not prepared in {builder.data_path}; install TensorFlow, for '
+      'some data sets also Apache Beam, and prepare it by tfds build '
+      f'{config.dataset} --file_format=array_record --data_dir=DIR, then set '
+      'data.tfds_dir to that directory'
+    )
   field, features = config.text_field, builder.info.features
   if field not in features or not isinstance(
     features[field], tfds.features.Text
@@ -66,11 +71,9 @@ def open_corpora(
   ]
   corpora = {}
   for ours, theirs in _choose_splits(builder, where).items():
-    texts = functools.partial(
-      _texts, _open_split(builder, theirs, where), field, where
-    )
+    source = _open_split(builder, theirs, where)
     key = cache.content_key('tfds', _FORMAT, name, theirs, field, content)
-    corpora[ours] = Corpus(key, texts)
+    corpora[ours] = Corpus(key, functools.partial(_texts, source, field, where))
   return corpora
 
 
@@ -95,28 +98,6 @@ def _find_builder(
       )
       hint = f'did you mean {" or ".join(close)}?' if close else hint
       raise LookupError(f'no such data set; {hint}') from error
-
-
-def _prepare(
-  builder: tfds.core.DatasetBuilder, where: str, log: Callable[[str], None]
-) -> None:
-  """Prepares a data set if it is not, or says why that cannot be done here."""
-  with _quiet():
-    if builder.is_prepared():
-      return
-  module = sys.modules[type(builder).__module__]
-  needed = 'TensorFlow' if hasattr(module, 'tf') else ''
-  if 'beam' in inspect.getsource(module):
-    needed = 'Apache Beam'
-  if needed:
-    raise ValueError(
-      f'{where}: not prepared in {builder.data_path}, and preparing it needs '
-      f'{needed}; prepare it as array_record where that is installed, and set '
-      'data.tfds_dir to the result'
-    )
-  log(f'data: downloading and preparing {where} in {builder.data_path}')
-  with _told(f'{where}: cannot be prepared'), _quiet():
-    builder.download_and_prepare(file_format='array_record')
 
 
 def _choose_splits(
@@ -170,8 +151,7 @@ def _texts(source: Sequence[dict], field: str, where: str) -> Iterator[str]:
 def _told(where: str) -> Iterator[None]:
   """Turns errors, of any kind in TFDS, into one line that begins with `where`.
 
-  Prepared data may hold anything, builders may do anything, and the network may
-  answer anything.
+  Prepared data may hold anything, and builders may do anything.
   """
   try:
     yield

@@ -180,12 +180,10 @@ def _lines(file: BinaryIO, room: int, text_field: str) -> Iterator[str]:
     line = file.readline(min(LARGEST_DOCUMENT, room) + 1)
     if not line:
       return
-    try:
+    with reading(f'line {number}'):
       _check_size(len(line), room)
       if line.strip():
         yield _parse(decode(line), text_field)
-    except ValueError as error:
-      raise ValueError(f'line {number}: {_problem(error)}') from error
     room -= len(line)
 
 

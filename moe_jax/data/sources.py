@@ -25,14 +25,11 @@ EVALUATION_SETS: dict[str, Callable[[], Corpus | str]] = {
 }
 
 
-def open_corpora(
-  config: DataConfig, log: Callable[[str], None]
-) -> dict[str, Corpus]:
+def open_corpora(config: DataConfig) -> dict[str, Corpus]:
   """Returns the corpora 'train' and 'validation' of `config.dataset`.
 
   Args:
     config: names the source and has its options.
-    log: takes a line where a TFDS data set must be prepared.
 
   Raises:
     ValueError, FileNotFoundError: the source or a file is missing or bad. A
@@ -42,4 +39,4 @@ def open_corpora(
     return SOURCES[config.dataset](config)
   from moe_jax.data import catalog
 
-  return catalog.open_corpora(config, log, known=list(SOURCES))
+  return catalog.open_corpora(config, known=list(SOURCES))

@@ -70,7 +70,7 @@ def load_text(
       the file.
   """
   cache_dir = cache.open_cache(config.cache_dir)
-  corpus = sources.open_corpora(config, log)
+  corpus = sources.open_corpora(config)
   if count := config.maximum_documents:
     corpus = {
       split: _first_documents(part, count) for split, part in corpus.items()

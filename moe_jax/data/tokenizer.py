@@ -12,10 +12,6 @@ from typing import BinaryIO
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders
-from tokenizers import models
-from tokenizers import pre_tokenizers
-from tokenizers import trainers
 
 from moe_jax.data import cache
 
@@ -73,14 +69,15 @@ class Tokenizer:
     Raises:
       ValueError: vocabulary is too small.
     """
-    model = tokenizers.Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    by_byte = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.pre_tokenizer = by_byte
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
       vocab_size=vocabulary,
       min_frequency=2,
       special_tokens=[END_OF_DOCUMENT],
-      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+      initial_alphabet=by_byte.alphabet(),
       show_progress=False,
     )
     model.train_from_iterator(documents, trainer)
@@ -169,9 +166,11 @@ def load_tokens(
     return tokens_N
 
   def make(file: BinaryIO) -> None:
-    header = {'descr': tokenizer.dtype.str, 'fortran_order': False}
-    write_header = np.lib.format.write_array_header_1_0
-    write_header(file, header | {'shape': (0,)})
+    def write_header(size: int) -> None:
+      dtype = {'descr': tokenizer.dtype.str, 'fortran_order': False}
+      np.lib.format.write_array_header_1_0(file, dtype | {'shape': (size,)})
+
+    write_header(0)
     start = file.tell()
     end = np.array([tokenizer.end_of_document], tokenizer.dtype).tobytes()
     for texts in _groups(documents()):
@@ -179,7 +178,7 @@ def load_tokens(
         file.write(ids_N.tobytes() + end)
     size = (file.tell() - start) // tokenizer.dtype.itemsize
     file.seek(0)
-    write_header(file, header | {'shape': (size,)})
+    write_header(size)
     assert file.tell() == start, 'numpy pads headers so that lengths can grow'
 
   return cache.load_or_make(path, load, make, log)

@@ -114,26 +114,6 @@ def test_processes_may_change_on_the_way():
   np.testing.assert_array_equal(joined, expected)
 
 
-@pytest.mark.parametrize(
-  'options, message',
-  [
-    ({'sequence_length': 101}, r'sequence_length=101: .*at most 100'),
-    ({'sequence_length': 0}, r'sequence_length=0: '),
-    ({'batch_size': 6, 'process_count': 4}, r'batch_size=6: .* 4'),
-    ({'batch_size': 0}, r'batch_size=0: '),
-    ({'process_index': 2, 'process_count': 2}, r'process_index=2: '),
-    ({'process_index': -1}, r'process_index=-1: '),
-    ({'process_count': 0}, r'process_count=0'),
-    ({'start': -1}, r'start=-1: '),
-    ({'start': 2**62}, r'start=4611686018427387904: '),
-    ({'seed': -1}, r'seed=-1: '),
-  ],
-)
-def test_impossible_training_option_is_named(options, message):
-  with pytest.raises(ValueError, match=message):
-    batches(1, **options)
-
-
 def test_longest_sequence_is_possible():
   (batch,) = batches(1, sequence_length=100, batch_size=1)
   np.testing.assert_array_equal(batch['targets'], [TOKENS[1:]])
@@ -163,7 +143,6 @@ def test_every_token_but_the_first_is_predicted_once_in_order(
     )
     for i in range(processes)
   ]
-  assert len({len(shard) for shard in shards}) == 1
   targets = []
   for parts in zip(*shards, strict=True):
     batch = {
@@ -182,34 +161,20 @@ def test_every_token_but_the_first_is_predicted_once_in_order(
   assert targets == list(range(101, 100 + size))
 
 
-def test_evaluation_can_be_cut_short_and_repeated():
-  found = data.evaluation_batches(
-    TOKENS, sequence_length=S, batch_size=2, maximum_sequences=3
+def test_evaluation_can_be_cut_short():
+  found = list(
+    data.evaluation_batches(
+      TOKENS, sequence_length=S, batch_size=2, maximum_sequences=3
+    )
   )
   assert len(found) == 2
   assert sum(batch['mask'].sum() for batch in found) == 3 * S
   np.testing.assert_array_equal(found[-1]['inputs'][0], [8, 9, 10, 11])
-  assert [b['inputs'].sum() for b in found] == [
-    b['inputs'].sum() for b in found
-  ]
-  with pytest.raises(IndexError):
-    found[2]
 
 
-@pytest.mark.parametrize(
-  'options, message',
-  [
-    ({'sequence_length': 0}, r'sequence_length=0: '),
-    ({'batch_size': 3, 'process_count': 2}, r'batch_size=3: '),
-    ({'maximum_sequences': -1}, r'maximum_sequences=-1: '),
-    ({'tokens_N': TOKENS[:1]}, r'evaluation set of 1 tokens'),
-  ],
-)
-def test_impossible_evaluation_option_is_named(options, message):
-  options = {'sequence_length': S, 'batch_size': 2} | options
-  tokens = options.pop('tokens_N', TOKENS)
-  with pytest.raises(ValueError, match=message):
-    data.evaluation_batches(tokens, **options)
+def test_a_single_token_cannot_be_predicted():
+  with pytest.raises(ValueError, match='evaluation set of 1 tokens'):
+    data.evaluation_batches(TOKENS[:1], sequence_length=S, batch_size=2)
 
 
 # --- Loading -----------------------------------------------------------------

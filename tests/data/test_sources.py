@@ -24,7 +24,7 @@ def test_sotu_has_the_documents_and_bytes_that_it_should(sotu):
 
 
 def test_keys_are_what_they_were(sotu_config):
-  corpora = sources.open_corpora(sotu_config, print)
+  corpora = sources.open_corpora(sotu_config)
   assert {split: corpus.key for split, corpus in corpora.items()} == {
     'train': 'a0261707d235452683ebefae1b983c2e',
     'validation': '3a215191601ad74e0a9b1cdf49eb1715',

@@ -84,7 +84,7 @@ def test_keys_and_documents_are_what_they_were(
     files=','.join(f'{tmp_path}/{name}.*' for name in 'acd'),
     validation_files=validation and f'{tmp_path}/{validation}',
   )
-  corpora = sources.open_corpora(config, print).values()
+  corpora = sources.open_corpora(config).values()
   assert [corpus.key for corpus in corpora] == keys
   assert tuple(list(corpus.documents()) for corpus in corpora) == expected
 
