@@ -12,7 +12,6 @@ import json
 import math
 import re
 import sys
-import time
 from typing import Any
 from typing import NamedTuple
 
@@ -107,18 +106,12 @@ def read_item(path: epath.PathLike, name: str, abstract: Any = None) -> Any:
       arrays as they were saved.
   """
   handler, place = array_handler(), epath.Path(path) / name
-  if abstract is not None:
-    wanted = ocp.args.PyTreeRestore(
-      abstract, ocp.checkpoint_utils.construct_restore_args(abstract)
-    )
-    return handler.restore(place, args=wanted)
-  as_numpy = jax.tree.map(
-    lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-    handler.metadata(place).tree,
-  )
-  return handler.restore(
-    place, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
-  )
+  if abstract is None:
+    kind = ocp.RestoreArgs(restore_type=np.ndarray)
+    wanted = jax.tree.map(lambda _: kind, handler.metadata(place).tree)
+  else:
+    wanted = ocp.checkpoint_utils.construct_restore_args(abstract)
+  return handler.restore(place, args=ocp.args.PyTreeRestore(abstract, wanted))
 
 
 class Damaged(ValueError):
@@ -210,10 +203,11 @@ def _read(path: epath.Path, step: int, run: str, plan) -> Saved:
       raise ValueError(f'it is of step {saved} of another run')
     return meta
 
-  meta = _agreed(read_own_meta)
+  meta = _agreed(read_own_meta, path)
   abstract = plan(meta['config'])
   items = _agreed(
-    lambda: {name: read_item(path, name, abstract[name]) for name in ITEMS}
+    lambda: {name: read_item(path, name, abstract[name]) for name in ITEMS},
+    path,
   )
   # Together: one process waits for the others in these.
   check(meta, items)
@@ -221,18 +215,13 @@ def _read(path: epath.Path, step: int, run: str, plan) -> Saved:
   return Saved(items, position, meta['config'], record)
 
 
-def _agreed(read: Callable[[], Any]) -> Any:
+def _agreed(read: Callable[[], Any], path: epath.Path) -> Any:
   """Reads in every process; what one of them cannot read, none has read."""
   failure = result = None
-  for pause in (*files.PAUSES, None):
-    try:
-      failure, result = None, read()
-      break
-    except Exception as error:  # What damage leads to is not foreseeable.
-      failure = _root(error)
-      if pause is None or not may_pass(failure):
-        break
-      time.sleep(pause)
+  try:
+    result = files.patiently(read, str(path), may_pass)
+  except Exception as error:  # What damage leads to is not foreseeable.
+    failure = _root(error)
   if why := processes.first_error(failure):
     raise (OSError if _MAY_PASS.search(why) else Damaged)(why) from failure
   return result

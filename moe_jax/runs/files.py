@@ -15,11 +15,14 @@ import sys
 import tempfile
 import time
 from typing import Any
+from typing import TypeVar
 
 from etils import epath
 import jax
 
 from moe_jax.options import Refused
+
+T = TypeVar('T')
 
 # Seconds before what a file system refused is tried again.
 PAUSES = (5.0, 20.0)
@@ -150,18 +153,30 @@ def local_log(
         print(f'warning: {workdir}: not uploaded: {error}', file=sys.stderr)
 
 
-def patiently(write: Callable[[], None], what: str) -> None:
-  """Calls `write`; where the file system fails, again, twice at most."""
+def patiently(
+  call: Callable[[], T],
+  what: str,
+  again: Callable[[Exception], bool] = lambda error: True,
+) -> T:
+  """Calls a function; where the file system fails, again, twice at most.
+
+  Args:
+    call: the function.
+    what: of the warning that it is called again.
+    again: whether an error may not come another time; another ends the tries.
+  """
   for pause in PAUSES:
     try:
-      return write()
+      return call()
     except Exception as error:  # Buckets have errors of their own.
+      if not again(error):
+        raise
       print(
         f'warning: {what}: {error}; tries again in {pause:.0f} s',
         file=sys.stderr,
       )
       time.sleep(pause)
-  return write()
+  return call()
 
 
 def read(path: epath.Path | pathlib.Path) -> bytes:

@@ -30,7 +30,6 @@ class Screen:
 
   def __init__(self, label: str, step: int, steps: int):
     console = Console(stderr=True)
-    self._is_terminal = console.is_terminal
     self._bar = Progress(
       TextColumn('{task.description}'),
       BarColumn(),
@@ -49,7 +48,7 @@ class Screen:
     self._print(step, 'compiling')
 
   def _print(self, step: int, what: str) -> None:
-    if not self._is_terminal:
+    if self._bar.disable:
       line = f'{self._label}: step {step}/{self._steps}  {what}'
       print(line, file=sys.stderr, flush=True)
 

@@ -90,12 +90,14 @@ class Writer:
       )
     self._last_size = len(lines[-1]) if lines else 0
     temporary = path.with_suffix('.tmp')
-    # A record fits: what the disk has no room for can wait in the buffer.
-    self._path, self._file = path, temporary.open('wb', buffering=1 << 22)
-    self._file.writelines(lines)
-    self._file.flush()
-    self.sync()
+    with temporary.open('wb') as file:
+      file.writelines(lines)
+      file.flush()
+      os.fsync(file.fileno())
     temporary.replace(path)
+    # A record fits: what the disk has no room for can wait in the buffer.
+    self._path, self._file = path, path.open('r+b', buffering=1 << 22)
+    self._file.seek(0, os.SEEK_END)
 
   def show(self, record: Record) -> None:
     """Appends the record of a step, or of the last one again with more in it.

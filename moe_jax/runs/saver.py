@@ -131,10 +131,8 @@ class Saver:
         self._manager.wait_until_finished()
 
     try:
-      if jax.process_count() > 1:
-        write()
-      else:
-        files.patiently(write, f'no checkpoint of step {step}')
+      what = f'no checkpoint of step {step}'
+      files.patiently(write, what, lambda error: jax.process_count() == 1)
     except Exception as error:  # Whatever orbax makes of a file system's.
       raise OSError(
         f'{self._directory}: the checkpoint of step {step} cannot be written '

@@ -171,7 +171,7 @@ class Writer:
         Saver(
           self._workdir / 'checkpoints',
           self._config,
-          self.facts['run'],
+          self.facts.get('run', ''),
           losses=self._losses,
           largest=self._largest,
         )

@@ -29,6 +29,7 @@ CONFIG = {
   'experts_every': 1,
 }
 EVALUATED = {'eval/validation/perplexity': 7.0}
+FACTS = {'run': 'name'}
 FINE = {'infinite': np.zeros(2, int), 'squares': {}}
 
 
@@ -58,14 +59,14 @@ def metrics(value=1.5, kind=OnHost):
 
 
 @contextlib.contextmanager
-def open_writer(workdir, step=0, record=None, **options):
+def open_writer(workdir, step=0, record=None, facts=FACTS, **options):
   """Opens a writer that resumes from a step, of which `record` was saved."""
   config = CONFIG | options
   with writer_lib.open_writer(
     epath.Path(workdir), config, 'test', lambda: None
   ) as writer:
     saved = Saved({}, Position(step, 10 * step), config, record or {})
-    writer.begin(saved if step else None, {'run': 'name'}, {})
+    writer.begin(saved if step else None, facts, {})
     writer.open()
     yield writer
 
@@ -146,6 +147,13 @@ def test_no_step_is_missing_while_its_evaluation_is_written(
       writer.add(dict, EVALUATED)
     finally:
       assert (tmp_path / 'metrics.jsonl').read_bytes() == before
+
+
+def test_a_run_without_a_name(tmp_path):
+  """An older version gave it none."""
+  with mock.patch.object(writer_lib, 'Saver') as saver:
+    with open_writer(tmp_path, facts={}):
+      assert saver.call_args.args[2] == ''
 
 
 def test_events_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
