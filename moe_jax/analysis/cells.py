@@ -40,8 +40,7 @@ def sections(table: pd.DataFrame) -> list[Section]:
 
 def of_runs(table: pd.DataFrame, section: Section) -> Cells:
   """Returns a section's values, a row a run."""
-  texts = _write(table, section.columns).rename_axis('run')
-  return _headed('', texts, section)
+  return _headed('', _write(table, section.columns).rename_axis('run'), section)
 
 
 def of_methods(

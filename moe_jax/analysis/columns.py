@@ -220,22 +220,22 @@ class Cost:
     return run.metrics['router/dropped'].mean(skipna=False)
 
 
-_EVALUATED = (
-  (
-    'perplexity',
+_EVALUATED = {
+  'perplexity': (
     'perplexity',
     '.2f',
     'Exp of the mean cross-entropy per token, at the last evaluation, with the '
     'q that training left: what a deployed model has.',
   ),
-  (
-    'bits_per_byte',
+  'bits_per_byte': (
     'bits/byte',
     '.3f',
     'The same cross-entropy over the bytes of the text, so that tokenizers '
     'compare.',
   ),
-)
+  'perplexity_solved': ('perplexity, q solved', '.2f', ''),
+  'bits_per_byte_solved': ('bits/byte, q solved', '.3f', ''),
+}
 _SOLVED = (
   'q solved: q found anew in each evaluation batch, which sees tokens that '
   'come later; a deployed model cannot.'
@@ -257,12 +257,10 @@ def _section(table: type) -> Section:
 
 def _evaluation(name: str) -> Section:
   columns = []
-  for suffix, solved in (('', ''), ('_solved', ', q solved')):
-    for key, heading, form, meaning in _EVALUATED:
-      key = f'eval/{name}/{key}{suffix}'
-      measure = functools.partial(_last_evaluation, name=name, key=key)
-      meaning = '' if solved else meaning
-      columns.append(Column(key, heading + solved, form, meaning, measure))
+  for key, said in _EVALUATED.items():
+    key = f'eval/{name}/{key}'
+    measure = functools.partial(_last_evaluation, name=name, key=key)
+    columns.append(Column(key, *said, measure))
   step = functools.partial(_last_evaluated_step, name=name)
   columns.append(Column(f'eval/{name}/step', 'at step', ',.0f', '', step))
   return Section(f'On {name}', tuple(columns), _SOLVED, seeds=2)

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from moe_jax.analysis import cells
+from moe_jax.analysis.table import is_number
 from moe_jax.analysis.table import notes
 from moe_jax.analysis.table import over_seeds
 from moe_jax.analysis.table import settings
@@ -68,8 +69,7 @@ def _facts(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _fact(value: Any) -> str:
-  numeric = isinstance(value, int | float) and not isinstance(value, bool)
-  return f'{round(value, 4):,}' if numeric else str(value)
+  return f'{round(value, 4):,}' if is_number(value) else str(value)
 
 
 def _written(texts: pd.DataFrame, align: str = '---:') -> str:

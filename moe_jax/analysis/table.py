@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import json
 import math
 import numbers
-import os
 from typing import Any
 
 import pandas as pd
@@ -18,9 +17,9 @@ import pandas as pd
 from moe_jax.analysis import columns
 from moe_jax.analysis.naming import name_paths
 from moe_jax.analysis.results import Results
+from moe_jax.config import differences
 from moe_jax.config import flatten
-from moe_jax.config import is_among
-from moe_jax.config import may_change
+from moe_jax.runs import records
 
 UNKNOWN = '–'
 _NAMES = ('method', 'balancer', 'seed')  # of a run; no results
@@ -51,7 +50,8 @@ def summarize(run: Results) -> dict[str, Any]:
   average, sup = layers.mean(skipna=False), layers.max(skipna=False)
   summary |= average.add_prefix('average_max_violation/')
   summary |= sup.add_prefix('sup_max_violation/')
-  return {key: _plain(value) for key, value in summary.items()}
+  # As Python's numbers, of which JSON knows the finite ones.
+  return records.finite(pd.Series(summary, dtype=object).to_dict())
 
 
 def _measured(column: columns.Column, run: Results) -> Any:
@@ -102,24 +102,22 @@ def comparison(runs: Mapping[str, Sequence[Results]]) -> pd.DataFrame:
       of one method in other fields than the seed, two of them share a seed, the
       texts differ, or a method has no runs.
   """
-  if empty := [method for method, of_method in runs.items() if not of_method]:
-    raise ValueError(f'{empty[0]}: no runs to compare')
-  named = [(method, run) for method in runs for run in runs[method]]
-  table = tabulate({i: run for i, (_, run) in enumerate(named)})
-  table.index = [os.fspath(run.workdir) for _, run in named]
-  table['method'] = [method for method, _ in named]
-  for method, of_method in table.groupby('method', sort=False):
+  for method, of_method in runs.items():
+    if not of_method:
+      raise ValueError(f'{method}: no runs to compare')
     _refuse_differences(of_method, but=['seed'])
-    if not of_method['seed'].is_unique:
-      seeds = of_method['seed'].tolist()
+    seeds = [run.config['seed'] for run in of_method]
+    if len(set(seeds)) < len(seeds):
       raise ValueError(f'{method}: two runs share a seed; seeds are {seeds}')
-  firsts = table.groupby('method', sort=False).head(1)
+  firsts = [of_method[0] for of_method in runs.values()]
   _refuse_differences(firsts, but=['balancer', 'seed'])
+  named = {(m, run.config['seed']): run for m in runs for run in runs[m]}
   # The text's hash is not in the config, yet perplexities hang on it.
-  texts = table.get('facts.text_fingerprint', pd.Series())
-  if texts.nunique(dropna=False) > 1:
-    raise ValueError(f'text_fingerprint differs: {texts.to_dict()}')
-  return table.set_index(['method', 'seed'])
+  texts = {name: x.facts.get('text_fingerprint') for name, x in named.items()}
+  if len(set(texts.values())) > 1:
+    raise ValueError(f'text_fingerprint differs: {texts}')
+  table = tabulate(named).drop(columns=['method', 'seed'])
+  return table.rename_axis(['method', 'seed'])
 
 
 def difference(a: Results, b: Results) -> pd.DataFrame:
@@ -139,7 +137,7 @@ def difference(a: Results, b: Results) -> pd.DataFrame:
   options = shown.filter(like='config.').loc[:, shown.nunique() > 1].columns
   results = table.columns.drop([*shown, *_NAMES])
   both = table[[*options, *results]].astype(object).T
-  numeric = both.where(both.map(_is_number))
+  numeric = both.where(both.map(is_number))
   both['difference'] = numeric[second] - numeric[first]
   return both
 
@@ -197,24 +195,21 @@ def notes(table: pd.DataFrame) -> list[str]:
   return [*said, f'{UNKNOWN} is a value that is unknown or not finite.']
 
 
-def _refuse_differences(table: pd.DataFrame, but: Sequence[str]) -> None:
-  shown = settings(table).filter(like='config.')
-  shown.columns = shown.columns.str.removeprefix('config.')
-  differing = [
-    f'{option}: {" and ".join(values.unique())}'
-    for option, values in shown.items()
-    if values.nunique() > 1
-    and may_change(option) != 'yes'
-    and not is_among(option, but)
-  ]
-  if differing:
-    raise ValueError(
-      f'{" and ".join(table.index)} may differ in {", ".join(but)} only, but '
-      f'differ in {"; ".join(differing)}'
-    )
+def _refuse_differences(runs: Sequence[Results], but: Sequence[str]) -> None:
+  for run in runs[1:]:
+    differing = [
+      f'{option}: {" and ".join(map(_setting, values))}'
+      for option, values in differences(runs[0].config, run.config, but).items()
+    ]
+    if differing:
+      raise ValueError(
+        f'{runs[0].workdir} and {run.workdir} may differ in {", ".join(but)} '
+        f'only, but differ in {"; ".join(differing)}'
+      )
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+  """Tells numbers from texts, and from truth values."""
   return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -224,10 +219,3 @@ def _setting(value: Any) -> str:
   if value == '':
     return '(empty)'
   return value if isinstance(value, str) else json.dumps(value)
-
-
-def _plain(value: Any) -> Any:
-  """Makes NumPy scalars Python's, and what is not finite None."""
-  value = value.item() if hasattr(value, 'item') else value
-  infinite = isinstance(value, float) and not math.isfinite(value)
-  return None if infinite else value
