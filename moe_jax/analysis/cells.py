@@ -97,7 +97,10 @@ def of_layers(values: pd.DataFrame) -> Cells:
 def of_differences(table: pd.DataFrame) -> list[Cells]:
   """Returns results beside the first run's, and the settings that differ."""
   measured = [
-    column._replace(heading=f'{column.heading}{_of_set(column.key)}')
+    # Behind a heading, which set it is of, if any.
+    column._replace(
+      heading=', '.join([column.heading, *column.key.split('/')[1:2]])
+    )
     for section in sections(table)[1:]
     for column in section.columns
     if column.form
@@ -127,10 +130,6 @@ def _write(
       form = sign + form.removeprefix('+')
     texts[key] = values[key].map(functools.partial(_text, form=form))
   return pd.DataFrame(texts)
-
-
-def _of_set(key: str) -> str:
-  return f', {key.split("/")[1]}' if key.startswith('eval/') else ''
 
 
 def _text(value: Any, form: str) -> str:

@@ -51,8 +51,7 @@ class Checkpoint:
   def __init__(self, run: Results, step: int, mesh: Mesh):
     self.path = run.workdir / 'checkpoints' / str(step)
     self.step, self.mesh, self._run = step, mesh, run
-    versions = run.facts.get('versions', {})
-    self._version = versions.get('moe_jax', 'before 0.2')
+    self._version = run.facts.get('versions', {}).get('moe_jax', 'before 0.2')
     self._meta = self._read(checkpoints.read_meta)
     self.config = self._read(
       lambda _: config_lib.freeze(config_lib.upgrade(self._meta['config']))
@@ -115,27 +114,18 @@ class Checkpoint:
       np.concatenate(part, axis=1)[:, : len(ids_N)]
       for part in zip(*parts, strict=True)
     )
-    return RoutedText(
-      tokens=[tokenizer.decode([i]) for i in ids_N],
-      ids=ids_N,
-      experts=experts,
-      gates=gates,
-      scores=scores,
-      q=self.q,
-    )
+    tokens = [tokenizer.decode([i]) for i in ids_N]
+    return RoutedText(tokens, ids_N, experts, gates, scores, self.q)
 
-  def generate(
-    self,
-    prompt: str,
-    *,
-    tokens: int = 100,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    seed: int = 0,
-  ) -> str:
-    """Continues a text; see `nn.generate`.
+  def generate(self, prompt: str, *, tokens: int = 100, **options: Any) -> str:
+    """Continues a text.
 
     A model was never trained on more than `config.sequence_length` tokens.
+
+    Args:
+      prompt: the text.
+      tokens: how many to add.
+      **options: `temperature`, `top_k` and `seed` of `nn.generate`.
 
     Returns:
       What follows the prompt.
@@ -146,14 +136,8 @@ class Checkpoint:
     tokenizer = self._run.tokenizer
     # A row for each device; they are all alike.
     prompt_BxS = np.tile(tokenizer.encode(prompt), (self.mesh.size, 1))
-    new_BxN = nn.generate(
-      self.model,
-      prompt_BxS.astype(np.int32),
-      tokens=tokens,
-      temperature=temperature,
-      top_k=top_k,
-      seed=seed,
-    )
+    prompt_BxS = prompt_BxS.astype(np.int32)
+    new_BxN = nn.generate(self.model, prompt_BxS, tokens=tokens, **options)
     return tokenizer.decode(np.asarray(new_BxN)[0])
 
   @functools.cached_property

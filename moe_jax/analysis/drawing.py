@@ -56,6 +56,12 @@ def save_figure(
     figure.savefig(f'{path}.svg', metadata={'Date': None})
 
 
+def subplots(height: float, *shape: int, **options: Any) -> tuple[Figure, Any]:
+  """Makes a figure as wide as all, so many inches high, and its axes."""
+  figure = Figure((WIDTH, height), layout='constrained')
+  return figure, figure.subplots(*shape, **options)
+
+
 def styles(runs: Mapping[str, Results]) -> dict[str, dict[str, Any]]:
   """Returns the look of each run's line, by the label of the run.
 
@@ -130,9 +136,8 @@ def edges(centres: np.ndarray) -> np.ndarray:
   """Borders of cells half way between centres; a lone cell has width 1."""
   if len(centres) == 1:
     return centres[0] + np.array([-0.5, 0.5])
-  inner = (centres[1:] + centres[:-1]) / 2
-  first, last = 2 * centres[0] - inner[0], 2 * centres[-1] - inner[-1]
-  return np.concatenate([[first], inner, [last]])
+  around = np.pad(centres, 1, 'reflect', reflect_type='odd')
+  return (around[1:] + around[:-1]) / 2
 
 
 def title(axes: Axes, text: str, size: str = 'medium') -> None:

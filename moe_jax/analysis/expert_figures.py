@@ -26,8 +26,7 @@ def cutoff_figure(routed: RoutedText, *, layer: int) -> Figure:
   """
   table = expert_statistics.score_quantiles(routed, layer=layer)
   table = table.sort_values(('price', ''), kind='stable')
-  figure = Figure((drawing.WIDTH, 4.5), layout='constrained')
-  axes = figure.subplots()
+  figure, axes = drawing.subplots(4.5)
   place = np.arange(len(table))
   width = 0.8 * 72 * (drawing.WIDTH - 1) / len(table)  # points, of an expert
   thick = min(width * 0.4, 7.0)
@@ -62,8 +61,7 @@ def margin_figure(routed: RoutedText) -> Figure:
   """
   margins = np.sort(routed.margins, axis=1)
   layers, tokens = margins.shape
-  figure = Figure((drawing.WIDTH, 4.0), layout='constrained')
-  shares, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+  figure, (shares, bars) = drawing.subplots(4.0, 1, 2, width_ratios=(3, 2))
   colors = drawing.CMAP(np.linspace(0, 0.9, layers))
   # More points than one can see would be a huge SVG.
   points = np.unique(np.linspace(0, tokens - 1, 1000).astype(int))
@@ -110,12 +108,10 @@ def similarity_figure(checkpoint: Checkpoint, *, layer: int) -> Figure:
     np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
   )
   order = expert_statistics.cluster_order(by_router)
-  figure = Figure((drawing.WIDTH, 4.6), layout='constrained')
-  for axes, similarity, title in zip(
-    figure.subplots(1, 2),
-    (by_router, by_weights),
-    ("columns of the router's matrix", 'weights of the experts'),
-    strict=True,
+  figure, panels = drawing.subplots(4.6, 1, 2)
+  for axes, similarity, title in (
+    (panels[0], by_router, "columns of the router's matrix"),
+    (panels[1], by_weights, 'weights of the experts'),
   ):
     similarity = np.where(np.eye(len(order)), np.nan, similarity)
     image = _matrix(axes, similarity, order, names=32)

@@ -10,7 +10,7 @@ from scipy.spatial import distance
 
 from moe_jax.analysis.routed_text import RoutedText
 
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]
 _TOLERANCE = 1e-9  # of the null model's loads, as shares of the tokens
 
 
@@ -36,7 +36,7 @@ def score_quantiles(routed: RoutedText, *, layer: int) -> pd.DataFrame:
   """Sums up the scores of the tokens that chose an expert, and of the others.
 
   Returns:
-    A row an expert. Columns: ('price', ''), ('load', '') in tokens, and
+    A row an expert. Columns: ('price', ''), and
     ('chosen', p) and ('others', p) for the quantiles p of `QUANTILES`; NaN
     where an expert has no such tokens.
 
@@ -45,16 +45,15 @@ def score_quantiles(routed: RoutedText, *, layer: int) -> pd.DataFrame:
   """
   chosen_SxE = chosen(routed, layer)
   scores_SxE = pd.DataFrame(routed.scores[layer])
-  masks = {'chosen': chosen_SxE, 'others': ~chosen_SxE}
+  parts = {
+    'chosen': scores_SxE.where(chosen_SxE),
+    'others': scores_SxE.mask(chosen_SxE),
+  }
   table = pd.concat(
-    {
-      name: scores_SxE.where(mask_SxE).quantile(list(QUANTILES)).T
-      for name, mask_SxE in masks.items()
-    },
+    {name: part.quantile(QUANTILES).T for name, part in parts.items()},
     axis='columns',
   )
   table['price', ''] = routed.q[layer]
-  table['load', ''] = chosen_SxE.sum(axis=0)
   return table
 
 

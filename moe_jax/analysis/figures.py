@@ -39,8 +39,7 @@ def max_violation_figure(runs: Mapping[str, Results]) -> Figure:
     runs: a run of each method, by the method's name.
   """
   _check_begun(runs.values())
-  figure = Figure((drawing.WIDTH, 4.5), layout='constrained')
-  axes = figure.subplots()
+  figure, axes = drawing.subplots(4.5)
   for label, style in drawing.styles(runs).items():
     drawing.balance(axes, runs[label], **style)
   means = pd.concat([run.max_violation for run in runs.values()])
@@ -69,9 +68,10 @@ def load_heatmap_figure(
     ValueError: a run has no loads of that layer.
   """
   _check_begun(runs.values())
-  figure = Figure((drawing.WIDTH, 0.6 + 1.9 * len(runs)), layout='constrained')
-  panels = figure.subplots(len(runs), squeeze=False, sharex=True)[:, 0]
-  for axes, (method, run) in zip(panels, runs.items(), strict=True):
+  height = 0.6 + 1.9 * len(runs)
+  shape = {'nrows': len(runs), 'squeeze': False}
+  figure, panels = drawing.subplots(height, sharex=True, **shape)
+  for axes, (method, run) in zip(panels.flat, runs.items(), strict=True):
     chosen, why = layer, ''
     if chosen is None:
       chosen, why = run.least_balanced_layer, ' (its least balanced)'
@@ -79,7 +79,7 @@ def load_heatmap_figure(
     loads = loads.div(loads.mean(axis='columns'), axis='index')
     image = drawing.heat_map(axes, loads, vmin=0.0, vmax=_FULLEST)
     drawing.title(axes, f'{method}, layer {chosen}{why}', 'large')
-  panels[-1].set_xlabel('optimizer step')
+  axes.set_xlabel('optimizer step')
   label = 'load / mean load (1: balanced)'
   figure.colorbar(image, ax=panels, label=label, extend='max', aspect=30)
   return figure
@@ -100,8 +100,7 @@ def price_figure(run: Results, *, layer: int) -> Figure:
     ValueError: the run has no prices of that layer.
   """
   prices = run.prices(layer)
-  figure = Figure((drawing.WIDTH, 6.5), layout='constrained')
-  lines, colors = figure.subplots(2, 1, sharex=True)
+  figure, (lines, colors) = drawing.subplots(6.5, 2, 1, sharex=True)
   order = prices.iloc[-1].sort_values(kind='stable').index
   low, high = order[:_NAMED], order[_NAMED:][-_NAMED:][::-1]
   # Hundreds of lines over thousands of steps would be a huge SVG.
@@ -136,8 +135,7 @@ def loss_figure(runs: Mapping[str, Results]) -> Figure:
     runs: a run of each method, by the method's name.
   """
   _check_begun(runs.values())
-  figure = Figure((drawing.WIDTH, 4.0), layout='constrained')
-  train, validation = figure.subplots(1, 2, sharex=True)
+  figure, (train, validation) = drawing.subplots(4.0, 1, 2, sharex=True)
   unigram = None
   for label, style in drawing.styles(runs).items():
     run = runs[label]
@@ -176,8 +174,7 @@ def progress_figure(run: Results) -> Figure:
   """
   _check_begun([run])
   metrics = run.metrics
-  figure = Figure((drawing.WIDTH, 6.0), layout='constrained')
-  loss, violation, speed = figure.subplots(3, 1, sharex=True)
+  figure, (loss, violation, speed) = drawing.subplots(6.0, 3, 1, sharex=True)
   style = {'color': drawing.method_style(run.method)['color'], 'linewidth': 1.2}
   loss.plot(metrics['train/loss'], **style)
   loss.set_ylabel('training loss\n[nats/token]')
@@ -191,20 +188,18 @@ def progress_figure(run: Results) -> Figure:
   for axes in (loss, violation, speed):
     drawing.grid(axes)
   figure.align_ylabels()
-  title = f'{run.method}: {_how_far(run)}'
-  drawing.heading(figure, title, fontsize='large')
+  step, steps = metrics.index[-1], run.config['steps']
+  seconds = _steady(metrics['time/step_seconds']).tail(_PACE).median()
+  left = datetime.timedelta(seconds=round((steps - step) * seconds))
+  drawing.heading(
+    figure,
+    f'{run.method}: step {step:,} of {steps:,} ({step / steps:.0%}), '
+    + (f'about {left} left' if step < steps else 'done'),
+    fontsize='large',
+  )
   return figure
 
 
 def _steady(values: pd.Series) -> pd.Series:
   """Leaves out the steps that compile, if there are others."""
   return values[COMPILING_STEPS:] if len(values) > COMPILING_STEPS else values
-
-
-def _how_far(run: Results) -> str:
-  step, steps = run.metrics.index[-1], run.config['steps']
-  seconds = _steady(run.metrics['time/step_seconds']).tail(_PACE).median()
-  left = round((steps - step) * seconds)
-  left = f'about {datetime.timedelta(seconds=left)} left'
-  done = f'step {step:,} of {steps:,} ({step / steps:.0%})'
-  return f'{done}, {left if step < steps else "done"}'

@@ -34,8 +34,7 @@ def frontier_figure(runs: Mapping[str, Sequence[Results]]) -> Figure:
   )
   for method, seed in points.index[points[_PERPLEXITY].isna()]:
     raise ValueError(f'{method}, seed {seed}: no {VALIDATION} perplexity')
-  figure = Figure((drawing.WIDTH, 5.0), layout='constrained')
-  axes = figure.subplots()
+  figure, axes = drawing.subplots(5.0)
   front = points.loc[pareto_front(points)].sort_values('average_max_violation')
   style = {'color': '0.8', 'linewidth': 4, 'drawstyle': 'steps-post'}
   label = 'no run is better in both'

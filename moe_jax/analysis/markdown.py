@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from collections.abc import Iterator
-from typing import Any
 
 import pandas as pd
 
@@ -64,12 +63,10 @@ def _facts(table: pd.DataFrame) -> pd.DataFrame:
   for key in shown.columns[shown.nunique() == 1]:
     group, _, name = key.partition('.')
     if name in _SIZES or group == 'facts':
-      facts[name.replace('_', ' ')] = _fact(table[key].iloc[0])
+      value = table[key].iloc[0]
+      value = f'{round(value, 4):,}' if is_number(value) else str(value)
+      facts[name.replace('_', ' ')] = value
   return pd.DataFrame({'value': facts}).rename_axis('fact')
-
-
-def _fact(value: Any) -> str:
-  return f'{round(value, 4):,}' if is_number(value) else str(value)
 
 
 def _written(texts: pd.DataFrame, align: str = '---:') -> str:

@@ -1,6 +1,6 @@
 """A run, opened from its work directory."""
 
-import os
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -24,9 +24,7 @@ class Run(Results):
     workdir: the work directory, local or gs://...
   """
 
-  def __init__(self, workdir: str | os.PathLike[str]):
-    super().__init__(workdir)
-    self._checkpoint: Checkpoint | None = None
+  _checkpoint: Checkpoint | None = None
 
   def restore(
     self, step: int | None = None, *, mesh: Mesh | None = None
@@ -60,19 +58,10 @@ class Run(Results):
     return self.restore(step).route(text)
 
   def generate(
-    self,
-    prompt: str,
-    *,
-    tokens: int = 100,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    seed: int = 0,
-    step: int | None = None,
+    self, prompt: str, *, step: int | None = None, **options: Any
   ) -> str:
-    """Continues a text; see `Checkpoint.generate`."""
-    return self.restore(step).generate(
-      prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
-    )
+    """Continues a text; see `Checkpoint.generate` for its options."""
+    return self.restore(step).generate(prompt, **options)
 
   def compare(self, other: 'Run') -> pd.DataFrame:
     """Sets this run beside another one; see `difference`."""

@@ -124,10 +124,7 @@ def typical_tokens_figure(
       f'no token of the {len(routed.tokens)} is typical of an expert; take a '
       'longer text'
     )
-  figure = Figure(
-    (drawing.WIDTH, 0.32 * len(experts) + 0.7), layout='constrained'
-  )
-  axes = figure.subplots()
+  figure, axes = drawing.subplots(0.32 * len(experts) + 0.7)
   axes.set(xlim=(-0.5, count - 0.5), ylim=(len(experts) - 0.5, -0.5))
   axes.set(xticks=[], ylabel='expert')
   axes.set_yticks(range(len(experts)), labels=map(str, experts))
@@ -182,10 +179,9 @@ def _cut(text: str, length: int) -> str:
 
 
 def _numbers(experts_K: np.ndarray) -> list[str]:
-  lines = np.split(
-    experts_K, range(_NUMBERS_A_LINE, len(experts_K), _NUMBERS_A_LINE)
-  )
-  return [' '.join(map(str, line)) for line in lines]
+  texts = [str(expert) for expert in experts_K]
+  starts = range(0, len(texts), _NUMBERS_A_LINE)
+  return [' '.join(texts[i : i + _NUMBERS_A_LINE]) for i in starts]
 
 
 def _write(axes, x, y, text, size):

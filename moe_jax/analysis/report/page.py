@@ -31,9 +31,7 @@ class Part(NamedTuple):
   tables: list[cells.Cells]
 
 
-def render(
-  runs: Sequence[Run], tell: Callable[[str], None] = lambda doing: None
-) -> str:
+def render(runs: Sequence[Run], tell: Callable[[str], None]) -> str:
   """Returns the page, HTML.
 
   Args:
@@ -56,18 +54,11 @@ def render(
     trim_blocks=True,
     lstrip_blocks=True,
   )
+  environment.filters['hash'] = _hash
   environment.tests['number'] = _NUMBER.fullmatch
-  script, style = (
-    environment.loader.get_source(environment, name)[0]
-    for name in ('report.js', 'report.css')
-  )
   return environment.get_template('report.html').render(
     title=f'{len(runs)} runs' if len(runs) > 1 else next(iter(named)),
     made=datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
-    script=script,
-    script_hash=_hash(script),
-    style=style,
-    style_hash=_hash(style),
     pictures=pictures,
     several=len(runs) > 1,
     notes=tables.notes(table),
