@@ -129,7 +129,9 @@ def load_experiment(path: str, method: str = '') -> ConfigDict:
     if not isinstance(config, ConfigDict):
       raise ValueError(f'get_config returned {shown(config)}, no ConfigDict')
     _check_names(config.to_dict())
-  except (Exception, SystemExit) as error:  # It is somebody's own file.
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:  # Anything can go wrong in somebody's file.
     kind = '' if type(error) is ValueError else f'{type(error).__name__}: '
     raise ValueError(f'--config={path}: {kind}{one_line(error)}') from error
   return config
