@@ -15,14 +15,11 @@ import sys
 import tempfile
 import time
 from typing import Any
-from typing import TypeVar
 
 from etils import epath
 import jax
 
 from moe_jax.options import Refused
-
-T = TypeVar('T')
 
 # Seconds before what a file system refused is tried again.
 PAUSES = (5.0, 20.0)
@@ -154,10 +151,10 @@ def local_log(
 
 
 def patiently(
-  call: Callable[[], T],
+  call: Callable[[], Any],
   what: str,
   again: Callable[[Exception], bool] = lambda error: True,
-) -> T:
+) -> Any:
   """Calls a function; where the file system fails, again, twice at most.
 
   Args:

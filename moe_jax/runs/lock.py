@@ -39,15 +39,11 @@ def hold(workdir: epath.Path) -> Iterator[Callable[[], None]]:
     Refused: another run holds it.
   """
   if jax.process_index() > 0:
-    yield _nothing
+    yield lambda: None
     return
   kind = _object if files.is_remote(workdir) else _file
   with kind(workdir / 'lock') as check:
     yield check
-
-
-def _nothing() -> None:
-  pass
 
 
 def _owner() -> dict[str, str | int]:
@@ -82,7 +78,7 @@ def _file(path: epath.Path) -> Iterator[Callable[[], None]]:
     file.write(json.dumps(_owner()) + '\n')
     file.flush()
     # The file stays: to remove it could remove a successor's.
-    yield _nothing
+    yield lambda: None
 
 
 @contextlib.contextmanager
