@@ -103,7 +103,7 @@ def log_axis(axes: Axes, values: Sequence[float], which: str = 'y') -> None:
   axis = getattr(axes, f'{which}axis')
   set_scale = getattr(axes, f'set_{which}scale')
   ticks = {'base': 10, 'subs': (1, 2, 5)}
-  if len(positive) < len(values):
+  if not positive or len(positive) < len(values):
     threshold = min(positive, default=1.0)
     set_scale('symlog', linthresh=threshold)
     axes.set(**{f'{which}lim': (0.0, None)})
@@ -163,10 +163,17 @@ def legend(figure: Figure, axes: Axes) -> None:
     text.set_parse_math(False)
 
 
+def line(axes: Axes, values: pd.Series, **style: Any) -> None:
+  """Draws values by their index."""
+  # matplotlib cannot spread markers over a line without a point.
+  style |= {} if values.notna().any() else {'markevery': None}
+  axes.plot(values, **style)
+
+
 def balance(axes: Axes, run: Results, **style: Any) -> None:
   """Draws MaxVio by step: a line, and a band up to the worst layer."""
   mean = run.max_violation
-  axes.plot(mean, **style)
+  line(axes, mean, **style)
   worst = run.layer_max_violation.max(axis='columns')
   axes.fill_between(
     mean.index, mean, worst, color=style['color'], alpha=0.2, linewidth=0

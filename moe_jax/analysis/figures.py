@@ -140,10 +140,10 @@ def loss_figure(runs: Mapping[str, Results]) -> Figure:
   for label, style in drawing.styles(runs).items():
     run = runs[label]
     metrics = run.metrics.set_index(run.metrics.index * run.tokens_per_step)
-    train.plot(metrics['train/loss'], **style)
+    drawing.line(train, metrics['train/loss'], **style)
     bits = metrics.get(f'eval/{VALIDATION}/bits_per_byte')
     if bits is not None:
-      validation.plot(bits.dropna(), **style)
+      drawing.line(validation, bits.dropna(), **style)
     unigram = run.facts.get('unigram_bits_per_byte', unigram)
   if unigram is not None:
     validation.axhline(unigram, color='0.4', linewidth=1)

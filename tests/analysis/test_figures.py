@@ -260,6 +260,15 @@ def test_saved_files_are_the_same_each_time(runs, tmp_path, draw):
   assert b'</svg>' in svg and b'<dc:date>' not in svg
 
 
+@pytest.mark.parametrize('draw', [max_violation_figure, loss_figure])
+def test_a_run_may_have_nothing_finite(write_run, records, tmp_path, draw):
+  names = 'router/max_violation', 'train/loss', 'eval/validation/bits_per_byte'
+  records = [record | dict.fromkeys(names) for record in records]
+  runs = {'bip': Run(write_run(records=records)), 'other': Run(write_run('x'))}
+  save_figure(draw({'bip': runs['bip']}), tmp_path / 'alone')
+  save_figure(draw(runs), tmp_path / 'together')
+
+
 def test_drawing_leaves_matplotlib_as_it_was(runs, tmp_path):
   before = dict(matplotlib.rcParams)
   save_figure(loss_figure(runs), tmp_path / 'loss')
