@@ -5,7 +5,6 @@ The name of a frame's index heads its first column.
 
 from collections.abc import Mapping
 from collections.abc import Sequence
-import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -128,8 +127,8 @@ def _write(
   for key, _, form, *_ in shown:
     if sign is not None and form:
       form = sign + form.removeprefix('+')
-    texts[key] = values[key].map(functools.partial(_text, form=form))
-  return pd.DataFrame(texts)
+    texts[key] = [_text(value, form) for value in values[key]]
+  return pd.DataFrame(texts, index=values.index)
 
 
 def _text(value: Any, form: str) -> str:

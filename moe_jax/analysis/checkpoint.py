@@ -99,16 +99,13 @@ class Checkpoint:
     batch = self.mesh.size * min(
       _SEQUENCES_AT_ONCE, -(-len(ids_N) // (length * self.mesh.size))
     )
-    end = (0, -len(ids_N) % (batch * length))
-    shape = (-1, batch, length)
+    end, shape = (0, -len(ids_N) % (batch * length)), (-1, batch, length)
+    mask_N = np.ones_like(ids_N, bool)
+    padded = [np.pad(x_N, end).reshape(shape) for x_N in (ids_N, mask_N)]
     graphdef, state = nnx.split(self.model)
     parts = [
       jax.device_get(_route(graphdef, state, tokens_BxS, mask_BxS))
-      for tokens_BxS, mask_BxS in zip(
-        np.pad(ids_N, end).reshape(shape),
-        np.pad(np.ones_like(ids_N, bool), end).reshape(shape),
-        strict=True,
-      )
+      for tokens_BxS, mask_BxS in zip(*padded, strict=True)
     ]
     experts, gates, scores = (
       np.concatenate(part, axis=1)[:, : len(ids_N)]

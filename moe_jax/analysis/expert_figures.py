@@ -34,8 +34,7 @@ def cutoff_figure(routed: RoutedText, *, layer: int) -> Figure:
     ('others', 'scores not chosen', drawing.COLORS[1], 0.2),
     ('chosen', 'scores chosen', drawing.COLORS[0], -0.2),
   ):
-    quantiles = table[name].to_numpy().T
-    _bars(axes, place + shift, quantiles, thick, color, label)
+    _bars(axes, place + shift, table[name].to_numpy().T, thick, color, label)
   ends = (place - 0.45, place + 0.45)
   axes.hlines(table['price'], *ends, 'black', linewidth=1.8, label='price q')
   drawing.title(axes, f'layer {layer}')

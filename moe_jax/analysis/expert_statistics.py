@@ -169,12 +169,11 @@ def coactivation(
   if k < 2:
     raise ValueError(f'k={k}: a token must go to two experts at least')
   chosen_SxE = chosen(routed, layer).astype(np.int64)
-  return chosen_SxE.T @ chosen_SxE, _expected_pairs(
-    chosen_SxE.sum(axis=0), tokens=len(chosen_SxE)
-  )
+  observed_ExE = chosen_SxE.T @ chosen_SxE
+  return observed_ExE, _expected_pairs(np.diag(observed_ExE), len(chosen_SxE))
 
 
-def _expected_pairs(load_E: np.ndarray, *, tokens: int) -> np.ndarray:
+def _expected_pairs(load_E: np.ndarray, tokens: int) -> np.ndarray:
   share_E = load_E / tokens
   # An expert that all tokens or none chose leaves no choice.
   pairs_ExE = np.outer(share_E, share_E)

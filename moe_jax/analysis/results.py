@@ -1,8 +1,10 @@
 """What a run recorded, in numbers."""
 
+from collections.abc import Sequence
 import functools
 import json
 import os
+import pathlib
 from typing import Any
 
 import pandas as pd
@@ -81,9 +83,9 @@ class Results(Reader):
   @property
   def layer_max_violation(self) -> pd.DataFrame:
     """MaxVio by step and MoE layer; columns `layer_00` and so on."""
-    prefix = 'router/max_violation/'
-    keys = sorted(key for key in self.metrics if key.startswith(prefix))
-    return self.metrics[keys].rename(columns=lambda k: k.removeprefix(prefix))
+    layers = self.metrics.filter(like='router/max_violation/')
+    layers = layers.rename(columns=lambda key: key.rpartition('/')[2])
+    return layers.sort_index(axis='columns')
 
   @property
   def least_balanced_layer(self) -> int:
@@ -120,3 +122,26 @@ class Results(Reader):
       )
     rows = self.metrics[key].dropna()
     return pd.DataFrame(rows.tolist(), index=rows.index)
+
+
+def name_runs(runs: Sequence[Results]) -> dict[str, Results]:
+  """Names runs by as much of their paths' ends as tells them apart.
+
+  Returns:
+    The runs by their names, one printable line each: not every path is one.
+
+  Raises:
+    ValueError: a path is there twice, or two differ in what cannot be shown.
+  """
+  paths = [
+    ''.join(c if c.isprintable() else '?' for c in os.fspath(run.workdir))
+    for run in runs
+  ]
+  parts = [pathlib.PurePath(path).parts for path in paths]
+  if len(set(parts)) < len(parts):
+    raise ValueError(f'the same work directory twice: {", ".join(paths)}')
+  ends = 1
+  while len({part[-ends:] for part in parts}) < len(parts):
+    ends += 1
+  names = ['/'.join(part[-ends:]) for part in parts]
+  return dict(zip(names, runs, strict=True))

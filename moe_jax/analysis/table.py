@@ -15,8 +15,8 @@ from typing import Any
 import pandas as pd
 
 from moe_jax.analysis import columns
-from moe_jax.analysis.naming import name_paths
 from moe_jax.analysis.results import Results
+from moe_jax.analysis.results import name_runs
 from moe_jax.config import differences
 from moe_jax.config import flatten
 from moe_jax.runs import records
@@ -47,9 +47,9 @@ def summarize(run: Results) -> dict[str, Any]:
     for column in section.columns
   }
   layers = run.layer_max_violation
-  average, sup = layers.mean(skipna=False), layers.max(skipna=False)
-  summary |= average.add_prefix('average_max_violation/')
-  summary |= sup.add_prefix('sup_max_violation/')
+  average, sup = 'average_max_violation/', 'sup_max_violation/'
+  summary |= layers.mean(skipna=False).add_prefix(average)
+  summary |= layers.max(skipna=False).add_prefix(sup)
   # As Python's numbers, of which JSON knows the finite ones.
   return records.finite(pd.Series(summary, dtype=object).to_dict())
 
@@ -67,15 +67,14 @@ def tabulate(runs: Mapping[str, Results]) -> pd.DataFrame:
   Raises:
     ValueError: a run has completed no step, or is none of this version.
   """
-  summaries, settings = [], []
-  for run in runs.values():
-    summaries.append(summarize(run))
-    facts = {name: fact for name, fact in run.facts.items() if name != 'run'}
-    settings.append(flatten({'config': run.config, 'facts': facts}))
+  summaries = pd.DataFrame(map(summarize, runs.values()), index=runs)
+  found = [
+    flatten({'config': run.config, 'facts': run.facts}) for run in runs.values()
+  ]
   # As objects: a number that some runs do not have would become a float.
-  settings = pd.DataFrame(settings, index=runs, dtype=object)
-  summaries = pd.DataFrame(summaries, index=runs).fillna(math.nan)
-  return summaries.infer_objects().join(settings)
+  found = pd.DataFrame(found, index=runs, dtype=object)
+  found = found.drop(columns='facts.run', errors='ignore')
+  return summaries.fillna(math.nan).infer_objects().join(found)
 
 
 def by_method(runs: Iterable[Results]) -> dict[str, list[Results]]:
@@ -131,13 +130,13 @@ def difference(a: Results, b: Results) -> pd.DataFrame:
   Raises:
     ValueError: one of them has completed no step, or they are the same.
   """
-  first, second = name_paths([a.workdir, b.workdir])
-  table = tabulate({first: a, second: b})
+  table = tabulate(name_runs([a, b]))
   shown = settings(table)
   options = shown.filter(like='config.').loc[:, shown.nunique() > 1].columns
   results = table.columns.drop([*shown, *_NAMES])
   both = table[[*options, *results]].astype(object).T
   numeric = both.where(both.map(is_number))
+  first, second = both
   both['difference'] = numeric[second] - numeric[first]
   return both
 
@@ -164,17 +163,15 @@ def settings(table: pd.DataFrame) -> pd.DataFrame:
 def notes(table: pd.DataFrame) -> list[str]:
   """Returns what a reader must know before believing a table, as sentences."""
   said = []
-  names = [
-    x if isinstance(x, str) else '{}, seed {}'.format(*x) for x in table.index
-  ]
-  table = table.reset_index()
-  for name, run in zip(names, table.to_dict('records'), strict=True):
+  for index, run in table.iterrows():
+    name = index if isinstance(index, str) else '{}, seed {}'.format(*index)
     done, total = run['steps'], run['config.steps']
     if not run['finished']:
       said.append(f'{name} is not finished: step {done:,} of {total:,}.')
     diverged = run['first_non_finite_step']
     if not math.isnan(diverged):
       said.append(f'{name} diverged: no finite loss at step {diverged:,.0f}.')
+  table = table.reset_index()
   seeds = table.groupby('method', sort=False)['seed'].nunique()
   if alone := list(seeds.index[seeds == 1]):
     said.append(

@@ -43,8 +43,7 @@ def text_figure(
   """
   expert_statistics.check_layer(layer, len(routed.q))
   if not 0 <= start < len(routed.tokens):
-    last = len(routed.tokens) - 1
-    raise ValueError(f'start={start}: must be from 0 to {last}')
+    raise ValueError(f'start={start}: must be 0 to {len(routed.tokens) - 1}')
   if not 1 <= count <= 1000:
     raise ValueError(f'count={count}: must be from 1 to 1000')
   part = slice(start, start + count)

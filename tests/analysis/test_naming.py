@@ -2,7 +2,8 @@
 
 import pytest
 
-from moe_jax.analysis.naming import name_paths
+from moe_jax.analysis import Run
+from moe_jax.analysis.results import name_runs
 
 
 @pytest.mark.parametrize(
@@ -17,14 +18,15 @@ from moe_jax.analysis.naming import name_paths
   ],
 )
 def test_names(paths, names):
-  assert name_paths(paths) == names
+  runs = [Run(path) for path in paths]
+  assert name_runs(runs) == dict(zip(names, runs, strict=True))
 
 
 def test_one_path_twice():
-  with pytest.raises(ValueError, match='the same work directory twice: a, a/'):
-    name_paths(['a', 'a/', 'b'])
+  with pytest.raises(ValueError, match='the same work directory twice: .*/a, '):
+    name_runs([Run(path) for path in ('a', 'a/', 'b')])
 
 
 def test_names_that_look_the_same():
   with pytest.raises(ValueError, match='twice'):
-    name_paths(['a\x1b', 'a\x1c'])
+    name_runs([Run(path) for path in ('a\x1b', 'a\x1c')])

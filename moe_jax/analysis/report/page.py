@@ -16,8 +16,8 @@ import pandas as pd
 
 from moe_jax.analysis import cells
 from moe_jax.analysis import table as tables
-from moe_jax.analysis.naming import name_paths
 from moe_jax.analysis.report.pictures import draw_all
+from moe_jax.analysis.results import name_runs
 from moe_jax.analysis.run import Run
 
 _NUMBER = re.compile(r'[-+]?[\d,.]+%?( .*)?')
@@ -42,8 +42,7 @@ def render(runs: Sequence[Run], tell: Callable[[str], None]) -> str:
     FileNotFoundError, ValueError: a file of a run is missing or damaged, or it
       has no step yet.
   """
-  names = name_paths([run.workdir for run in runs])
-  named = dict(zip(names, runs, strict=True))
+  named = name_runs(runs)
   tell(f'reading {len(runs)} runs')
   table = tables.tabulate(named)
   pictures = draw_all(named, tell)

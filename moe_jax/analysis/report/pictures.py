@@ -26,14 +26,6 @@ class Picture(NamedTuple):
   each: bool = False  # whether there is one of every run
 
 
-def _frontier(named: Mapping[str, Run]) -> Figure:
-  return frontier_figure(by_method(named.values()))
-
-
-def _prices(run: Run) -> Figure:
-  return figures.price_figure(run, layer=run.least_balanced_layer)
-
-
 PICTURES = (
   Picture(
     'Balance over the steps',
@@ -55,13 +47,13 @@ PICTURES = (
   ),
   Picture(
     'Balance against quality',
-    _frontier,
+    lambda named: frontier_figure(by_method(named.values())),
     'A point is a run; left and low is better. AvgMaxVio is the mean of MaxVio '
     'over the steps.',
   ),
   Picture(
     'Prices',
-    _prices,
+    lambda run: figures.price_figure(run, layer=run.least_balanced_layer),
     "q of each expert after the steps that were recorded, in the run's least "
     'balanced layer.',
     each=True,
