@@ -66,7 +66,7 @@ def estimate(
   Raises:
     ValueError: the config does not fit the number of devices.
   """
-  mesh = meshes.make_mesh(**config.mesh.axes, devices=devices)
+  mesh = meshes.make_mesh(config.mesh.data, config.mesh.expert, devices=devices)
   training = state_lib.make_training(config, mesh)
   tokens = jax.ShapeDtypeStruct(
     (config.batch_size, config.sequence_length),

@@ -233,7 +233,7 @@ def _print_sharding(config) -> None:
   from moe_jax.parallel import mesh as meshes
   from moe_jax.train import state
 
-  mesh = meshes.make_mesh(**config.mesh.axes)
+  mesh = meshes.make_mesh(config.mesh.data, config.mesh.expert)
   training = state.make_training(config, mesh)
   print(state.sharding_table(training.abstract))
 

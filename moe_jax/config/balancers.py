@@ -108,11 +108,11 @@ def method_of(options: Mapping[str, Any]) -> str:
   for method, of_method in METHODS.items():
     if filled(of_method) == filled(options):
       return method
-  defaults = _defaults(options['name'])
+  defaults = filled({'name': options['name']}).items()
   changed = (
     f'{key}={value!r}'
     for key, value in options.items()
-    if key != 'name' and (key not in defaults or value != defaults[key])
+    if (key, value) not in defaults
   )
   return f'{options["name"]}({", ".join(changed)})'
 

@@ -98,23 +98,16 @@ def upgrade(options: Mapping[str, Any]) -> dict[str, Any]:
   What it lacks gets its default: an option that is added later needs a default
   that does what was done before it, or a line here.
   """
-  options = _filled(to_dict(Config()), options)
+  defaults = to_dict(Config())
+  options = defaults | dict(options)
+  for name, default in defaults.items():
+    if isinstance(default, Mapping) and name != 'balancer':
+      options[name] = default | options[name]
   options['balancer'] = filled(options['balancer'])
   options.pop('method', None)  # It followed from the balancer's options.
   if why_none_is_best(options):
     options['checkpoints_kept_best'] = 0  # It was accepted and did nothing.
   return options
-
-
-def _filled(
-  defaults: Mapping[str, Any], options: Mapping[str, Any]
-) -> dict[str, Any]:
-  filled = dict(defaults)
-  for name, value in options.items():
-    if isinstance(value, Mapping) and name != 'balancer':
-      value = _filled(defaults.get(name, {}), value)
-    filled[name] = value
-  return filled
 
 
 def is_among(name: str, options: Iterable[str]) -> bool:

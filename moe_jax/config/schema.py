@@ -33,11 +33,6 @@ class MeshConfig:
   def __post_init__(self):
     check_options(self, 'mesh.')
 
-  @property
-  def axes(self) -> dict[str, int]:
-    """Sizes of the axes, the arguments of `make_mesh`."""
-    return {'data': self.data, 'expert': self.expert}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:

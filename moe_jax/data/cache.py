@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 import time
 from typing import BinaryIO
@@ -57,6 +58,11 @@ def open_cache(cache_dir: str) -> pathlib.Path:
   return path
 
 
+def log(message: str) -> None:
+  """Prints a line about work that was not cached to stderr."""
+  print(f'data: {message}', file=sys.stderr, flush=True)
+
+
 def _sweep(cache_dir: pathlib.Path) -> None:
   """Removes what processes that were killed had not completed."""
   for path in cache_dir.glob(f'{_INCOMPLETE}*'):
@@ -74,7 +80,6 @@ def load_or_make(
   path: pathlib.Path,
   load: Callable[[pathlib.Path, int], T],
   make: Callable[[BinaryIO], None],
-  log: Callable[[str], None],
 ) -> T:
   """Loads a sealed file, which is made where there is none or it is damaged.
 
@@ -83,7 +88,6 @@ def load_or_make(
     load: reads it, given its path and how many bytes `make` wrote; raises
       ValueError if they are not what they should be.
     make: writes it.
-    log: takes a line where it is damaged.
 
   Raises:
     ValueError: the file cannot be written.
@@ -93,7 +97,7 @@ def load_or_make(
   except FileNotFoundError:
     pass
   except (OSError, ValueError):
-    log(f'data: {path} is damaged; making it again')
+    log(f'{path} is damaged; making it again')
   with atomic_file(path) as file:
     make(file)
   return load(path, check_file(path))

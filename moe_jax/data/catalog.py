@@ -9,7 +9,6 @@ import contextlib
 import difflib
 import functools
 import importlib
-import io
 import os
 import re
 
@@ -46,15 +45,6 @@ def open_corpora(
   """
   where = f'data.dataset={config.dataset}'
   builder = _find_builder(config, where, known)
-  with _quiet():
-    prepared = builder.is_prepared()
-  if not prepared:
-    raise ValueError(
-      f'{where}: not prepared in {builder.data_path}; install TensorFlow, for '
-      'some data sets also Apache Beam, and prepare it by tfds build '
-      f'{config.dataset} --file_format=array_record --data_dir=DIR, then set '
-      'data.tfds_dir to that directory'
-    )
   field, features = config.text_field, builder.info.features
   if field not in features or not isinstance(
     features[field], tfds.features.Text
@@ -90,7 +80,8 @@ def _find_builder(
   data_dir = config.tfds_dir and str(epath.Path(config.tfds_dir).expanduser())
   with _told(where), _quiet(), _known_features():
     try:
-      return tfds.builder(config.dataset, data_dir=data_dir or None)
+      builder = tfds.builder(config.dataset, data_dir=data_dir or None)
+      prepared = builder.is_prepared()
     except tfds.core.DatasetNotFoundError as error:
       names = [*known, *tfds.list_builders(with_community_datasets=False)]
       close = difflib.get_close_matches(
@@ -98,6 +89,14 @@ def _find_builder(
       )
       hint = f'did you mean {" or ".join(close)}?' if close else hint
       raise LookupError(f'no such data set; {hint}') from error
+  if not prepared:
+    raise ValueError(
+      f'{where}: not prepared in {builder.data_path}; install TensorFlow, for '
+      'some data sets also Apache Beam, and prepare it by tfds build '
+      f'{config.dataset} --file_format=array_record --data_dir=DIR, then set '
+      'data.tfds_dir to that directory'
+    )
+  return builder
 
 
 def _choose_splits(
@@ -126,7 +125,7 @@ def _open_split(
       )
   if not builder.info.splits[split].num_examples:
     raise ValueError(f'{where}: no documents in split {split}')
-  with _told(f'{where}: cannot be read from {builder.data_path}'), _quiet():
+  with _told(f'{where}: cannot be read from {builder.data_path}'):
     try:
       return builder.as_data_source(split)
     except NotImplementedError as error:
@@ -162,13 +161,11 @@ def _told(where: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Silences TFDS, which prints to stdout and warns of what is expected."""
-  tfds.disable_progress_bar()
+  """Silences TFDS, which warns of data that is not prepared."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
   try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      yield
+    yield
   finally:
     logging.set_verbosity(verbosity)
 

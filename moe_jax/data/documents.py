@@ -29,12 +29,13 @@ LARGEST_EXPANSION = 100
 SMALL_EXPANSION = 1 << 28
 
 
-def find_files(option: str, patterns: str) -> tuple[pathlib.Path, ...]:
+def find_files(option: str, patterns: str, text_field: str) -> 'Files':
   """Returns the files that comma-separated paths and globs name.
 
   Args:
     option: what errors name.
     patterns: a glob's files come sorted; a file named twice comes once.
+    text_field: name of the text in a .jsonl line.
 
   Raises:
     FileNotFoundError: a path or glob names nothing.
@@ -42,13 +43,11 @@ def find_files(option: str, patterns: str) -> tuple[pathlib.Path, ...]:
   """
   found = {}
   for pattern in split_names(patterns):
-    try:
+    with reading(f'{option}={pattern}'):
       path = pathlib.Path(pattern).expanduser()
       # A path that exists may hold characters that mean something in a glob.
       names = [path] if path.exists() else sorted(glob.glob(str(path)))
       names = [pathlib.Path(name).resolve() for name in names]
-    except (OSError, RuntimeError) as error:  # Such as a loop of links.
-      raise ValueError(f'{option}={pattern}: {error}') from error
     if not names:
       raise FileNotFoundError(f'{option}={pattern}: no such file')
     for name in names:
@@ -64,7 +63,7 @@ def find_files(option: str, patterns: str) -> tuple[pathlib.Path, ...]:
           f'{option}={name}: the name must end in {", ".join(SUFFIXES)}'
         )
       found[name] = None
-  return tuple(found)
+  return Files(option, tuple(found), text_field)
 
 
 @dataclasses.dataclass(eq=False)
@@ -141,7 +140,8 @@ def reading(where: str) -> Iterator[None]:
   """
   try:
     yield
-  except (ValueError, OSError, EOFError, zlib.error) as error:
+  # RuntimeError is of `~somebody` and of a loop of links.
+  except (ValueError, OSError, RuntimeError, EOFError, zlib.error) as error:
     raise ValueError(f'{where}: {_problem(error)}') from error
 
 

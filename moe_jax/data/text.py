@@ -3,11 +3,9 @@
 Shape letters: N tokens, V vocabulary.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterator
 import functools
 import itertools
-import sys
 import time
 from typing import NamedTuple
 
@@ -48,22 +46,15 @@ class TextData(NamedTuple):
   fingerprint: str
 
 
-def print_log(message: str) -> None:
-  """Prints a line to stderr."""
-  print(message, file=sys.stderr, flush=True)
-
-
-def load_text(
-  config: DataConfig, log: Callable[[str], None] = print_log
-) -> TextData:
+def load_text(config: DataConfig) -> TextData:
   """Reads, tokenizes and caches the text that a config asks for.
 
   The first call for a text takes seconds per 10 MB; later ones only hash the
   source files and what is cached. Any number of processes may call it at once.
+  Lines on stderr tell about work that was not cached.
 
   Args:
     config: what to read.
-    log: takes lines about work that was not cached.
 
   Raises:
     ValueError, FileNotFoundError: bad input; the message names the option and
@@ -81,18 +72,17 @@ def load_text(
   )
   tokenizer = load_tokenizer(
     cache_dir / f'tokenizer-{key}.json',
-    functools.partial(_read, train, 'read for the tokenizer', log),
+    functools.partial(_read, train, 'read for the tokenizer'),
     config.vocabulary,
-    log,
   )
 
   def tokens_key(part: Corpus) -> str:
     return cache.content_key(_FORMAT, part.key, tokenizer.to_json())
 
   def tokens(name: str, part: Corpus) -> np.ndarray:
-    documents = functools.partial(_read, part, f'tokenized ({name})', log)
+    documents = functools.partial(_read, part, f'tokenized ({name})')
     path = cache_dir / f'tokens-{tokens_key(part)}.npy'
-    return load_tokens(path, documents, tokenizer, log)
+    return load_tokens(path, documents, tokenizer)
 
   evaluation, not_evaluated = {}, {}
   for name in split_names(config.evaluation_sets):
@@ -118,9 +108,7 @@ def _first_documents(corpus: Corpus, count: int) -> Corpus:
   )
 
 
-def _read(
-  corpus: Corpus, what: str, log: Callable[[str], None]
-) -> Iterator[str]:
+def _read(corpus: Corpus, what: str) -> Iterator[str]:
   """Yields checked documents, and logs a line every few seconds."""
   due = time.monotonic() + _SECONDS_BETWEEN_REPORTS
   size = 0
@@ -128,7 +116,7 @@ def _read(
     yield text
     size += len(text)
     if time.monotonic() > due:
-      log(f'data: {what}: {number} documents, {size / 1e6:.1f} M characters')
+      cache.log(f'{what}: {number} documents, {size / 1e6:.1f} M characters')
       due = time.monotonic() + _SECONDS_BETWEEN_REPORTS
   corpus.check()
 

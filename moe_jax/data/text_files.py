@@ -23,8 +23,11 @@ def open_corpora(config: DataConfig) -> dict[str, Corpus]:
     ValueError, FileNotFoundError: a file is missing, cannot be read, or is
       named for both.
   """
-  files = _find('data.files', config.files, config)
-  others = _find('data.validation_files', config.validation_files, config)
+  field = config.text_field
+  files = documents.find_files('data.files', config.files, field)
+  others = documents.find_files(
+    'data.validation_files', config.validation_files, field
+  )
   if both := set(files.paths) & set(others.paths):
     raise ValueError(
       f'data.validation_files={min(both)}: this file is also in data.files; '
@@ -35,11 +38,6 @@ def open_corpora(config: DataConfig) -> dict[str, Corpus]:
   else:
     train, validation = _corpus(files, 'rest'), _corpus(files, 'held out')
   return {'train': train, 'validation': validation}
-
-
-def _find(option: str, patterns: str, config: DataConfig) -> documents.Files:
-  paths = documents.find_files(option, patterns)
-  return documents.Files(option, paths, config.text_field)
 
 
 def _corpus(files: documents.Files, part: str) -> Corpus:

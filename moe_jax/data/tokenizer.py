@@ -117,7 +117,6 @@ def load_tokenizer(
   path: pathlib.Path,
   documents: Callable[[], Iterable[str]],
   vocabulary: int,
-  log: Callable[[str], None],
 ) -> Tokenizer:
   """Reads the tokenizer at `path`, or trains it and writes it there.
 
@@ -125,25 +124,23 @@ def load_tokenizer(
     path: a sealed JSON file; made again where it is damaged.
     documents: gives the training text; called only if it is needed.
     vocabulary: number of ids.
-    log: takes a line about work that was not cached.
   """
 
   def load(path: pathlib.Path, size: int) -> Tokenizer:
     return Tokenizer.from_json(path.read_bytes()[:size].decode(), vocabulary)
 
   def make(file: BinaryIO) -> None:
-    log(f'data: training a tokenizer of {vocabulary} tokens')
+    cache.log(f'training a tokenizer of {vocabulary} tokens')
     tokenizer = Tokenizer.train(documents(), vocabulary)
     file.write(tokenizer.to_json().encode())
 
-  return cache.load_or_make(path, load, make, log)
+  return cache.load_or_make(path, load, make)
 
 
 def load_tokens(
   path: pathlib.Path,
   documents: Callable[[], Iterable[str]],
   tokenizer: Tokenizer,
-  log: Callable[[str], None],
 ) -> np.ndarray:
   """Opens the token file at `path`, or encodes the documents into it.
 
@@ -151,7 +148,6 @@ def load_tokens(
     path: a sealed .npy file; made again where it is damaged.
     documents: gives the text; called only if it is needed.
     tokenizer: encodes it.
-    log: takes a line about work that was not cached.
 
   Returns:
     The documents' tokens one after the other, the end-of-document token after
@@ -181,7 +177,7 @@ def load_tokens(
     write_header(size)
     assert file.tell() == start, 'numpy pads headers so that lengths can grow'
 
-  return cache.load_or_make(path, load, make, log)
+  return cache.load_or_make(path, load, make)
 
 
 def _groups(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -13,8 +13,8 @@ from moe_jax.nn.layout import parameter_specs
 from moe_jax.nn.layout import prices
 from moe_jax.nn.moe import ExpertParam
 from moe_jax.nn.moe import MoE
-from moe_jax.nn.moe import MoEOutput
 from moe_jax.nn.moe import RouterState
+from moe_jax.nn.router import MoEOutput
 from moe_jax.nn.router import router_metrics
 
 __all__ = [

@@ -21,8 +21,8 @@ from moe_jax.nn.feed_forward import SwiGLU
 from moe_jax.nn.feed_forward import rms_norm
 from moe_jax.nn.moe import ExpertParam
 from moe_jax.nn.moe import MoE
-from moe_jax.nn.moe import MoEOutput
 from moe_jax.nn.moe import RouterState
+from moe_jax.nn.router import MoEOutput
 from moe_jax.parallel import mesh as meshes
 
 
@@ -228,7 +228,9 @@ class Decoder(nnx.Module):
       value = meshes.gather_dense(variable[...], self.mesh, spec)
       return variable.replace(value)
 
-    return jax.tree.map(gather, params, is_leaf=_is_variable)
+    return jax.tree.map(
+      gather, params, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
 
   def _apply(self, blocks, x_BxSxD, mask_BxS, cache, train):
     """Scans over stacked blocks; this is where their router state changes."""
@@ -256,7 +258,3 @@ class Decoder(nnx.Module):
   def update_router(self) -> None:
     """Moves every layer's router by the step's observations, once a step."""
     self.moe_blocks.feed_forward.update_router()
-
-
-def _is_variable(node) -> bool:
-  return isinstance(node, nnx.Variable)

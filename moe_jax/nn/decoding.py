@@ -11,6 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from moe_jax.nn.decoder import Decoder
+from moe_jax.options import Option
 
 
 def generate(
@@ -42,17 +43,11 @@ def generate(
   Raises:
     ValueError: an argument is out of its range.
   """
-  vocabulary = model.embedding.num_embeddings
   if prompt_BxS.shape[1] < 1:
     raise ValueError('prompt: has no token; give at least one')
-  if tokens < 1:
-    raise ValueError(f'tokens={tokens}: must be 1 or more')
-  if not temperature >= 0:
-    raise ValueError(f'temperature={temperature}: must be 0 or more')
-  if not 0 <= top_k <= vocabulary:
-    raise ValueError(
-      f'top_k={top_k}: must be 0, or at most the vocabulary, {vocabulary}'
-    )
+  Option(least=1).check('tokens', tokens)
+  Option(least=0).check('temperature', temperature)
+  Option(least=0, most=model.embedding.num_embeddings).check('top_k', top_k)
   graphdef, state = nnx.split(model)
   return _generate(
     graphdef,

@@ -91,20 +91,13 @@ def parameter_counts(
 def parameter_specs(params: nnx.State, mesh: Mesh, *, fsdp: bool) -> nnx.State:
   """Returns where each parameter of a `Decoder` is, in place of its value."""
 
-  def specs(params, *, stacked):
-    def spec(variable):
-      is_expert = isinstance(variable, ExpertParam)
-      rule = meshes.expert_spec if is_expert else meshes.dense_spec
-      spec = rule(variable.shape[stacked:], mesh, fsdp=fsdp)
-      return variable.replace(P(*(None,) * stacked, *spec))
+  def specs(path, variable):
+    stacked = is_stacked(path[0].key)
+    is_expert = isinstance(variable, ExpertParam)
+    rule = meshes.expert_spec if is_expert else meshes.dense_spec
+    spec = rule(variable.shape[stacked:], mesh, fsdp=fsdp)
+    return variable.replace(P(*(None,) * stacked, *spec))
 
-    return jax.tree.map(
-      spec, params, is_leaf=lambda node: isinstance(node, nnx.Variable)
-    )
-
-  return nnx.State(
-    {
-      name: specs(part, stacked=is_stacked(name))
-      for name, part in params.items()
-    }
+  return jax.tree.map_with_path(
+    specs, params, is_leaf=lambda node: isinstance(node, nnx.Variable)
   )

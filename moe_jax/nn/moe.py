@@ -3,7 +3,6 @@
 import functools
 import math
 from typing import Any
-from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -17,6 +16,7 @@ from moe_jax.nn import router
 from moe_jax.nn.config import MoEConfig
 from moe_jax.nn.feed_forward import SwiGLU
 from moe_jax.nn.feed_forward import linear_init
+from moe_jax.nn.router import MoEOutput
 from moe_jax.parallel import dispatch
 from moe_jax.parallel import mesh as meshes
 
@@ -27,26 +27,6 @@ class RouterState(nnx.Variable):
 
 class ExpertParam(nnx.Param):
   """A weight [..., E, in, out] with one matrix per expert."""
-
-
-class MoEOutput(NamedTuple):
-  """What a layer tells beside its output.
-
-  Attributes:
-    loss: float32 scalar, the balancer's loss and the router z-loss.
-    scores: float32 [T, E], of all tokens, batch-major.
-    choice: experts, raw gates and loads; rounded where that is asked for, and
-      before any drop.
-    sums: what adds up over the microbatches of a step, for `router_metrics`:
-      int32 `load` [E] of `choice`; `dropped`, the (token, expert) pairs that
-      found no room; `infinite`, devices with logits that are not finite; with
-      rounding, `unrounded_load` [E] of the choice that the balancer saw.
-  """
-
-  loss: jax.Array
-  scores: jax.Array
-  choice: routing.Choice
-  sums: dict[str, jax.Array]
 
 
 class MoE(nnx.Module):
@@ -203,11 +183,12 @@ class MoE(nnx.Module):
   ):
     """Routes and mixes the tokens of one device, of all without `specs`.
 
-    Returns y, the `MoEOutput` over all devices and `Routed.moved`.
+    Returns y, the `MoEOutput` over all devices and how the balancer moved, see
+    `router.route`.
     """
     axes = None if specs is None else meshes.AXES
     with jax.named_scope('router'):
-      routed = router.route(
+      output, moved = router.route(
         x_BxSxD,
         router_DxE,
         state,
@@ -221,19 +202,19 @@ class MoE(nnx.Module):
     dtype = jnp.dtype(self.config.dtype)
     mixed = self._mix(
       x_BxSxD.reshape(-1, self.config.width).astype(dtype),
-      routed.choice,
+      output.choice,
       _for_use(weights, specs, dtype),
       train=train,
       groups=groups,
       mask_T=None if mask_BxS is None else mask_BxS.reshape(-1),
       axis_name=None if specs is None else 'expert',
     )
-    sums = routed.sums | {'dropped': mixed.dropped}
+    sums = output.sums | {'dropped': mixed.dropped}
     if axes is not None:
       sums = lax.psum(sums, axes)
-    choice = routed.choice._replace(load=sums['load'])
-    output = MoEOutput(routed.loss, routed.scores, choice, sums)
-    return mixed.y.reshape(x_BxSxD.shape), output, routed.moved
+    choice = output.choice._replace(load=sums['load'])
+    output = output._replace(choice=choice, sums=sums)
+    return mixed.y.reshape(x_BxSxD.shape), output, moved
 
   def _mix(self, x_TxD, choice, weights, *, train, groups, **where):
     config, factor = self.config, self.capacity_factor

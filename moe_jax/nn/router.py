@@ -19,29 +19,31 @@ from moe_jax.nn.config import MoEConfig
 _SCORES = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}
 
 
-class Routed(NamedTuple):
-  """What a router makes of the tokens of one device.
+class MoEOutput(NamedTuple):
+  """What a layer tells beside its output.
 
   Attributes:
-    choice: the choice to take; its loads are those of this device.
-    scores: float32 [T, E].
-    loss: float32 scalar over all devices.
-    sums: counts of this device, see `router_metrics`.
-    moved: the balancer's new state and its observation; None where q is frozen.
+    loss: float32 scalar, the balancer's loss and the router z-loss.
+    scores: float32 [T, E], of all tokens, batch-major.
+    choice: experts, raw gates and loads; rounded where that is asked for, and
+      before any drop.
+    sums: what adds up over the microbatches of a step, for `router_metrics`:
+      int32 `load` [E] of `choice`; `dropped`, the (token, expert) pairs that
+      found no room; `infinite`, devices with logits that are not finite; with
+      rounding, `unrounded_load` [E] of the choice that the balancer saw.
   """
 
-  choice: routing.Choice
-  scores: jax.Array
   loss: jax.Array
+  scores: jax.Array
+  choice: routing.Choice
   sums: dict[str, jax.Array]
-  moved: tuple[Any, Any] | None
 
 
 def router_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
   """Turns the sums of a step into metrics.
 
   A metric is an entry here; what it is made of, if that is not there yet, is
-  an entry of `Routed.sums`: all that adds up over devices and microbatches.
+  an entry of `MoEOutput.sums`: all that adds up over devices and microbatches.
 
   Args:
     sums: of all MoE layers, stacked along a leading layer axis.
@@ -79,7 +81,7 @@ def route(
   mask_BxS: jax.Array | None = None,
   groups: int = 1,
   axis_name: tuple[str, ...] | None = None,
-) -> Routed:
+) -> tuple[MoEOutput, tuple[Any, Any] | None]:
   """Chooses experts; with `train`, lets the balancer solve for q first.
 
   Args:
@@ -94,6 +96,10 @@ def route(
       Without `axis_name` they also solve as so many devices would: each by
       itself where the balancer is `per_shard`.
     axis_name: mesh axes over which the batch is split, inside `jax.shard_map`.
+
+  Returns:
+    The output before any drop, with loads and sums of this device; and the
+    balancer's new state with its observation, None where q is frozen.
   """
   logits_BxSxE = jnp.dot(
     x_BxSxD.astype(jnp.float32), weight_DxE, precision=lax.Precision.HIGHEST
@@ -127,7 +133,7 @@ def route(
   }
   if config.round_to_capacity:
     sums['unrounded_load'] = choice.load
-  return Routed(rounded, scores_TxE, loss, sums, moved)
+  return MoEOutput(loss, scores_TxE, rounded, sums), moved
 
 
 def _solve(

@@ -59,7 +59,6 @@ def take_rows(
   Returns:
     [N, D].
   """
-  del inverse_MxJ
   return x_MxD.at[index_N].get(mode='fill', fill_value=0)
 
 

@@ -107,7 +107,11 @@ def refusal_explained() -> Iterator[None]:
 
 
 class _Route(NamedTuple):
-  """Arguments of `lax.ragged_all_to_all`: one slice per device and expert."""
+  """Arguments of `lax.ragged_all_to_all`: one slice per device and expert.
+
+  Of each slice, where it begins here, its size, where it begins there, and the
+  size of what comes from there.
+  """
 
   input_offsets: jax.Array
   send_sizes: jax.Array
@@ -131,18 +135,12 @@ def _routes(load_PxE: jax.Array, me: jax.Array) -> tuple[_Route, _Route]:
     - load_PxPxL
   )
   there = _Route(
-    input_offsets=sent_PxPxL[me].reshape(-1),
-    send_sizes=load_PxPxL[me].reshape(-1),
-    output_offsets=received_PxPxL[me].reshape(-1),
-    receive_sizes=load_PxPxL[:, me].reshape(-1),
+    sent_PxPxL[me], load_PxPxL[me], received_PxPxL[me], load_PxPxL[:, me]
   )
   back = _Route(
-    input_offsets=received_PxPxL[:, me].reshape(-1),
-    send_sizes=there.receive_sizes,
-    output_offsets=sent_PxPxL[:, me].reshape(-1),
-    receive_sizes=there.send_sizes,
+    received_PxPxL[:, me], load_PxPxL[:, me], sent_PxPxL[:, me], load_PxPxL[me]
   )
-  return there, back
+  return jax.tree.map(jnp.ravel, (there, back))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -151,7 +149,6 @@ def _move(rows_NxD, there, back, rows, axis_name, pad):
 
   The way back is the transpose of the way there.
   """
-  del back
   ragged = functools.partial(_move_ragged, rows=rows, axis_name=axis_name)
   dense = functools.partial(_move_dense, rows=rows, axis_name=axis_name)
   if pad:
@@ -166,7 +163,6 @@ def _move_forward(rows_NxD, there, back, rows, axis_name, pad):
 
 
 def _move_backward(rows, axis_name, pad, residuals, dy_MxD):
-  del rows
   there, back, rows = residuals
   return _move(dy_MxD, back, there, rows, axis_name, pad), None, None
 

@@ -53,8 +53,9 @@ def matmul(
     functools.partial(_matmul_kernel, width, columns, experts, contract),
     (block.size, pl.cdiv(columns, BLOCK)),
     (rows, columns),
+    (group, start, count, rows_NxD, weights_ExDxF),
     interpret,
-  )(group, start, count, rows_NxD, weights_ExDxF)
+  )
 
 
 def outer(
@@ -71,26 +72,22 @@ def outer(
     functools.partial(_outer_kernel, width, columns),
     (shape[0], pl.cdiv(width, BLOCK), pl.cdiv(columns, BLOCK)),
     shape,
+    (jnp.cumsum(load_E) - load_E, load_E, rows_NxD, dy_NxF),
     interpret,
-  )(jnp.cumsum(load_E) - load_E, load_E, rows_NxD, dy_NxF)
+  )
 
 
-def _call(kernel, grid, shape, interpret):
-  def call(*operands):
-    rows = operands[-2]
-    return pl.pallas_call(
-      kernel,
-      grid=grid,
-      out_shape=jax.ShapeDtypeStruct(
-        shape,
-        rows.dtype,
-        manual_axis_type=jax.typeof(rows).manual_axis_type,
-      ),
-      compiler_params=_PARAMETERS,
-      interpret=interpret,
-    )(*operands)
-
-  return call
+def _call(kernel, grid, shape, operands, interpret):
+  rows = jax.typeof(operands[-2])
+  return pl.pallas_call(
+    kernel,
+    grid=grid,
+    out_shape=jax.ShapeDtypeStruct(
+      shape, rows.dtype, manual_axis_type=rows.manual_axis_type
+    ),
+    compiler_params=_PARAMETERS,
+    interpret=interpret,
+  )(*operands)
 
 
 def _matmul_kernel(

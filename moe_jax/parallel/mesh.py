@@ -90,7 +90,6 @@ def gather_dense(weight: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
   Its gradient is split again, as soon as it is summed. Left to itself, the
   compiler might send activations, or their gradients, instead of the weight.
   """
-  del spec
   return lax.with_sharding_constraint(weight, NamedSharding(mesh, P()))
 
 
@@ -99,7 +98,6 @@ def _gather_dense_forward(weight, mesh, spec):
 
 
 def _gather_dense_backward(mesh, spec, residuals, dweight):
-  del residuals
   for where in (P(), spec):  # Summed, then split: one reduce-scatter.
     dweight = lax.with_sharding_constraint(dweight, NamedSharding(mesh, where))
   return (dweight,)
@@ -133,16 +131,13 @@ def _gather_experts_forward(weight_LxDxF, spec, dtype):
 
 
 def _gather_experts_backward(spec, dtype, residuals, dweight_LxDxF):
-  del dtype, residuals
   dweight_LxDxF = dweight_LxDxF.astype(jnp.float32)
-  if 'data' in spec:
-    axis = spec.index('data')
-    return (
-      lax.psum_scatter(
-        dweight_LxDxF, 'data', scatter_dimension=axis, tiled=True
-      ),
-    )
-  return (lax.psum(dweight_LxDxF, 'data'),)
+  if 'data' not in spec:
+    return (lax.psum(dweight_LxDxF, 'data'),)
+  dweight_LxDxF = lax.psum_scatter(
+    dweight_LxDxF, 'data', scatter_dimension=spec.index('data'), tiled=True
+  )
+  return (dweight_LxDxF,)
 
 
 gather_experts.defvjp(_gather_experts_forward, _gather_experts_backward)

@@ -31,7 +31,6 @@ def zero_prices(experts: int) -> State:
 
 def keep_prices(state, scores_TxE, *, k, mask_T=None, axis_name=None):
   """Solves nothing: the state's q prices the choice."""
-  del scores_TxE, k, mask_T, axis_name
   return state.q, state
 
 
@@ -39,19 +38,16 @@ def observe_nothing(
   state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
 ):
   """For rules that move q in `solve`, or never."""
-  del state, q_E, scores_TxE, choice, k, mask_T, axis_name
   return ()
 
 
 def keep_state(state, observation, *, k):
   """For rules that move q in `solve`, or never."""
-  del observation, k
   return state
 
 
 def no_loss(scores_BxSxE, choice, *, k, mask_BxS=None, axis_name=None):
   """For rules that add nothing to the training loss."""
-  del scores_BxSxE, choice, k, mask_BxS, axis_name
   return jnp.float32(0.0)
 
 
@@ -95,9 +91,7 @@ def zero_observation(balancer: Balancer, experts: int, k: int) -> Any:
     choice = choose(scores, state.q, k=k)
     return balancer.observe(state, state.q, scores, choice, k=k)
 
-  return jax.tree.map(
-    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(observe)
-  )
+  return jax.tree.map(jnp.zeros_like, jax.eval_shape(observe))
 
 
 class Prices(NamedTuple):

@@ -178,7 +178,6 @@ def _lagged(improve) -> base.Balancer:
     return state.q, LaggedState(state.q, pending_E)
 
   def update(state, observation, *, k):
-    del observation, k
     return LaggedState(state.pending, state.pending)
 
   return base.Balancer(init=init, solve=solve, update=update)
@@ -188,7 +187,6 @@ def _by_shard(improve, lag: bool) -> base.Balancer:
   """A q for each shard and microbatch; the state moves to their mean."""
 
   def solve(state, scores_TxE, *, k, mask_T=None, axis_name=None):
-    del axis_name
     if lag:
       return state.q, state
     return improve(state.q, scores_TxE, k=k, mask_T=mask_T), state
@@ -201,7 +199,6 @@ def _by_shard(improve, lag: bool) -> base.Balancer:
     return base.observe_prices(q_E, choice, axis_name)
 
   def update(state, observation, *, k):
-    del k
     return base.State(base.mean_price(observation, otherwise=state.q))
 
   return base.Balancer(

@@ -31,11 +31,9 @@ def loss_free(
   def observe(
     state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
   ):
-    del state, q_E, scores_TxE, k, mask_T
     return total(choice.load, axis_name)
 
   def update(state, load_E, *, k):
-    del k
     # total / E, rounded down and up; the total may not fit into an int32.
     experts = load_E.shape[0]
     rest = jnp.sum(load_E % experts)

@@ -18,12 +18,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from . import selection
 from .balancer import check_at_least
-from .selection import Choice
-from .selection import check_k
-from .selection import choose
-from .selection import chosen
-from .selection import rankable
 
 
 class StreamState(NamedTuple):
@@ -57,7 +53,7 @@ class StreamRule(NamedTuple):
 
 def assign_stream(
   rule: StreamRule, scores_NxE: jax.Array, state: Any = None
-) -> tuple[Choice, Any]:
+) -> tuple[selection.Choice, Any]:
   """Chooses for each arrival in turn: a scan of `rule.step`.
 
   Args:
@@ -74,7 +70,7 @@ def assign_stream(
   state, experts_NxK = lax.scan(rule.step, state, scores_NxE)
   gates_NxK = jnp.take_along_axis(scores_NxE, experts_NxK, axis=-1)
   load_E = jnp.bincount(experts_NxK.ravel(), length=experts)
-  choice = Choice(
+  choice = selection.Choice(
     experts_NxK, gates_NxK.astype(jnp.float32), load_E.astype(jnp.int32)
   )
   return choice, state
@@ -191,7 +187,6 @@ def online_histogram(
     return jnp.clip(block_E, -1, bins - 1).astype(jnp.int32)
 
   def init(experts, capacity):
-    del capacity
     return jnp.zeros((experts, bins), jnp.int32)
 
   def price(count_ExB, margin_E, capacity):
@@ -226,7 +221,7 @@ def _stream_rule(horizon, k, iterations, paced, init_memory, price, insert):
   check_at_least(1, horizon=horizon, iterations=iterations)
 
   def capacity_of(experts):
-    check_k(k, experts)
+    selection.check_k(k, experts)
     return 0 if k == experts else horizon * k // experts
 
   def init(experts):
@@ -241,7 +236,7 @@ def _stream_rule(horizon, k, iterations, paced, init_memory, price, insert):
   def step(state, scores_E):
     experts = scores_E.shape[0]
     capacity = capacity_of(experts)
-    scores_E = rankable(scores_E)
+    scores_E = selection.rankable(scores_E)
     q_E, memory, seen = state
     seen += 1
     if capacity:
@@ -254,7 +249,7 @@ def _stream_rule(horizon, k, iterations, paced, init_memory, price, insert):
         q_E = jnp.maximum(price(memory, margin_E, share), 0.0)
         q_E = jnp.where(share > 0, q_E, 0.0)  # paced, before anyone's share
       memory = insert(memory, margin_E)
-    experts_1xK = choose(scores_E[None], q_E, k=k).experts
+    experts_1xK = selection.choose(scores_E[None], q_E, k=k).experts
     return StreamState(q_E, memory, seen), experts_1xK[0]
 
   return StreamRule(init, step)
@@ -273,13 +268,13 @@ def within_capacity(
   Returns:
     bool [arrivals, K].
   """
-  chosen_NxE = chosen(experts_NxK, experts)
+  chosen_NxE = selection.chosen(experts_NxK, experts)
   place_NxE = jnp.cumsum(chosen_NxE, axis=0, dtype=jnp.int32)
   return jnp.take_along_axis(place_NxE, experts_NxK, axis=1) <= capacity
 
 
 def regret(
-  choice: Choice,
+  choice: selection.Choice,
   optimum: float | jax.Array,
   *,
   capacity: int | None = None,

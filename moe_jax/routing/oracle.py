@@ -62,17 +62,9 @@ class Optimality(NamedTuple):
     return self.dual_value - self.lp_optimum
 
   @property
-  def relative_gap(self) -> float:
-    return _relative(self.duality_gap, self.lp_optimum)
-
-  @property
   def rows_equal_gap(self) -> float:
     """The gap of the program that gives every token all its k experts."""
     return self.rows_equal_dual_value - self.lp_rows_equal_optimum
-
-  @property
-  def rows_equal_relative_gap(self) -> float:
-    return _relative(self.rows_equal_gap, self.lp_rows_equal_optimum)
 
 
 def optimality(scores: ArrayLike, q: ArrayLike, k: int) -> Optimality:
@@ -166,10 +158,6 @@ def lp_optimum(
     q=-result.ineqlin.marginals[:experts] * scale,
     assignment=result.x.reshape(tokens, experts) > 0.5,
   )
-
-
-def _relative(gap: float, optimum: float) -> float:
-  return gap / max(abs(optimum), float(np.finfo(np.float64).tiny))
 
 
 def _check_scores(scores, k: int) -> np.ndarray:

@@ -59,7 +59,6 @@ def _exact(ema: float) -> base.Balancer:
   def observe(
     state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
   ):
-    del state
     q_E = iterate(scores_TxE, q_E, k=k, mask_T=mask_T, axis_name=axis_name)
     # All shards hold the same q, which is their mean. Shards without a token
     # must not keep the others from it.
@@ -69,7 +68,6 @@ def _exact(ema: float) -> base.Balancer:
     return prices._replace(total=q_E, count=lax.pmax(prices.count, axis_name))
 
   def update(state, prices, *, k):
-    del k
     # Known in a notebook; in compiled code the caller asks `additive`.
     known = not isinstance(prices.count, jax.core.Tracer)
     if known and int(prices.count) > 1:
@@ -87,7 +85,6 @@ def _by_histogram(ema: float, bins: int) -> base.Balancer:
   def observe(
     state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
   ):
-    del state, choice
     return total(_histogram(scores_TxE, q_E, k, bins, mask_T), axis_name)
 
   def update(state, count_ExN, *, k):

@@ -5,12 +5,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from . import selection
 from .order_statistic import top_k
-from .selection import Choice
-from .selection import adjusted_scores
-from .selection import check_k
-from .selection import choose
-from .selection import chosen
 
 
 def round_to_capacity(
@@ -20,7 +16,7 @@ def round_to_capacity(
   k: int,
   capacity: int | None = None,
   mask_T: jax.Array | None = None,
-) -> Choice:
+) -> selection.Choice:
   """Routes each token to k experts, none of which gets more than `capacity`.
 
   Starts from `choose` and moves choices, the cheapest first, from experts above
@@ -48,7 +44,7 @@ def round_to_capacity(
     The constraints of Sun, arXiv 2502.15451, problem (BIP), met exactly.
   """
   tokens, experts = scores_TxE.shape
-  check_k(k, experts)
+  selection.check_k(k, experts)
   least = -(-tokens * k // experts)
   capacity = least if capacity is None else capacity
   if capacity < least:
@@ -56,14 +52,16 @@ def round_to_capacity(
       f'capacity={capacity}: {experts} experts have too little room for '
       f'{tokens} tokens x k={k}; it takes {least} or more'
     )
-  choice = choose(scores_TxE, q_E, k=k, mask_T=mask_T)
+  choice = selection.choose(scores_TxE, q_E, k=k, mask_T=mask_T)
   if mask_T is None:
     mask_T = jnp.ones(tokens, bool)
   scores_TxE = jnp.where(mask_T[:, None], scores_TxE.astype(jnp.float32), 0.0)
   # Finite, so that a difference is never NaN.
   limit = jnp.finfo(jnp.float32).max
-  adjusted_TxE = jnp.clip(adjusted_scores(scores_TxE, q_E), -limit, limit)
-  chosen_TxE = chosen(choice.experts, experts)
+  adjusted_TxE = jnp.clip(
+    selection.adjusted_scores(scores_TxE, q_E), -limit, limit
+  )
+  chosen_TxE = selection.chosen(choice.experts, experts)
 
   # This ends. An expert f above capacity has more tokens than an expert e with
   # room, and while there is an f there is an e, so some token of f can go to e:
@@ -90,7 +88,7 @@ def round_to_capacity(
     top_k(jnp.where(chosen_TxE, adjusted_TxE, -jnp.inf), k), 'experts'
   )
   gates_TxK = jnp.take_along_axis(scores_TxE, experts_TxK, axis=-1)
-  return Choice(experts_TxK, gates_TxK, load_E)
+  return selection.Choice(experts_TxK, gates_TxK, load_E)
 
 
 def _move_cheapest(adjusted_TxE, chosen_TxE, excess_E, mask_T):

@@ -2,7 +2,6 @@
 
 import collections
 from collections.abc import Callable
-from collections.abc import Iterable
 import math
 
 from flax import nnx
@@ -14,7 +13,6 @@ import numpy as np
 from moe_jax.config import Config
 from moe_jax.data import TextData
 from moe_jax.data import token_counts
-from moe_jax.train.batches import Batch
 from moe_jax.train.batches import evaluation_batches
 from moe_jax.train.state import Training
 from moe_jax.train.state import TrainState
@@ -61,7 +59,8 @@ def make_evaluation(
 
   Each batch is run with q frozen, as a deployed model has it, and where
   `config.eval_solved` says so a second time with q solved on the batch itself
-  as in training, which sees the future. Neither changes the router.
+  as in training, which sees the future. Neither changes the router. There are
+  `perplexity` and `bits_per_byte`; of the second pass, with suffix `_solved`.
 
   `stop` is asked before each batch, in all processes alike; where it says yes,
   there are no metrics: None.
@@ -70,53 +69,42 @@ def make_evaluation(
     training, text.tokenizer.token_bytes_V, config.eval_solved
   )
 
-  def evaluate_all(state, stop):
+  def evaluate(state, stop):
     metrics = {}
     for name, tokens_N in text.evaluation.items():
       batches = evaluation_batches(config, mesh, tokens_N)
-      of_set = evaluate(step, state, batches, stop)
-      if of_set is None:
+      sums = _add_up(step, state, batches, stop)
+      if sums is None:
         return None
-      metrics |= {f'eval/{name}/{key}': value for key, value in of_set.items()}
+      for suffix in ('', '_solved') if config.eval_solved else ('',):
+        loss = sums[f'loss{suffix}']
+        metrics |= {
+          f'eval/{name}/perplexity{suffix}': perplexity(loss, sums['tokens']),
+          f'eval/{name}/bits_per_byte{suffix}': bits_per_byte(
+            loss, sums['bytes']
+          ),
+        }
     return metrics
 
-  return evaluate_all
+  return evaluate
 
 
-def evaluate(
-  evaluation_step: Callable[..., dict[str, jax.Array]],
-  state: TrainState,
-  batches: Iterable[Batch],
-  stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
-  """Sums over the batches of a set, in float64.
-
-  Returns:
-    `perplexity` and `bits_per_byte` with q frozen; of the second pass, if there
-    is one, both with the suffix `_solved`. None if `stop` said yes.
-  """
+def _add_up(step, state, batches, stop) -> dict[str, float] | None:
+  """Sums over the batches of a set, in float64; None if `stop` said yes."""
   sums = collections.defaultdict(float)
-  # A batch's sums are read when the next one is under way.
-  waiting: list[dict[str, jax.Array]] = []
 
-  def read():
-    for name, value in waiting.pop().items():
+  def add(of_batch):
+    for name, value in of_batch.items():
       sums[name] += float(value)
 
+  waiting = {}  # A batch's sums are read when the next one is under way.
   for batch in batches:
     if stop():
       return None
-    waiting.insert(0, evaluation_step(state.params, state.router, batch))
-    if len(waiting) > 1:
-      read()
-  while waiting:
-    read()
-  results = {}
-  for name in [name for name in sums if name.startswith('loss')]:
-    loss, suffix = sums[name], name.removeprefix('loss')
-    results[f'perplexity{suffix}'] = perplexity(loss, sums['tokens'])
-    results[f'bits_per_byte{suffix}'] = bits_per_byte(loss, sums['bytes'])
-  return results
+    before, waiting = waiting, step(state.params, state.router, batch)
+    add(before)
+  add(waiting)
+  return sums
 
 
 def perplexity(loss: float, tokens: float) -> float:

@@ -100,7 +100,7 @@ def plan(
   """
   with processes.agreement() as agreed:
     directory = files.open_workdir(workdir)
-    mesh = make_mesh(**config.mesh.axes)
+    mesh = make_mesh(config.mesh.data, config.mesh.expert)
     training = make_training(config, mesh)
     check_memory(training.abstract)
     _check_config(directory, config, allow_config_change)  # Text takes longer.

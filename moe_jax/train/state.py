@@ -129,11 +129,7 @@ def make_training(
     init=jax.jit(init, out_shardings=shardings),
     init_router=jax.jit(lambda: init().router, out_shardings=shardings.router),
     abstract=jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=sharding
-      ),
-      abstract,
-      shardings,
+      lambda leaf, where: leaf.update(sharding=where), abstract, shardings
     ),
     compiler_options=compiler_options(mesh.devices.flat[0].platform),
   )
@@ -159,13 +155,12 @@ def _check_mesh(config: Config, mesh: Mesh) -> None:
       'devices, where each shard has prices of its own; on one device it is '
       'free'
     )
-  for name, parts in (('mesh', mesh.size), ('model.shards', shards)):
-    if microbatch % parts:
-      raise ValueError(
-        f'batch_size={config.batch_size}: batch_size / accumulation = '
-        f'{microbatch} must be a multiple of {parts}, the parts that {name} '
-        'splits it into'
-      )
+  if microbatch % shards:
+    raise ValueError(
+      f'batch_size={config.batch_size}: batch_size / accumulation = '
+      f'{microbatch} must be a multiple of {shards}, the parts that the mesh '
+      'and model.shards split it into'
+    )
   pairs = (
     microbatch // shards * config.sequence_length * model.experts_per_token
   )
@@ -179,7 +174,6 @@ def _check_mesh(config: Config, mesh: Mesh) -> None:
 
 def _shardings(abstract, params, optimizer, mesh, fsdp) -> TrainState:
   """Returns the sharding of every leaf: one rule for parameters and moments."""
-
   replicated = NamedSharding(mesh, P())
   param_shardings = jax.tree.map(
     lambda spec: NamedSharding(mesh, spec),

@@ -65,11 +65,13 @@ def make_train_step(
     finite &= ~jnp.any(sums['router']['infinite'])
     update = functools.partial(_update, training, gradient, router)
     new = apply_if(finite, update, state)
+    # Not `state.step`: skipped steps update nothing.
+    (_, updates), *_ = optax.tree.get_all_with_path(state.optimizer, 'count')
     metrics = {
       'train/loss': sums['loss'],
       'train/aux_loss': sums['auxiliary_loss'],
       'train/gradient_norm': gradient_norm,
-      'train/learning_rate': schedule(_updates(state.optimizer)),
+      'train/learning_rate': schedule(updates),
       **nn.router_metrics(sums['router']),
       'router/q/layer': nn.prices(new.router),
     }
@@ -145,7 +147,7 @@ def add_up(
   )
   first = jax.tree.map(lambda x: x[0], microbatches)
   shapes, _ = jax.eval_shape(function, carry, first)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  zeros = jax.tree.map(jnp.zeros_like, shapes)
 
   def add(totals, microbatch):
     sums, carry = totals
@@ -153,12 +155,6 @@ def add_up(
     return (jax.tree.map(jnp.add, sums, new), carry), None
 
   return lax.scan(add, (zeros, carry), microbatches)[0]
-
-
-def _updates(optimizer: Any) -> jax.Array:
-  """Returns how many updates an optimizer has made; steps may be skipped."""
-  _, count = optax.tree.get_all_with_path(optimizer, 'count')[0]
-  return count
 
 
 def apply_if(
@@ -175,9 +171,7 @@ def apply_if(
 
 def squares_unless(finite: jax.Array, params: Any) -> dict[str, jax.Array]:
   """Computes `squares`, or zeros where nobody will ask for them."""
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(squares, params)
-  )
+  zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(squares, params))
   return apply_if(~finite, lambda _: squares(params), zeros)
 
 

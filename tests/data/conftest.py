@@ -11,4 +11,4 @@ def sotu_config(tmp_path_factory):
 @pytest.fixture(scope='session')
 def sotu(sotu_config):
   """The default data, prepared once for all tests."""
-  return data.load_text(sotu_config, log=lambda message: None)
+  return data.load_text(sotu_config)

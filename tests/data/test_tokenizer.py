@@ -13,10 +13,6 @@ from moe_jax.data.tokenizer import load_tokens
 DOCUMENTS = ['the theme of the thesis', 'then the other', 'naïve 😀 naïve 😀']
 
 
-def quiet(message):
-  del message
-
-
 def unwanted():
   raise AssertionError('the cache should have been used')
 
@@ -83,8 +79,8 @@ def test_vocabulary_below_the_bytes_is_refused():
 
 def test_cached_tokenizer_is_used_and_equal(tmp_path, tokenizer):
   path = tmp_path / 'tokenizer.json'
-  first = load_tokenizer(path, lambda: DOCUMENTS, 300, quiet)
-  second = load_tokenizer(path, unwanted, 300, quiet)
+  first = load_tokenizer(path, lambda: DOCUMENTS, 300)
+  second = load_tokenizer(path, unwanted, 300)
   assert first.to_json() == second.to_json() == tokenizer.to_json()
 
 
@@ -100,23 +96,23 @@ def test_cached_tokenizer_is_used_and_equal(tmp_path, tokenizer):
     lambda whole: whole[:-64],  # As it was before it was sealed.
   ],
 )
-def test_damaged_tokenizer_is_made_again(tmp_path, tokenizer, damage):
+def test_damaged_tokenizer_is_made_again(tmp_path, tokenizer, damage, capsys):
   path = tmp_path / 'tokenizer.json'
-  load_tokenizer(path, lambda: DOCUMENTS, 300, quiet)
+  load_tokenizer(path, lambda: DOCUMENTS, 300)
   whole = path.read_bytes()
   assert damage(whole) != whole
   path.write_bytes(damage(whole))
-  messages = []
-  made = load_tokenizer(path, lambda: DOCUMENTS, 300, messages.append)
+  capsys.readouterr()
+  made = load_tokenizer(path, lambda: DOCUMENTS, 300)
   assert made.to_json() == tokenizer.to_json()
   assert path.read_bytes() == whole
-  assert str(path) in messages[0]
+  assert f'{path} is damaged' in capsys.readouterr().err
 
 
 def test_token_file_holds_the_documents_and_their_ends(tmp_path, tokenizer):
   path = tmp_path / 'tokens.npy'
-  made = load_tokens(path, lambda: iter(DOCUMENTS), tokenizer, quiet)
-  opened = load_tokens(path, unwanted, tokenizer, quiet)
+  made = load_tokens(path, lambda: iter(DOCUMENTS), tokenizer)
+  opened = load_tokens(path, unwanted, tokenizer)
   expected = []
   for text in DOCUMENTS:
     expected += [*tokenizer.encode(text), tokenizer.end_of_document]
@@ -140,15 +136,15 @@ def test_token_file_holds_the_documents_and_their_ends(tmp_path, tokenizer):
     lambda whole: whole + b'more',
   ],
 )
-def test_damaged_token_file_is_made_again(tmp_path, tokenizer, damage):
+def test_damaged_token_file_is_made_again(tmp_path, tokenizer, damage, capsys):
   path = tmp_path / 'tokens.npy'
-  load_tokens(path, lambda: iter(DOCUMENTS), tokenizer, quiet)
+  load_tokens(path, lambda: iter(DOCUMENTS), tokenizer)
   whole = path.read_bytes()
   path.write_bytes(damage(whole))
-  messages = []
-  load_tokens(path, lambda: iter(DOCUMENTS), tokenizer, messages.append)
+  capsys.readouterr()
+  load_tokens(path, lambda: iter(DOCUMENTS), tokenizer)
   assert path.read_bytes() == whole
-  assert str(path) in messages[0]
+  assert f'{path} is damaged' in capsys.readouterr().err
 
 
 def test_memory_does_not_hold_all_documents(tmp_path, tokenizer, monkeypatch):
@@ -159,7 +155,7 @@ def test_memory_does_not_hold_all_documents(tmp_path, tokenizer, monkeypatch):
     tokenizer, 'encode_batch', lambda t: sizes.append(len(t)) or encode(t)
   )
   path = tmp_path / 'tokens.npy'
-  tokens = load_tokens(path, lambda: iter(DOCUMENTS * 2), tokenizer, quiet)
+  tokens = load_tokens(path, lambda: iter(DOCUMENTS * 2), tokenizer)
   assert sum(sizes) == 6 and max(sizes) <= 2
   text = ''.join(DOCUMENTS * 2)
   assert tokenizer.decode(tokens) == text
