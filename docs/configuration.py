@@ -3,9 +3,7 @@
 python -m docs.configuration
 """
 
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import inspect
 import pathlib

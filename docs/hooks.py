@@ -6,8 +6,7 @@ import re
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File
-from mkdocs.structure.files import Files
+from mkdocs.structure.files import File, Files
 
 _ROOT = pathlib.Path(__file__).parents[1]
 

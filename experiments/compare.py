@@ -16,8 +16,7 @@ import sys
 
 from moe_jax import analysis
 from moe_jax import main as command_line
-from moe_jax.runs import preemption
-from moe_jax.runs import processes
+from moe_jax.runs import preemption, processes
 
 _FLAGS = {
   'methods': 'loss_controlled,loss_free,bip',

@@ -9,8 +9,7 @@ import importlib.util
 import math
 import pathlib
 import re
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from launch.hardware import CHIPS
 

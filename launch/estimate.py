@@ -1,21 +1,16 @@
 """Estimates one step of a config on a topology: memory, time, traffic."""
 
 import collections
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 from typing import Any
 
 import jax
 from jax.extend import core
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
-from launch import ahead
-from launch import cost
-from launch import hardware
-from launch import hlo
+from launch import ahead, cost, hardware, hlo
 from moe_jax import nn
 from moe_jax.config import Config
 from moe_jax.parallel import mesh as meshes

@@ -1,7 +1,6 @@
 """Reads which devices of the mesh take part in a collective."""
 
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import math
 import re
 

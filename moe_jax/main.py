@@ -34,25 +34,17 @@ Exit codes: 0 done, 2 refused (bad config or input), 75 preempted (SIGTERM or
 Ctrl-C) and saved, 128 + N ended by signal N unsaved, 1 anything else.
 """
 
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import os
 import runpy
 import sys
 import types
 
 from absl import flags
-from ml_collections import ConfigDict
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from moe_jax.options import Refused
-from moe_jax.options import expected
-from moe_jax.options import is_plain
-from moe_jax.options import one_line
-from moe_jax.options import shown
-from moe_jax.runs import preemption
-from moe_jax.runs import processes
+from moe_jax.options import Refused, expected, is_plain, one_line, shown
+from moe_jax.runs import preemption, processes
 
 _FLAGS = {'print_sharding': False, 'allow_config_change': ''}
 

@@ -6,15 +6,11 @@ Refusals, the reference in the docs and the check of a continued run all read
 that.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import difflib
 import math
-from typing import Any
-from typing import Literal
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 import unicodedata
 
 Change = Literal['no', 'named', 'yes']

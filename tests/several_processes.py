@@ -1,7 +1,6 @@
 """Starts the processes of one run, with eight CPU devices between them."""
 
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import os
 import pathlib
 import socket

@@ -4,8 +4,7 @@ import pandas as pd
 import pytest
 
 from experiments import compare
-from moe_jax.train import loop
-from moe_jax.train import plan
+from moe_jax.train import loop, plan
 from tests.train import tiny
 
 DEMO = '--config=experiments/demo.py'

@@ -6,8 +6,7 @@ import functools
 from ml_collections import ConfigDict
 import pytest
 
-from moe_jax import config
-from moe_jax import routing
+from moe_jax import config, routing
 
 
 @pytest.mark.parametrize('method', config.METHODS)

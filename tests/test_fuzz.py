@@ -15,12 +15,9 @@ import pytest
 
 from moe_jax import config
 from moe_jax import main as command_line
-from moe_jax.options import Option
-from moe_jax.options import options_of
+from moe_jax.options import Option, options_of
 from moe_jax.parallel import mesh as meshes
-from moe_jax.train import batches
-from moe_jax.train import state
-from moe_jax.train import step
+from moe_jax.train import batches, state, step
 
 DEMO = 'experiments/demo.py'
 NO_DEADLINE = hypothesis.settings(

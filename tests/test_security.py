@@ -11,8 +11,7 @@ import sys
 from jax.experimental import multihost_utils
 import pytest
 
-from moe_jax.runs import checkpoints
-from moe_jax.runs import processes
+from moe_jax.runs import checkpoints, processes
 from moe_jax.runs.reader import Reader
 from moe_jax.train import loop
 from moe_jax.train import plan as plan_lib

@@ -26,8 +26,7 @@ from collections.abc import Callable
 import functools
 import math
 import statistics
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -35,8 +34,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.routing import milliseconds
-from experiments.benchmarks.routing import random_scores
+from experiments.benchmarks.routing import milliseconds, random_scores
 from moe_jax import routing
 from moe_jax.parallel import dispatch
 from moe_jax.parallel.grouped_matmul import compiler_options

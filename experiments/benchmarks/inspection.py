@@ -22,8 +22,7 @@ from moe_jax import config as config_lib
 from moe_jax import main as command_line
 from moe_jax.parallel import mesh as meshes
 from moe_jax.runs import files
-from moe_jax.runs.checkpoints import ITEMS
-from moe_jax.runs.checkpoints import Position
+from moe_jax.runs.checkpoints import ITEMS, Position
 from moe_jax.runs.saver import Saver
 from moe_jax.train import facts
 from moe_jax.train import state as states

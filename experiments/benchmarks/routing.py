@@ -21,8 +21,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -19,13 +19,11 @@ from unittest import mock
 import jax
 import numpy as np
 
-from experiments.benchmarks.train_step import our_step
-from experiments.benchmarks.train_step import seconds
+from experiments.benchmarks.train_step import our_step, seconds
 from moe_jax import config as config_lib
 from moe_jax import main as command_line
 from moe_jax.parallel import mesh as meshes
-from moe_jax.runs import checksums
-from moe_jax.runs import preemption
+from moe_jax.runs import checksums, preemption
 from moe_jax.runs.checkpoints import ITEMS
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib

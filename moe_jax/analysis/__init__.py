@@ -2,26 +2,26 @@
 
 from moe_jax.analysis.checkpoint import Checkpoint
 from moe_jax.analysis.drawing import save_figure
-from moe_jax.analysis.expert_figures import coactivation_figure
-from moe_jax.analysis.expert_figures import cutoff_figure
-from moe_jax.analysis.expert_figures import margin_figure
-from moe_jax.analysis.expert_figures import similarity_figure
-from moe_jax.analysis.expert_statistics import coactivation
-from moe_jax.analysis.expert_statistics import typical_tokens
-from moe_jax.analysis.figures import load_heatmap_figure
-from moe_jax.analysis.figures import loss_figure
-from moe_jax.analysis.figures import max_violation_figure
-from moe_jax.analysis.figures import price_figure
-from moe_jax.analysis.figures import progress_figure
+from moe_jax.analysis.expert_figures import (
+  coactivation_figure,
+  cutoff_figure,
+  margin_figure,
+  similarity_figure,
+)
+from moe_jax.analysis.expert_statistics import coactivation, typical_tokens
+from moe_jax.analysis.figures import (
+  load_heatmap_figure,
+  loss_figure,
+  max_violation_figure,
+  price_figure,
+  progress_figure,
+)
 from moe_jax.analysis.frontier import frontier_figure
 from moe_jax.analysis.markdown import comparison_markdown
 from moe_jax.analysis.routed_text import RoutedText
 from moe_jax.analysis.run import Run
-from moe_jax.analysis.table import comparison
-from moe_jax.analysis.table import difference
-from moe_jax.analysis.table import summarize
-from moe_jax.analysis.text_figures import text_figure
-from moe_jax.analysis.text_figures import typical_tokens_figure
+from moe_jax.analysis.table import comparison, difference, summarize
+from moe_jax.analysis.text_figures import text_figure, typical_tokens_figure
 
 __all__ = [
   'Checkpoint',

@@ -3,18 +3,14 @@
 The name of a frame's index heads its first column.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from typing import Any
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from moe_jax.analysis import columns
-from moe_jax.analysis.columns import Column
-from moe_jax.analysis.columns import Section
-from moe_jax.analysis.table import UNKNOWN
-from moe_jax.analysis.table import settings
+from moe_jax.analysis.columns import Column, Section
+from moe_jax.analysis.table import UNKNOWN, settings
 
 
 class Cells(NamedTuple):

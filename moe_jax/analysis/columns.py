@@ -7,12 +7,10 @@ step is the load of its fullest expert over the mean load, minus 1. A model's
 MaxVio is the mean over its layers within a step.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import functools
 import math
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 

@@ -1,8 +1,7 @@
 """What figures share: colours, axes, legends, and how they are saved."""
 
 from collections import Counter
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import os
 from typing import Any
 import zlib
@@ -11,10 +10,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
-from matplotlib.ticker import MaxNLocator
-from matplotlib.ticker import NullLocator
-from matplotlib.ticker import SymmetricalLogLocator
+from matplotlib.ticker import (
+  LogLocator,
+  MaxNLocator,
+  NullLocator,
+  SymmetricalLogLocator,
+)
 import numpy as np
 import pandas as pd
 

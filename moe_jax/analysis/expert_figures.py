@@ -5,8 +5,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from moe_jax import nn
-from moe_jax.analysis import drawing
-from moe_jax.analysis import expert_statistics
+from moe_jax.analysis import drawing, expert_statistics
 from moe_jax.analysis.checkpoint import Checkpoint
 from moe_jax.analysis.routed_text import RoutedText
 

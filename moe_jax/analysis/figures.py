@@ -3,18 +3,15 @@
 A method has the same colour, line style and marker in all of them.
 """
 
-from collections.abc import Iterable
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import datetime
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 import pandas as pd
 
 from moe_jax.analysis import drawing
-from moe_jax.analysis.columns import COMPILING_STEPS
-from moe_jax.analysis.columns import VALIDATION
+from moe_jax.analysis.columns import COMPILING_STEPS, VALIDATION
 from moe_jax.analysis.results import Results
 
 _PACE = 20  # of the last steps tell how fast a run is

@@ -1,7 +1,6 @@
 """Balance against quality: which runs no other run betters in both."""
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 import pandas as pd

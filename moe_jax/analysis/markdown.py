@@ -1,15 +1,11 @@
 """Comparisons of methods as Markdown, for people."""
 
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pandas as pd
 
 from moe_jax.analysis import cells
-from moe_jax.analysis.table import is_number
-from moe_jax.analysis.table import notes
-from moe_jax.analysis.table import over_seeds
-from moe_jax.analysis.table import settings
+from moe_jax.analysis.table import is_number, notes, over_seeds, settings
 
 # Options that are told first.
 _SIZES = (

@@ -9,8 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from moe_jax.config import method_of
-from moe_jax.config import upgrade
+from moe_jax.config import method_of, upgrade
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.runs import records
 from moe_jax.runs.reader import Reader

@@ -4,9 +4,7 @@ Columns are those of `summarize`, then every option as `config.<option>` and
 every fact as `facts.<fact>`.
 """
 
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import json
 import math
 import numbers
@@ -15,10 +13,8 @@ from typing import Any
 import pandas as pd
 
 from moe_jax.analysis import columns
-from moe_jax.analysis.results import Results
-from moe_jax.analysis.results import name_runs
-from moe_jax.config import differences
-from moe_jax.config import flatten
+from moe_jax.analysis.results import Results, name_runs
+from moe_jax.config import differences, flatten
 from moe_jax.runs import records
 
 UNKNOWN = '–'

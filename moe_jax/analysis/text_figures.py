@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 
-from matplotlib import colormaps
-from matplotlib import font_manager
+from matplotlib import colormaps, font_manager
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 import numpy as np
 
-from moe_jax.analysis import drawing
-from moe_jax.analysis import expert_statistics
+from moe_jax.analysis import drawing, expert_statistics
 from moe_jax.analysis.routed_text import RoutedText
 
 _MONOSPACE = 'DejaVu Sans Mono'  # comes with matplotlib

@@ -6,23 +6,23 @@ files fill in a `ConfigDict` made from them, flags override its fields, and
 `freeze` turns it into a validated `Config`, once.
 """
 
-from moe_jax.config.balancers import ARGUMENTS
-from moe_jax.config.balancers import BALANCERS
-from moe_jax.config.balancers import METHODS
-from moe_jax.config.balancers import balancer_options
-from moe_jax.config.balancers import make_balancer
-from moe_jax.config.balancers import method_of
-from moe_jax.config.changes import check_changes
-from moe_jax.config.changes import differences
-from moe_jax.config.changes import is_among
-from moe_jax.config.changes import may_change
-from moe_jax.config.changes import upgrade
-from moe_jax.config.dicts import default_config
-from moe_jax.config.dicts import flatten
-from moe_jax.config.dicts import freeze
-from moe_jax.config.dicts import to_dict
-from moe_jax.config.schema import Config
-from moe_jax.config.schema import MeshConfig
+from moe_jax.config.balancers import (
+  ARGUMENTS,
+  BALANCERS,
+  METHODS,
+  balancer_options,
+  make_balancer,
+  method_of,
+)
+from moe_jax.config.changes import (
+  check_changes,
+  differences,
+  is_among,
+  may_change,
+  upgrade,
+)
+from moe_jax.config.dicts import default_config, flatten, freeze, to_dict
+from moe_jax.config.schema import Config, MeshConfig
 from moe_jax.data.config import split_names
 
 __all__ = [

@@ -5,11 +5,7 @@ import inspect
 from typing import Any
 
 from moe_jax import routing
-from moe_jax.options import Option
-from moe_jax.options import expected
-from moe_jax.options import one_line
-from moe_jax.options import shown
-from moe_jax.options import typed
+from moe_jax.options import Option, expected, one_line, shown, typed
 
 # `balancer.name` -> the function whose arguments the other options are. Tables
 # have methods in this order: the paper's three come first.

@@ -1,17 +1,12 @@
 """What may differ between two configs: of a run continued, of runs compared."""
 
-from collections.abc import Iterable
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moe_jax.config.balancers import filled
-from moe_jax.config.dicts import flatten
-from moe_jax.config.dicts import to_dict
-from moe_jax.config.schema import Config
-from moe_jax.config.schema import why_none_is_best
-from moe_jax.options import Change
-from moe_jax.options import Option
-from moe_jax.options import options_of
+from moe_jax.config.dicts import flatten, to_dict
+from moe_jax.config.schema import Config, why_none_is_best
+from moe_jax.options import Change, Option, options_of
 
 _OPTIONS = options_of(Config)
 

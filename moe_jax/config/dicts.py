@@ -6,13 +6,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moe_jax.config.balancers import METHODS
-from moe_jax.config.balancers import balancer_options
+from moe_jax.config.balancers import METHODS, balancer_options
 from moe_jax.config.schema import Config
-from moe_jax.options import build
-from moe_jax.options import expected
-from moe_jax.options import group
-from moe_jax.options import one_line
+from moe_jax.options import build, expected, group, one_line
 
 
 def default_config(method: str = 'bip') -> ConfigDict:

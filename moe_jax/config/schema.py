@@ -7,15 +7,11 @@ import math
 from typing import Any
 
 from moe_jax import routing
-from moe_jax.config.balancers import METHODS
-from moe_jax.config.balancers import balancer_options
-from moe_jax.config.balancers import make_balancer
+from moe_jax.config.balancers import METHODS, balancer_options, make_balancer
 from moe_jax.data import DataConfig
 from moe_jax.data.config import split_names
 from moe_jax.nn import DecoderConfig
-from moe_jax.options import Option
-from moe_jax.options import check_options
-from moe_jax.options import option
+from moe_jax.options import Option, check_options, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,8 @@
 """Text to tokens to batches: corpora, tokenizer and the input pipeline."""
 
-from moe_jax.data.batches import evaluation_batches
-from moe_jax.data.batches import training_batches
+from moe_jax.data.batches import evaluation_batches, training_batches
 from moe_jax.data.config import DataConfig
-from moe_jax.data.text import TextData
-from moe_jax.data.text import load_text
-from moe_jax.data.text import token_counts
+from moe_jax.data.text import TextData, load_text, token_counts
 from moe_jax.data.tokenizer import Tokenizer
 
 __all__ = [

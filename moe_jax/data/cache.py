@@ -6,8 +6,7 @@ not when one of them is killed. Each ends in the SHA-256 of what was written:
 damage that comes later is found out, and the file is made again.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import hashlib
 import json
@@ -17,8 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from typing import BinaryIO
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 _DIGEST = 64  # Hex digits of SHA-256, at the end of a sealed file.
 _INCOMPLETE = '.incomplete-'

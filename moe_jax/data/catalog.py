@@ -3,8 +3,7 @@
 Importing this takes seconds, because it imports tensorflow_datasets.
 """
 
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import difflib
 import functools
@@ -16,8 +15,7 @@ from absl import logging
 from etils import epath
 import tensorflow_datasets as tfds
 
-from moe_jax.data import cache
-from moe_jax.data import documents
+from moe_jax.data import cache, documents
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpus import Corpus
 from moe_jax.options import shown

@@ -3,9 +3,7 @@
 import dataclasses
 
 from moe_jax.data.tokenizer import SMALLEST_VOCABULARY
-from moe_jax.options import check_options
-from moe_jax.options import expected
-from moe_jax.options import option
+from moe_jax.options import check_options, expected, option
 
 EVALUATION_SETS = ('validation', 'shakespeare')
 

@@ -1,7 +1,6 @@
 """A text that can be read more than once, and is known by a key."""
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 

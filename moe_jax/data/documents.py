@@ -1,7 +1,6 @@
 """Documents of .txt (one a file) and .jsonl (one a line), also with .gz."""
 
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import glob

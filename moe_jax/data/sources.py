@@ -8,9 +8,7 @@ among the data sets of TFDS, which is imported only then: it is slow.
 
 from collections.abc import Callable
 
-from moe_jax.data import shakespeare
-from moe_jax.data import sotu
-from moe_jax.data import text_files
+from moe_jax.data import shakespeare, sotu, text_files
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpus import Corpus
 

@@ -12,14 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from moe_jax.data import cache
-from moe_jax.data import sources
-from moe_jax.data.config import DataConfig
-from moe_jax.data.config import split_names
+from moe_jax.data import cache, sources
+from moe_jax.data.config import DataConfig, split_names
 from moe_jax.data.corpus import Corpus
-from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.data.tokenizer import load_tokenizer
-from moe_jax.data.tokenizer import load_tokens
+from moe_jax.data.tokenizer import Tokenizer, load_tokenizer, load_tokens
 
 _FORMAT = 1  # Part of every key: raise it when tokens are made differently.
 _SECONDS_BETWEEN_REPORTS = 5.0

@@ -4,12 +4,10 @@ Without validation files, the first distinct document and every 20th after it
 are held out; a copy of a document falls on the same side as the first one.
 """
 
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import hashlib
 
-from moe_jax.data import cache
-from moe_jax.data import documents
+from moe_jax.data import cache, documents
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpus import Corpus
 

@@ -3,10 +3,7 @@
 Shape letters: V vocabulary, N tokens.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import pathlib
 from typing import BinaryIO
 

@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from moe_jax.options import check_options
-from moe_jax.options import option
+from moe_jax.options import check_options, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,14 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax import routing
-from moe_jax.nn.attention import Attention
-from moe_jax.nn.attention import KeyValueCache
+from moe_jax.nn.attention import Attention, KeyValueCache
 from moe_jax.nn.config import DecoderConfig
-from moe_jax.nn.feed_forward import SwiGLU
-from moe_jax.nn.feed_forward import rms_norm
-from moe_jax.nn.moe import ExpertParam
-from moe_jax.nn.moe import MoE
-from moe_jax.nn.moe import RouterState
+from moe_jax.nn.feed_forward import SwiGLU, rms_norm
+from moe_jax.nn.moe import ExpertParam, MoE, RouterState
 from moe_jax.nn.router import MoEOutput
 from moe_jax.parallel import mesh as meshes
 

@@ -14,8 +14,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax import routing
 from moe_jax.nn import router
 from moe_jax.nn.config import MoEConfig
-from moe_jax.nn.feed_forward import SwiGLU
-from moe_jax.nn.feed_forward import linear_init
+from moe_jax.nn.feed_forward import SwiGLU, linear_init
 from moe_jax.nn.router import MoEOutput
 from moe_jax.parallel import dispatch
 from moe_jax.parallel import mesh as meshes

@@ -5,8 +5,7 @@ Shape letters: T tokens, B batch, S sequence, D model, E experts, K chosen.
 
 from collections.abc import Callable
 import functools
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax

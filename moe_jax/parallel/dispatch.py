@@ -16,8 +16,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from moe_jax.parallel import exchange
-from moe_jax.parallel.grouped_matmul import TILE
-from moe_jax.parallel.grouped_matmul import grouped_matmul
+from moe_jax.parallel.grouped_matmul import TILE, grouped_matmul
 from moe_jax.routing import Choice
 
 

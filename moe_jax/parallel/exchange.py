@@ -18,8 +18,7 @@ Shape letters: N rows sent, M rows received, D model, E experts, L experts of
 one device, P devices along the axis, C capacity.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import functools
 import re

@@ -10,8 +10,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from moe_jax.parallel import grouped_matmul_gpu
-from moe_jax.parallel import grouped_matmul_tpu
+from moe_jax.parallel import grouped_matmul_gpu, grouped_matmul_tpu
 
 # CPU tiles: a group is cut into tiles of TILE rows, and its last, short tile
 # is rounded up to a multiple of _STEP rows, so that little work is wasted

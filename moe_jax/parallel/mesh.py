@@ -7,9 +7,7 @@ import math
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import AxisType
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 # Tokens are split over both axes, experts over the second.

@@ -5,33 +5,27 @@ rules differ in how q comes about (`solve`, `update`) and whether a loss is
 added. This folder imports nothing else of the project.
 """
 
-from .balancer import Balancer
-from .balancer import State
-from .balancer import zero_observation
-from .bip import bip
-from .bip import dual_iterations
-from .bip import midpoint
+from .balancer import Balancer, State, zero_observation
+from .bip import bip, dual_iterations, midpoint
 from .loss_free import loss_free
-from .losses import auxiliary_loss
-from .losses import loss_controlled
-from .online import StreamRule
-from .online import StreamState
-from .online import assign_stream
-from .online import online_exact
-from .online import online_histogram
-from .online import regret
-from .online import within_capacity
-from .oracle import lp_optimum
-from .oracle import optimality
+from .losses import auxiliary_loss, loss_controlled
+from .online import (
+  StreamRule,
+  StreamState,
+  assign_stream,
+  online_exact,
+  online_histogram,
+  regret,
+  within_capacity,
+)
+from .oracle import lp_optimum, optimality
 from .order_statistic import kth_largest
 from .quantile import quantile
 from .rounding import round_to_capacity
-from .selection import Choice
-from .selection import choose
+from .selection import Choice, choose
 from .sinkhorn import sinkhorn
 from .unbalanced import unbalanced
-from .violation import max_violation
-from .violation import min_violation
+from .violation import max_violation, min_violation
 
 __all__ = [
   'Balancer',

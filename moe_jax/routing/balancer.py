@@ -4,15 +4,13 @@ Shape letters: T tokens, B batch, S sequence, E experts.
 """
 
 from collections.abc import Callable
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .order_statistic import total
-from .selection import Choice
-from .selection import choose
+from .selection import Choice, choose
 
 
 class State(NamedTuple):

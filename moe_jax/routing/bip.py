@@ -8,11 +8,12 @@ from jax import lax
 import jax.numpy as jnp
 
 from . import balancer as base
-from .order_statistic import kth_and_next_largest
-from .order_statistic import kth_and_next_of_row
-from .order_statistic import kth_largest
-from .selection import check_k
-from .selection import rankable
+from .order_statistic import (
+  kth_and_next_largest,
+  kth_and_next_of_row,
+  kth_largest,
+)
+from .selection import check_k, rankable
 
 _CUTOFFS = ('next', 'midpoint')
 _SCOPES = ('global', 'shard')

@@ -11,8 +11,7 @@ Shape letters: N arrivals, E experts, K chosen, R ranks kept, B blocks.
 """
 
 from collections.abc import Callable
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax

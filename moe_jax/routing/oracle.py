@@ -8,8 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .selection import check_k
-from .selection import choose
+from .selection import check_k, choose
 
 
 class Optimum(NamedTuple):
@@ -129,8 +128,7 @@ def lp_optimum(
       range.
   """
   # Only where it is used: it takes a good part of a second to import.
-  from scipy import optimize
-  from scipy import sparse
+  from scipy import optimize, sparse
 
   scores_TxE = _check_scores(scores, k)
   tokens, experts = scores_TxE.shape

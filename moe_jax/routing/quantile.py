@@ -12,10 +12,8 @@ import jax.numpy as jnp
 
 from . import balancer as base
 from .bip import dual_iterations
-from .order_statistic import kth_and_next_of_row
-from .order_statistic import total
-from .selection import check_k
-from .selection import rankable
+from .order_statistic import kth_and_next_of_row, total
+from .selection import check_k, rankable
 
 _ESTIMATORS = ('exact', 'histogram')
 

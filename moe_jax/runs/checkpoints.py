@@ -12,8 +12,7 @@ import json
 import math
 import re
 import sys
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
@@ -21,9 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_jax.options import Refused
-from moe_jax.runs import checksums
-from moe_jax.runs import files
-from moe_jax.runs import processes
+from moe_jax.runs import checksums, files, processes
 
 ITEMS = ('params', 'optimizer', 'router')
 Items = dict[str, Any]  # a pytree of arrays for each of these

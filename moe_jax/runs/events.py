@@ -10,10 +10,8 @@ import time
 from typing import Any
 
 import numpy as np
-from tensorboardX import event_file_writer
-from tensorboardX import summary
-from tensorboardX.proto import event_pb2
-from tensorboardX.proto import summary_pb2
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2, summary_pb2
 
 _SECONDS_BETWEEN_FLUSHES = 30.0
 # So many a run, however long: TensorBoard keeps 500 of a name and draws 51.

@@ -4,8 +4,7 @@ What is written at once goes to a bucket (gs://...) directly; what grows is
 written locally and uploaded with each checkpoint.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import json
 import os

@@ -1,7 +1,6 @@
 """One run at a time in a work directory."""
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import json
 import os

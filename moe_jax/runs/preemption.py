@@ -6,8 +6,7 @@ A second one ends the process at once, unsaved, with 128 + the signal's number.
 have come to the step after which they save.)
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import itertools
 import os

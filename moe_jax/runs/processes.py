@@ -11,9 +11,7 @@ JAX_LOCAL_DEVICE_IDS=0,1,... names the GPUs of a process. Without it, processes
 under SLURM have one each, others all that they see.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
 import itertools
@@ -23,13 +21,10 @@ import os
 import sys
 import time
 import traceback
-from typing import Any
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
-from jax._src import clusters
-from jax._src import distributed
-from jax._src import xla_bridge
+from jax._src import clusters, distributed, xla_bridge
 from jax.extend import backend
 from jaxlib import _jax
 

@@ -4,9 +4,7 @@ import functools
 import os
 from typing import Any
 
-from moe_jax.runs import checkpoints
-from moe_jax.runs import files
-from moe_jax.runs import records
+from moe_jax.runs import checkpoints, files, records
 
 
 class Reader:

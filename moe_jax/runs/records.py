@@ -4,8 +4,7 @@ A line without its end is being written, or was when the process was killed; it
 counts as not there.
 """
 
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import json
 import math
 import os

@@ -11,9 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from moe_jax.runs import checkpoints
-from moe_jax.runs import checksums
-from moe_jax.runs import files
+from moe_jax.runs import checkpoints, checksums, files
 from moe_jax.runs.checkpoints import ITEMS
 
 

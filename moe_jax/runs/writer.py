@@ -4,8 +4,7 @@ Metrics stay on the device until the next step is under way: a step never waits
 for the host. The first process writes all that is not a checkpoint.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import math
 import sys
@@ -17,12 +16,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from moe_jax.runs import checkpoints
-from moe_jax.runs import events
-from moe_jax.runs import files
-from moe_jax.runs import lock
-from moe_jax.runs import processes
-from moe_jax.runs import records
+from moe_jax.runs import checkpoints, events, files, lock, processes, records
 from moe_jax.runs.progress import Screen
 from moe_jax.runs.reader import Reader
 from moe_jax.runs.saver import Saver

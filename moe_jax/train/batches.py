@@ -1,13 +1,11 @@
 """Batches of text on the devices of a mesh."""
 
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import functools
 from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from moe_jax import data

@@ -11,11 +11,9 @@ from jax.sharding import Mesh
 import numpy as np
 
 from moe_jax.config import Config
-from moe_jax.data import TextData
-from moe_jax.data import token_counts
+from moe_jax.data import TextData, token_counts
 from moe_jax.train.batches import evaluation_batches
-from moe_jax.train.state import Training
-from moe_jax.train.state import TrainState
+from moe_jax.train.state import Training, TrainState
 from moe_jax.train.step import cross_entropy
 
 

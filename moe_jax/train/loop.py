@@ -13,17 +13,13 @@ from moe_jax import config as config_lib
 from moe_jax import nn
 from moe_jax.data.cache import open_cache
 from moe_jax.parallel import exchange
-from moe_jax.runs import checkpoints
-from moe_jax.runs import checksums
-from moe_jax.runs import preemption
-from moe_jax.runs import writer
+from moe_jax.runs import checkpoints, checksums, preemption, writer
 from moe_jax.train import facts as facts_lib
 from moe_jax.train.batches import training_batches
 from moe_jax.train.evaluate import make_evaluation
 from moe_jax.train.optimizer import make_schedule
 from moe_jax.train.plan import Plan
-from moe_jax.train.state import TrainState
-from moe_jax.train.state import make_training
+from moe_jax.train.state import TrainState, make_training
 from moe_jax.train.step import make_train_step
 
 

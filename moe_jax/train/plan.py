@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 import os
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
@@ -13,13 +12,10 @@ from moe_jax import config as config_lib
 from moe_jax import data
 from moe_jax.config import Config
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.runs import files
-from moe_jax.runs import processes
+from moe_jax.runs import files, processes
 from moe_jax.runs.reader import Reader
 from moe_jax.train import facts
-from moe_jax.train.state import Training
-from moe_jax.train.state import check_memory
-from moe_jax.train.state import make_training
+from moe_jax.train.state import Training, check_memory, make_training
 
 
 class Plan(NamedTuple):

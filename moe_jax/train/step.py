@@ -14,8 +14,7 @@ from moe_jax import nn
 from moe_jax.config import Config
 from moe_jax.train.batches import Batch
 from moe_jax.train.optimizer import make_schedule
-from moe_jax.train.state import Training
-from moe_jax.train.state import TrainState
+from moe_jax.train.state import Training, TrainState
 
 
 def cross_entropy(logits_BxSxV: jax.Array, batch: Batch) -> jax.Array:

@@ -5,11 +5,13 @@ import types
 import numpy as np
 import pytest
 
-from moe_jax.analysis import coactivation_figure
-from moe_jax.analysis import cutoff_figure
-from moe_jax.analysis import margin_figure
-from moe_jax.analysis import save_figure
-from moe_jax.analysis import similarity_figure
+from moe_jax.analysis import (
+  coactivation_figure,
+  cutoff_figure,
+  margin_figure,
+  save_figure,
+  similarity_figure,
+)
 from moe_jax.analysis.expert_statistics import score_quantiles
 
 

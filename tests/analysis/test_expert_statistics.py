@@ -5,11 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-from moe_jax.analysis import coactivation
-from moe_jax.analysis import typical_tokens
-from moe_jax.analysis.expert_statistics import cluster_order
-from moe_jax.analysis.expert_statistics import cosine_similarity
-from moe_jax.analysis.expert_statistics import score_quantiles
+from moe_jax.analysis import coactivation, typical_tokens
+from moe_jax.analysis.expert_statistics import (
+  cluster_order,
+  cosine_similarity,
+  score_quantiles,
+)
 
 
 def of_sets(route, sets, experts):

@@ -4,15 +4,17 @@ import matplotlib
 import numpy as np
 import pytest
 
-from moe_jax.analysis import Run
-from moe_jax.analysis import figures
-from moe_jax.analysis import frontier_figure
-from moe_jax.analysis import load_heatmap_figure
-from moe_jax.analysis import loss_figure
-from moe_jax.analysis import max_violation_figure
-from moe_jax.analysis import price_figure
-from moe_jax.analysis import progress_figure
-from moe_jax.analysis import save_figure
+from moe_jax.analysis import (
+  Run,
+  figures,
+  frontier_figure,
+  load_heatmap_figure,
+  loss_figure,
+  max_violation_figure,
+  price_figure,
+  progress_figure,
+  save_figure,
+)
 from moe_jax.config import METHODS
 
 

@@ -4,8 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moe_jax.analysis import Run
-from moe_jax.analysis import frontier_figure
+from moe_jax.analysis import Run, frontier_figure
 from moe_jax.analysis.frontier import pareto_front
 
 

@@ -5,10 +5,7 @@ import statistics
 
 import pytest
 
-from moe_jax.analysis import Run
-from moe_jax.analysis import comparison
-from moe_jax.analysis import comparison_markdown
-from moe_jax.analysis import summarize
+from moe_jax.analysis import Run, comparison, comparison_markdown, summarize
 from moe_jax.analysis.table import over_seeds
 
 

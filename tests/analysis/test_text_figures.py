@@ -7,13 +7,13 @@ from matplotlib.patches import Rectangle
 import numpy as np
 import pytest
 
-from moe_jax.analysis import save_figure
-from moe_jax.analysis import text_figure
-from moe_jax.analysis import typical_tokens
-from moe_jax.analysis import typical_tokens_figure
-from moe_jax.analysis.text_figures import expert_color
-from moe_jax.analysis.text_figures import visible
-from moe_jax.analysis.text_figures import wrap
+from moe_jax.analysis import (
+  save_figure,
+  text_figure,
+  typical_tokens,
+  typical_tokens_figure,
+)
+from moe_jax.analysis.text_figures import expert_color, visible, wrap
 
 
 @pytest.fixture

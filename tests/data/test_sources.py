@@ -11,8 +11,7 @@ from moe_jax import data
 from moe_jax.data import sources
 from moe_jax.data.config import EVALUATION_SETS
 from moe_jax.data.sotu import sotu_files
-from tests.data.reading import documents_of
-from tests.data.reading import sizes
+from tests.data.reading import documents_of, sizes
 
 
 def test_sotu_has_the_documents_and_bytes_that_it_should(sotu):

@@ -18,9 +18,7 @@ import pytest
 from moe_jax import data
 from moe_jax.data import sources
 from moe_jax.data.tokenizer import Tokenizer
-from tests.data.reading import load
-from tests.data.reading import train_and_validation
-from tests.data.reading import write
+from tests.data.reading import load, train_and_validation, write
 
 
 def test_every_format_is_read_in_the_order_given(tmp_path):

@@ -5,10 +5,12 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from moe_jax.data.tokenizer import END_OF_DOCUMENT
-from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.data.tokenizer import load_tokenizer
-from moe_jax.data.tokenizer import load_tokens
+from moe_jax.data.tokenizer import (
+  END_OF_DOCUMENT,
+  Tokenizer,
+  load_tokenizer,
+  load_tokens,
+)
 
 DOCUMENTS = ['the theme of the thesis', 'then the other', 'naïve 😀 naïve 😀']
 

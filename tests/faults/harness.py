@@ -1,7 +1,6 @@
 """Real trainings in subprocesses, broken at chosen moments."""
 
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import hashlib

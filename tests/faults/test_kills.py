@@ -6,8 +6,7 @@ import functools
 import pytest
 
 from moe_jax import analysis
-from tests.faults import harness
-from tests.faults import kills
+from tests.faults import harness, kills
 
 CASES = 25
 

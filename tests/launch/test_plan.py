@@ -11,12 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import pytest
 
-from launch import ahead
-from launch import cost
-from launch import estimate
-from launch import hardware
-from launch import hlo
-from launch import plan
+from launch import ahead, cost, estimate, hardware, hlo, plan
 from launch.hardware import CHIPS
 from moe_jax.parallel import mesh as meshes
 from tests.train import tiny

@@ -10,8 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax import nn
-from moe_jax import routing
+from moe_jax import nn, routing
 
 # q as `bip` has it, with the observation of `loss_free`.
 COUNTING = routing.bip(2)._replace(observe=routing.loss_free().observe)

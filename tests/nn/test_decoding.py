@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import nn
-from moe_jax import routing
+from moe_jax import nn, routing
 from moe_jax.parallel import mesh as meshes
 
 VOCABULARY, BATCH, SEQUENCE = 40, 4, 12

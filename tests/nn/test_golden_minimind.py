@@ -7,8 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax import nn
-from moe_jax import routing
+from moe_jax import nn, routing
 from tests import golden_data
 from tests.nn import golden as reference
 

@@ -11,8 +11,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from moe_jax import nn
-from moe_jax import routing
+from moe_jax import nn, routing
 
 WIDTH, EXPERTS, K = 16, 8, 2
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import nn
-from moe_jax import routing
+from moe_jax import nn, routing
 
 WIDTH, EXPERTS, K = 16, 8, 2
 COUNTING = routing.bip(1)._replace(observe=routing.loss_free().observe)

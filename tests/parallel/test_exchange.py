@@ -10,10 +10,8 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from moe_jax import nn
-from moe_jax import routing
-from moe_jax.parallel import dispatch
-from moe_jax.parallel import exchange
+from moe_jax import nn, routing
+from moe_jax.parallel import dispatch, exchange
 from moe_jax.parallel import mesh as meshes
 from moe_jax.runs import processes
 from tests import several_processes

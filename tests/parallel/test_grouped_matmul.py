@@ -3,9 +3,7 @@
 import functools
 import re
 
-from hypothesis import example
-from hypothesis import given
-from hypothesis import settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 import jax
 from jax import lax
@@ -16,9 +14,11 @@ import numpy as np
 import pytest
 
 from moe_jax.parallel import grouped_matmul_gpu
-from moe_jax.parallel.grouped_matmul import TILE
-from moe_jax.parallel.grouped_matmul import compiler_options
-from moe_jax.parallel.grouped_matmul import grouped_matmul
+from moe_jax.parallel.grouped_matmul import (
+  TILE,
+  compiler_options,
+  grouped_matmul,
+)
 
 ROWS, D, F, E = 600, 3, 4, 5
 LOADS = [

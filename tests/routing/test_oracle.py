@@ -4,8 +4,7 @@ import functools
 import itertools
 import math
 
-from hypothesis import given
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 import jax

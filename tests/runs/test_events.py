@@ -6,8 +6,10 @@ import json
 
 import pytest
 from tensorboard import plugin_util
-from tensorboard.backend.event_processing import event_accumulator
-from tensorboard.backend.event_processing import event_file_loader
+from tensorboard.backend.event_processing import (
+  event_accumulator,
+  event_file_loader,
+)
 from tensorboard.data_compat import migrate_value  # What its server does first.
 from tensorboard.util import tensor_util
 from tensorboardX import event_file_writer

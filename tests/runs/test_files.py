@@ -11,10 +11,7 @@ import pytest
 
 from moe_jax import config as config_lib
 from moe_jax.options import Refused
-from moe_jax.runs import checkpoints
-from moe_jax.runs import files
-from moe_jax.runs import records
-from moe_jax.runs import writer
+from moe_jax.runs import checkpoints, files, records, writer
 from moe_jax.train import loop
 from tests.train import tiny
 

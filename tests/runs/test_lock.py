@@ -7,8 +7,7 @@ import time
 import pytest
 
 from moe_jax.options import Refused
-from moe_jax.runs import files
-from moe_jax.runs import lock
+from moe_jax.runs import files, lock
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,9 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
 from moe_jax.options import Refused
-from moe_jax.runs import files
-from moe_jax.runs import records
+from moe_jax.runs import files, records
 from moe_jax.runs import writer as writer_lib
-from moe_jax.runs.checkpoints import Position
-from moe_jax.runs.checkpoints import Saved
+from moe_jax.runs.checkpoints import Position, Saved
 
 CONFIG = {
   'steps': 9,

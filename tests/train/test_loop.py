@@ -12,12 +12,9 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from moe_jax import analysis
+from moe_jax import analysis, nn
 from moe_jax import config as config_lib
-from moe_jax import nn
-from moe_jax.runs import checkpoints
-from moe_jax.runs import checksums
-from moe_jax.runs import preemption
+from moe_jax.runs import checkpoints, checksums, preemption
 from moe_jax.runs.reader import Reader
 from moe_jax.train import batches as batches_lib
 from moe_jax.train import evaluate as evaluation

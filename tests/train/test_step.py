@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax import nn
-from moe_jax.config import METHODS
-from moe_jax.config import MeshConfig
+from moe_jax.config import METHODS, MeshConfig
 from moe_jax.parallel import mesh as meshes
 from moe_jax.train import batches
 from moe_jax.train import state as state_lib

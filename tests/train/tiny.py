@@ -13,8 +13,7 @@ import numpy as np
 from moe_jax import config as config_lib
 from moe_jax.runs import preemption
 from moe_jax.train.loop import train
-from moe_jax.train.plan import Plan
-from moe_jax.train.plan import plan
+from moe_jax.train.plan import Plan, plan
 
 
 def write_text(directory: pathlib.Path) -> pathlib.Path:

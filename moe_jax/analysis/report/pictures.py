@@ -1,11 +1,9 @@
 """The figures of the report page."""
 
 import base64
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import io
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
