@@ -61,6 +61,7 @@ class Writer:
   Attributes:
     facts: what `run.json` says; empty where there is no checkpoint.
     evaluated: whether the step that the run resumes from was evaluated.
+    saved_step: that of the newest checkpoint; 0 where there is none.
   """
 
   def __init__(self, workdir, config, label, still_ours, stack):
@@ -132,7 +133,7 @@ class Writer:
         write the model's tokens.
     """
     self._position = saved.position if saved else checkpoints.Position()
-    self._saved_step = self._position.step
+    self.saved_step = self._position.step
     self.facts, self._last, evaluations = facts, {}, {}
     with processes.agreement():
       self._directory, self._upload = self._stack.enter_context(
@@ -142,7 +143,7 @@ class Writer:
       if self._directory is not None:
         # Before config.json, whose checkpoint_every the steps so far are under.
         path, record = self._directory / records.NAME, saved and saved.record
-        metrics = records.Writer(path, self._saved_step, record)
+        metrics = records.Writer(path, self.saved_step, record)
         self._outputs = [metrics]
         self._last, evaluations = metrics.last, metrics.evaluations
         files.write_json(self._workdir / 'config.json', self._config)
@@ -154,7 +155,7 @@ class Writer:
       step: values.get(LOSS, math.nan) for step, values in evaluations.items()
     }
     # The first process alone has read that.
-    evaluated = np.int32(self._saved_step in evaluations)
+    evaluated = np.int32(self.saved_step in evaluations)
     self.evaluated = bool(multihost_utils.broadcast_one_to_all(evaluated))
 
   def open(self) -> None:
@@ -211,7 +212,7 @@ class Writer:
       wait: whether to return only when it is written.
     """
     step = self._position.step
-    if step == self._saved_step:
+    if step == self.saved_step:
       return
     self._read()
     self._still_ours()
@@ -223,7 +224,7 @@ class Writer:
     self._saver.save(
       items, self._position, record=records.finite(self._record), wait=wait
     )
-    self._saved_step = step
+    self.saved_step = step
     self._clock = time.perf_counter()
 
   def add(

@@ -62,9 +62,12 @@ def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
       run.record(step, *told)  # It is read while the next step runs.
       last = step == steps
       stop = preempted() and not last  # An evaluation asks for itself.
-      if last or stop or step % plan.config.checkpoint_every == 0:
-        run.save(state, wait=last or stop)  # Before the evaluation can fail.
-      if not stop and plan.evaluates_after(step):
+      evaluates = plan.evaluates_after(step) and not stop
+      due = last or stop or step % plan.config.checkpoint_every == 0
+      # The evaluation can fail: not before there is a checkpoint.
+      if due or (evaluates and not run.saved_step):
+        run.save(state, wait=last or stop)
+      if evaluates:
         stop = not run.add(evaluate, state, preempted)
       if stop:
         run.save(state, wait=True)

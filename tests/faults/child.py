@@ -18,7 +18,7 @@ import time
 PHASES = {
   'data preparation': ('moe_jax.data', 'load_text'),
   'restore': ('moe_jax.runs.checkpoints', 'restore_newest'),
-  'evaluation': ('moe_jax.train.evaluate', 'evaluate'),
+  'evaluation': ('moe_jax.train.evaluate', '_add_up'),
   'save': ('moe_jax.runs.saver', 'Saver.save'),
 }
 

@@ -247,7 +247,7 @@ def test_an_evaluation_that_fails_loses_no_step(text, tmp_path, monkeypatch):
     raise RuntimeError('no memory for the evaluation')
 
   with monkeypatch.context() as patch:
-    patch.setattr(evaluation, 'evaluate', fail)
+    patch.setattr(evaluation, '_add_up', fail)
     for _ in range(2):
       with pytest.raises(RuntimeError, match='no memory for the evaluation'):
         tiny.run(config, workdir)
@@ -256,6 +256,22 @@ def test_an_evaluation_that_fails_loses_no_step(text, tmp_path, monkeypatch):
   tiny.run(config, workdir)
   undisturbed = tiny.run(config, tmp_path / 'undisturbed')
   assert records(workdir) == records(undisturbed.workdir)
+
+
+def test_a_first_evaluation_that_fails_leaves_a_checkpoint(
+  text, tmp_path, monkeypatch
+):
+  """At step 1, long before the first checkpoint is due."""
+  config = tiny.tiny_config(text, steps=3, eval_every=1, checkpoint_every=100)
+
+  def fail(*args):
+    raise RuntimeError('no memory for the evaluation')
+
+  monkeypatch.setattr(evaluation, '_add_up', fail)
+  for _ in range(2):
+    with pytest.raises(RuntimeError, match='no memory for the evaluation'):
+      tiny.run(config, tmp_path / 'run')
+    assert Reader(tmp_path / 'run').checkpoints == [1]
 
 
 def test_a_cache_of_compiled_programs_that_the_user_chose_stays(monkeypatch):
