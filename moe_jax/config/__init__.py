@@ -11,13 +11,11 @@ from moe_jax.config.balancers import (
   BALANCERS,
   METHODS,
   balancer_options,
-  make_balancer,
   method_of,
 )
 from moe_jax.config.changes import (
   check_changes,
   differences,
-  is_among,
   may_change,
   upgrade,
 )
@@ -37,8 +35,6 @@ __all__ = [
   'differences',
   'flatten',
   'freeze',
-  'is_among',
-  'make_balancer',
   'may_change',
   'method_of',
   'split_names',

@@ -111,11 +111,6 @@ class Config:
         f'warmup_steps={self.warmup_steps}: must be less than '
         f'steps={self.steps}'
       )
-    if self.mesh.fsdp and not self.model.remat:
-      raise ValueError(
-        'mesh.fsdp=True: needs model.remat=True, or the gathered weights of '
-        'all layers would be kept for the backward pass'
-      )
     self.model.check_capacity_factor(self.capacity_factor)
     if not self.balancer_rule.additive and self.accumulation > 1:
       additive = [m for m in METHODS if make_balancer(METHODS[m]).additive]

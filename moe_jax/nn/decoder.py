@@ -109,8 +109,8 @@ class Decoder(nnx.Module):
   ):
     if fsdp and (mesh is None or not config.remat):
       raise ValueError(
-        f'fsdp=True: needs a mesh and model.remat=True (is {config.remat}), or '
-        'the gathered weights of all layers would be kept for the backward pass'
+        'mesh.fsdp=True: needs a mesh and model.remat=True, or the gathered '
+        'weights of all layers would be kept for the backward pass'
       )
     self.config, self.mesh, self.fsdp = config, mesh, fsdp
     # Also the weight of MiniMind's output layer: U(+-1/sqrt(D)).

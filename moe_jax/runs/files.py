@@ -204,9 +204,14 @@ def read_json(path: epath.Path) -> Any:
 
 def write_json(path: epath.Path, value: Any) -> None:
   """Writes a JSON file whole or not at all."""
+  write(path, (json.dumps(value, indent=2) + '\n').encode())
+
+
+def write(path: epath.Path | pathlib.Path, content: bytes) -> None:
+  """Writes a file whole or not at all."""
   temporary = path.with_suffix('.tmp')
-  with temporary.open('w') as file:
-    file.write(json.dumps(value, indent=2) + '\n')
+  with temporary.open('wb') as file:
+    file.write(content)
     file.flush()
     with contextlib.suppress(AttributeError, OSError):  # A bucket has no disk.
       os.fsync(file.fileno())

@@ -115,10 +115,7 @@ def plan(
       **{f'tokens of {name}': len(x) for name, x in text.evaluation.items()},
       'devices of each process': jax.local_device_count(),
       **facts.versions(),
-      **{
-        f'config.{name}': value
-        for name, value in config_lib.flatten(planned.options).items()
-      },
+      **config_lib.flatten({'config': planned.options}),
     }
   return planned
 

@@ -8,7 +8,6 @@ different configs.
 
 import argparse
 from collections.abc import Sequence
-import os
 import pathlib
 import sys
 
@@ -16,16 +15,7 @@ from rich.console import Console
 
 from moe_jax.analysis.report.page import render
 from moe_jax.analysis.run import Run
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  temporary = path.with_name(f'{path.name}.tmp')
-  try:
-    temporary.write_text(text, encoding='utf-8', errors='replace')
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+from moe_jax.runs import files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise ValueError(f'--out={out}: must be a file in an existing directory')
     runs = [Run(path) for path in arguments.workdir]
     with Console(stderr=True).status('report') as status:
-      _write(out, render(runs, status.update))
+      page = render(runs, status.update)
+    files.write(out, page.encode(errors='replace'))
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
