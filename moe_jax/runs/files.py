@@ -210,9 +210,13 @@ def write_json(path: epath.Path, value: Any) -> None:
 def write(path: epath.Path | pathlib.Path, content: bytes) -> None:
   """Writes a file whole or not at all."""
   temporary = path.with_suffix('.tmp')
-  with temporary.open('wb') as file:
-    file.write(content)
-    file.flush()
-    with contextlib.suppress(AttributeError, OSError):  # A bucket has no disk.
-      os.fsync(file.fileno())
-  temporary.replace(path)
+  try:
+    with temporary.open('wb') as file:
+      file.write(content)
+      file.flush()
+      # A bucket has no disk.
+      with contextlib.suppress(AttributeError, OSError):
+        os.fsync(file.fileno())
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)

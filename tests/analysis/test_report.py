@@ -236,7 +236,7 @@ def test_a_failure_leaves_the_page_that_was_there(
   def full(source, target):
     raise OSError(28, 'No space left on device', str(target))
 
-  monkeypatch.setattr(report.os, 'replace', full)
+  monkeypatch.setattr(pathlib.Path, 'replace', full)
   assert report.main([str(write_run('bip')), f'--out={out}']) == 2
   assert 'No space left on device' in capsys.readouterr().err
   assert out.read_text() == 'before'
