@@ -184,12 +184,12 @@ def _train(argv: Sequence[str], preempted: Callable[[], bool]) -> None:
     # Late: a wrong flag is answered at once, before anything big is loaded.
     from moe_jax import config
     from moe_jax.train.loop import train
-    from moe_jax.train.plan import plan
+    from moe_jax.train.plan import plan, sharding
 
     frozen = config.freeze(options)
     allowed = config.split_names(values.allow_config_change)
     if values.print_sharding:
-      return _print_sharding(frozen)
+      return print(sharding(frozen))
   train(plan(frozen, values.workdir, allowed), preempted)
 
 
@@ -219,15 +219,6 @@ def _is_out_of_memory(error: Exception) -> bool:
   if isinstance(error, RuntimeError):  # That of jax is one.
     return 'Out of memory' in str(error) or 'RESOURCE_EXHAUSTED' in str(error)
   return isinstance(error, MemoryError)
-
-
-def _print_sharding(config) -> None:
-  from moe_jax.parallel import mesh as meshes
-  from moe_jax.train import state
-
-  mesh = meshes.make_mesh(config.mesh.data, config.mesh.expert)
-  training = state.make_training(config, mesh)
-  print(state.sharding_table(training.abstract))
 
 
 if __name__ == '__main__':

@@ -90,3 +90,25 @@ def test_routing_imports_jax_only():
       known = allowed + exceptions.get(path.name, ())
       for name in names:
         assert name.split('.')[0] in known, f'{path}: {name}'
+
+
+def test_functions_fit_on_a_screen():
+  """60 lines: blank lines, comments and docstrings do not count."""
+  too_long = []
+  for path in PACKAGE.rglob('*.py'):
+    source = path.read_text()
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+      if not isinstance(node, ast.FunctionDef):
+        continue
+      count = sum(
+        bool(line.strip()) and not line.lstrip().startswith('#')
+        for line in lines[node.lineno - 1 : node.end_lineno]
+      )
+      for inner in ast.walk(node):
+        if isinstance(inner, ast.FunctionDef):
+          docstring = ast.get_docstring(inner) or ''
+          count -= sum(bool(line.strip()) for line in docstring.splitlines())
+      if count > 60:
+        too_long.append(f'{path}: {node.name} has {count} lines')
+  assert not too_long

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from moe_jax.data import cache, documents
 from moe_jax.data.config import DataConfig
-from moe_jax.data.corpus import Corpus
+from moe_jax.data.documents import Corpus
 from moe_jax.options import shown
 
 _FORMAT = 1  # Part of every key: raise it when this file reads differently.

@@ -1,6 +1,6 @@
 """Documents of .txt (one a file) and .jsonl (one a line), also with .gz."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import glob
@@ -10,12 +10,11 @@ import itertools
 import json
 import pathlib
 import sys
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 import zlib
 
 from moe_jax.data import cache
 from moe_jax.data.config import split_names
-from moe_jax.data.corpus import Corpus
 from moe_jax.options import shown
 
 FORMAT = 1  # Part of every key: raise it when these files read differently.
@@ -26,6 +25,21 @@ LARGEST_DOCUMENT = 1 << 30
 # shrinks 3 to 10 times; nothing shrinks more than 1032 times.
 LARGEST_EXPANSION = 100
 SMALL_EXPANSION = 1 << 28
+
+
+class Corpus(NamedTuple):
+  """Text that is read only when asked for.
+
+  Attributes:
+    key: hash that changes when the text does.
+    documents: returns the documents, in a fixed order, anew on each call.
+    check: raises ValueError if the text is no longer that of `key`. It is
+      called after reading and before anything is stored under that key.
+  """
+
+  key: str
+  documents: Callable[[], Iterator[str]]
+  check: Callable[[], None] = lambda: None
 
 
 def find_files(option: str, patterns: str, text_field: str) -> 'Files':

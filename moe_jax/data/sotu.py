@@ -11,10 +11,9 @@ import pathlib
 
 from moe_jax.data import documents
 from moe_jax.data.config import DataConfig
-from moe_jax.data.corpus import Corpus
 
 
-def open_corpora(config: DataConfig) -> dict[str, Corpus]:
+def open_corpora(config: DataConfig) -> dict[str, documents.Corpus]:
   """Returns the corpora 'train' and 'validation'."""
   del config  # There is nothing to choose.
   return {

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from moe_jax.data import shakespeare, sotu, text_files
 from moe_jax.data.config import DataConfig
-from moe_jax.data.corpus import Corpus
+from moe_jax.data.documents import Corpus
 
 SOURCES: dict[str, Callable[[DataConfig], dict[str, Corpus]]] = {
   'sotu': sotu.open_corpora,

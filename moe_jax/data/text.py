@@ -14,7 +14,7 @@ import tokenizers
 
 from moe_jax.data import cache, sources
 from moe_jax.data.config import DataConfig, split_names
-from moe_jax.data.corpus import Corpus
+from moe_jax.data.documents import Corpus
 from moe_jax.data.tokenizer import Tokenizer, load_tokenizer, load_tokens
 
 _FORMAT = 1  # Part of every key: raise it when tokens are made differently.

@@ -9,12 +9,11 @@ import hashlib
 
 from moe_jax.data import cache, documents
 from moe_jax.data.config import DataConfig
-from moe_jax.data.corpus import Corpus
 
 _HELD_OUT = 20  # Without validation files, one document in so many.
 
 
-def open_corpora(config: DataConfig) -> dict[str, Corpus]:
+def open_corpora(config: DataConfig) -> dict[str, documents.Corpus]:
   """Returns the corpora 'train' and 'validation'.
 
   Raises:
@@ -38,7 +37,7 @@ def open_corpora(config: DataConfig) -> dict[str, Corpus]:
   return {'train': train, 'validation': validation}
 
 
-def _corpus(files: documents.Files, part: str) -> Corpus:
+def _corpus(files: documents.Files, part: str) -> documents.Corpus:
   def read() -> Iterator[str]:
     texts = files.documents()
     if part != 'whole':
@@ -48,7 +47,7 @@ def _corpus(files: documents.Files, part: str) -> Corpus:
 
   named = 'text_files', documents.FORMAT, files.text_field
   key = cache.content_key(*named, (part, files.contents))
-  return Corpus(key, read, files.check)
+  return documents.Corpus(key, read, files.check)
 
 
 def _divide(texts: Iterable[str], held_out: bool) -> Iterator[str]:

@@ -40,9 +40,7 @@ def of_run(
     'tokens_per_step': config.batch_size * config.sequence_length,
     'train_tokens_in_corpus': len(text.train_tokens),
     'text_fingerprint': text.fingerprint,
-    'evaluated_tokens': {
-      name: len(tokens) - 1 for name, tokens in evaluated.items()
-    },
+    'evaluated_tokens': {k: len(x) - 1 for k, x in evaluated.items()},
     'not_evaluated': text.not_evaluated,
   }
   if 'validation' in evaluated:

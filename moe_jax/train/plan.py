@@ -14,8 +14,7 @@ from moe_jax.config import Config
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.runs import files, processes
 from moe_jax.runs.reader import Reader
-from moe_jax.train import facts
-from moe_jax.train.state import Training, check_memory, make_training
+from moe_jax.train import facts, state
 
 
 class Plan(NamedTuple):
@@ -32,7 +31,7 @@ class Plan(NamedTuple):
 
   config: Config
   mesh: Mesh
-  training: Training
+  training: state.Training
   text: data.TextData
   workdir: epath.Path
   allowed: Sequence[str]
@@ -77,6 +76,12 @@ class Plan(NamedTuple):
       )
 
 
+def sharding(config: Config) -> str:
+  """Lists where each array of a run would be, and its bytes on each device."""
+  mesh = make_mesh(config.mesh.data, config.mesh.expert)
+  return state.sharding_table(state.make_training(config, mesh).abstract)
+
+
 def plan(
   config: Config,
   workdir: str | os.PathLike[str],
@@ -97,8 +102,8 @@ def plan(
   with processes.agreement() as agreed:
     directory = files.open_workdir(workdir)
     mesh = make_mesh(config.mesh.data, config.mesh.expert)
-    training = make_training(config, mesh)
-    check_memory(training.abstract)
+    training = state.make_training(config, mesh)
+    state.check_memory(training.abstract)
     _check_config(directory, config, allow_config_change)  # Text takes longer.
     text = data.load_text(config.data)
     if config.sequence_length >= len(text.train_tokens):
