@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import nn
+from moe_jax import nn, routing
 from moe_jax.config import METHODS, MeshConfig
 from moe_jax.parallel import mesh as meshes
 from moe_jax.train import batches
@@ -127,7 +127,8 @@ def test_accumulation_equals_one_batch(method, atol, tmp_path):
 def test_every_rule_trains_with_everything_else(method, rounding, tmp_path):
   """Accumulation, remat, bfloat16, shards, rounding.
 
-  Remat changes no bit, nor of bfloat16 if XLA rounds as the program says.
+  Remat changes no bit, nor of bfloat16 if XLA rounds as the program says; only
+  an auxiliary loss, which is recomputed, is summed in another order.
   """
   config = tiny.tiny_config(
     tmp_path,
@@ -144,7 +145,10 @@ def test_every_rule_trains_with_everything_else(method, rounding, tmp_path):
   _, train_step, state, _ = run_steps(
     with_remat(config), compiler_options=NO_EXCESS
   )
-  assert_same_bits(state, plain)
+  if config.balancer_rule.loss == routing.unbalanced().loss:
+    assert_same_bits(state, plain)
+  else:
+    assert_close(state, plain, rtol=1e-5, atol=1e-6)
   assert train_step._cache_size() == 1
   for record in history:
     assert np.isfinite(record['train/loss'])
