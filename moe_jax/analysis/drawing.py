@@ -142,21 +142,25 @@ def edges(centres: np.ndarray) -> np.ndarray:
 
 
 def title(axes: Axes, text: str, size: str = 'medium') -> None:
+  """Writes a title at the left of the axes, as it is."""
   axes.set_title(text, loc='left', fontsize=size, parse_math=False)
 
 
 def heading(figure: Figure, text: str, **look: Any) -> None:
+  """Writes a heading of the whole figure, as it is."""
   look = {'x': 0.02, 'ha': 'left', 'fontsize': 'medium'} | look
   figure.suptitle(text, parse_math=False, **look)
 
 
 def grid(axes: Axes) -> None:
+  """Draws a light grid behind the data, without a frame."""
   axes.grid(color='0.9')
   axes.set_axisbelow(True)
   axes.spines[['top', 'right']].set_visible(False)
 
 
 def legend(figure: Figure, axes: Axes) -> None:
+  """Puts the legend of the axes above the figure."""
   handles, labels = axes.get_legend_handles_labels()
   place = {'loc': 'outside upper center', 'ncols': min(len(labels), 4)}
   drawn = figure.legend(handles, labels, frameon=False, handlelength=4, **place)

@@ -127,8 +127,8 @@ def test_accumulation_equals_one_batch(method, atol, tmp_path):
 def test_every_rule_trains_with_everything_else(method, rounding, tmp_path):
   """Accumulation, remat, bfloat16, shards, rounding.
 
-  Remat changes no bit, nor of bfloat16 if XLA rounds as the program says; only
-  an auxiliary loss, which is recomputed, is summed in another order.
+  Remat changes no bit, nor of bfloat16 if XLA rounds as the program says; with
+  an auxiliary loss, last bits differ, from a cause that was not traced.
   """
   config = tiny.tiny_config(
     tmp_path,
