@@ -64,11 +64,12 @@ class Attention(nnx.Module):
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
     self.config, width = config, config.width
-    kv_width = width // config.heads * config.kv_heads
-    self.query = linear(width, width, dtype=config.dtype, rngs=rngs)
+    query_width = config.heads * config.head_width
+    kv_width = config.kv_heads * config.head_width
+    self.query = linear(width, query_width, dtype=config.dtype, rngs=rngs)
     self.key = linear(width, kv_width, dtype=config.dtype, rngs=rngs)
     self.value = linear(width, kv_width, dtype=config.dtype, rngs=rngs)
-    self.out = linear(width, width, dtype=config.dtype, rngs=rngs)
+    self.out = linear(query_width, width, dtype=config.dtype, rngs=rngs)
 
   @jax.named_scope('attention')
   def __call__(
@@ -95,7 +96,7 @@ class Attention(nnx.Module):
     else:
       cache = _add(cache, key, value)
       y = _attend_to_cache(query, cache)
-    return self.out(y.reshape(x_BxSxD.shape)), cache
+    return self.out(y.reshape(*x_BxSxD.shape[:2], -1)), cache
 
 
 def _add(cache: KeyValueCache, key, value) -> KeyValueCache:

@@ -74,9 +74,11 @@ class DecoderConfig(MoEConfig):
   dense_hidden: int = option(1408, least=1, most=2**20)
   """Width of that SwiGLU."""
   heads: int = option(8, least=1, most=2**12)
-  """Number of query heads; must divide `width` into even head widths."""
+  """Number of query heads."""
   kv_heads: int = option(2, least=1, most=2**12)
   """Number of key/value heads; must divide `heads`."""
+  head_size: int = option(0, least=0, most=2**16)
+  """Width of a head, an even number; 0 is `width` / `heads`."""
   rope_theta: float = option(1e6, above=0, most=1e30)
   """Base of the rotary frequencies."""
   norm_epsilon: float = option(1e-5, above=0, most=1.0)
@@ -94,12 +96,19 @@ class DecoderConfig(MoEConfig):
         f'model.dense_layers={self.dense_layers}: must be less '
         f'than model.layers={self.layers}, which leaves an MoE layer'
       )
-    if self.width % (2 * self.heads):
+    if self.head_size % 2:
+      raise ValueError(f'model.head_size={self.head_size}: must be even')
+    if not self.head_size and self.width % (2 * self.heads):
       raise ValueError(
         f'model.heads={self.heads}: must divide model.width={self.width} into '
-        'heads of even width'
+        'heads of even width, or set model.head_size'
       )
     if self.heads % self.kv_heads:
       raise ValueError(
         f'model.kv_heads={self.kv_heads}: must divide model.heads={self.heads}'
       )
+
+  @property
+  def head_width(self) -> int:
+    """W, width of each head."""
+    return self.head_size or self.width // self.heads

@@ -185,7 +185,7 @@ class Decoder(nnx.Module):
     config = self.config
 
     def empty(layers):
-      shape = layers, batch, room, config.kv_heads, config.width // config.heads
+      shape = layers, batch, room, config.kv_heads, config.head_width
       zeros = jnp.zeros(shape, config.dtype)
       return KeyValueCache(zeros, zeros, jnp.zeros(layers, jnp.int32))
 

@@ -254,6 +254,8 @@ def test_parameters_of_the_paper():
   assert _count() == layers * layer + 6400 * d + d
   assert round(_count() / 1e6, 1) == 302.7
   assert round(_count(experts=64, experts_per_token=8) / 1e9, 1) == 1.1
+  # Heads four times as wide: all four matrices of attention are.
+  assert _count(head_size=256) - _count() == layers * 3 * attention
 
 
 @pytest.mark.parametrize(
@@ -263,7 +265,8 @@ def test_parameters_of_the_paper():
     ({'dense_layers': 3}, ['model.dense_layers=3', 'model.layers=3']),
     ({'dense_layers': -1}, ['model.dense_layers=-1', '0 or more']),
     ({'heads': 3}, ['model.heads=3', 'model.width=16']),
-    ({'heads': 16}, ['model.heads=16', 'even width']),
+    ({'heads': 16}, ['model.heads=16', 'even width', 'model.head_size']),
+    ({'heads': 16, 'head_size': 3}, ['model.head_size=3', 'even']),
     ({'kv_heads': 3}, ['model.kv_heads=3', 'model.heads=4']),
     ({'rope_theta': 0.0}, ['model.rope_theta=0.0', 'greater than 0']),
     ({'norm_epsilon': -1.0}, ['model.norm_epsilon=-1.0', 'greater than 0']),

@@ -23,6 +23,7 @@ def build(mesh=None):
     dense_hidden=20,
     heads=4,
     kv_heads=2,
+    head_size=6,  # 24 in all, more than the model is wide.
     ragged_exchange=False,
   )
 
