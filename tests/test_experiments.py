@@ -12,7 +12,7 @@ from moe_jax.train import state as states
 
 FILES = [
   path
-  for path in pathlib.Path('experiments').glob('*.py')
+  for path in pathlib.Path('experiments').rglob('*.py')
   if 'def get_config' in path.read_text()
 ]
 

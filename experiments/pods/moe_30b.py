@@ -1,0 +1,33 @@
+"""30 B parameters, 3.4 B for a token: for 32 H100 or a v5e:16x16.
+
+Sizes are those of Qwen3-30B-A3B: 48 layers of width 2048, 128 experts of 768, 8
+for a token; one shared expert, and heads as wide as the model, are ours. A step
+has 1,048,576 tokens: 32,768 for each of 32 GPUs, which have 16 experts of each
+layer, or 4,096 for each of 256 TPU chips, which have 8. Parameters and moments
+are split over all devices.
+
+  python -m launch.plan --config=experiments/pods/moe_30b.py:bip \\
+      --topology=h100:8x4
+  python -m launch.plan --config=experiments/pods/moe_30b.py:bip \\
+      --topology=v5e:16x16 --config.mesh.expert=16
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.pods import pretraining
+
+
+def get_config(method: str = 'bip') -> ConfigDict:
+  """Returns the options under one method."""
+  options = pretraining(method, expert=8, fsdp=True)
+  options.batch_size = 256
+  options.model.update(
+    layers=48,
+    width=2048,
+    hidden=768,
+    experts=128,
+    experts_per_token=8,
+    heads=16,
+    kv_heads=4,
+  )
+  return options
