@@ -1,8 +1,8 @@
 """30 B parameters, 3.4 B for a token: for 32 H100 or a v5e:16x16.
 
 Sizes are those of Qwen3-30B-A3B: 48 layers of width 2048, 128 experts of 768, 8
-for a token; one shared expert, and heads as wide as the model, are ours. A step
-has 1,048,576 tokens: 32,768 for each of 32 GPUs, which have 16 experts of each
+for a token, 32 query heads of 128 on 4; one shared expert is ours. A step has
+1,048,576 tokens: 32,768 for each of 32 GPUs, which have 16 experts of each
 layer, or 4,096 for each of 256 TPU chips, which have 8. Parameters and moments
 are split over all devices.
 
@@ -27,7 +27,8 @@ def get_config(method: str = 'bip') -> ConfigDict:
     hidden=768,
     experts=128,
     experts_per_token=8,
-    heads=16,
+    heads=32,
     kv_heads=4,
+    head_size=128,
   )
   return options

@@ -99,7 +99,8 @@ class Reader:
       words.pop(0)
     match words:
       case ['export', *pairs]:
-        self.variables |= dict(pair.split('=', 1) for pair in pairs)
+        for name, _, value in (pair.partition('=') for pair in pairs):
+          self.variables[name] = value.replace('...', name)
       case _ if PATTERN.search(line):
         return
       case ['python', '-m', module, *flags] if flags:
