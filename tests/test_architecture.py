@@ -10,11 +10,12 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'moe_jax'
 # Each room may import itself and what is listed.
 ALLOWED = {
   'routing': set(),
-  'parallel': {'routing', 'options'},
+  'parallel': {'routing', 'options', 'jax_privates'},
   'options': set(),
+  'jax_privates': set(),
   'nn': {'routing', 'parallel', 'options'},
   'data': {'options'},
-  'runs': {'options'},
+  'runs': {'options', 'jax_privates'},
   'config': {'routing', 'data', 'nn', 'options'},
   'train': {'routing', 'parallel', 'nn', 'data', 'runs', 'config', 'options'},
   'analysis': {

@@ -10,6 +10,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from moe_jax import jax_privates
 from moe_jax.parallel import grouped_matmul_gpu, grouped_matmul_tpu
 
 # CPU tiles: a group is cut into tiles of TILE rows, and its last, short tile
@@ -55,7 +56,7 @@ def grouped_matmul(
     both operands if the cotangents of spare rows are also zero.
   """
   operands = (rows_NxD, weights_ExDxF, load_E)
-  varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
+  varying = [jax_privates.varying_axes(x) for x in operands]
   axes = frozenset.union(*varying)
   # The rule for gradients wants all to vary alike.
   return _grouped_matmul(

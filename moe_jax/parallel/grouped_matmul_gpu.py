@@ -78,13 +78,12 @@ def outer(
 
 
 def _call(kernel, grid, shape, operands, interpret):
-  rows = jax.typeof(operands[-2])
+  # Zeros like the rows: of their dtype, and varying over the same mesh axes.
+  result = functools.partial(jnp.zeros_like, shape=shape)
   return pl.pallas_call(
     kernel,
     grid=grid,
-    out_shape=jax.ShapeDtypeStruct(
-      shape, rows.dtype, manual_axis_type=rows.manual_axis_type
-    ),
+    out_shape=jax.eval_shape(result, operands[-2]),
     compiler_params=_PARAMETERS,
     interpret=interpret,
   )(*operands)

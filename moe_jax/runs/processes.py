@@ -13,7 +13,6 @@ under SLURM have one each, others all that they see.
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
-import functools
 import itertools
 import json
 import logging
@@ -24,18 +23,11 @@ import traceback
 from typing import Any, NoReturn
 
 import jax
-from jax._src import clusters, distributed, xla_bridge
-from jax.extend import backend
-from jaxlib import _jax
 
+from moe_jax import jax_privates
 from moe_jax.options import Refused
 
 _VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
-_CLUSTERS = (
-  clusters.SlurmCluster,
-  clusters.GkeTpuCluster,
-  clusters.GceTpuCluster,
-)
 _LOOPBACK = ('localhost', '127.0.0.1', '[::1]')
 
 # For a process that hangs; one that died is missed after 100 s without it.
@@ -71,7 +63,7 @@ def start() -> None:
     **arguments, coordinator_bind_address=address if local else None
   )
   if local and jax.config.jax_cpu_collectives_implementation == 'gloo':
-    _exchange_on_loopback()
+    jax_privates.exchange_on_loopback()
 
 
 def _explicit() -> dict[str, Any]:
@@ -108,7 +100,7 @@ def _explicit() -> dict[str, Any]:
 
 def _detected() -> dict[str, Any]:
   """Asks jax for SLURM's tasks or a TPU slice's hosts."""
-  cluster = next((c for c in _CLUSTERS if c.is_env_present()), None)
+  cluster = jax_privates.cluster()
   if cluster is None or cluster.get_process_count() == 1:
     return {}
   arguments = {
@@ -122,22 +114,6 @@ def _detected() -> dict[str, Any]:
     port = address.rpartition(':')[2]
     arguments['coordinator_address'] = f'127.0.0.1:{port}'
   return arguments
-
-
-def _exchange_on_loopback() -> None:
-  """Keeps gloo, which moves arrays between CPUs, on the loopback interface.
-
-  It would listen on the address that this machine's name stands for, which may
-  be a public one, and jax has no option for that.
-  """
-  collectives = _jax.make_gloo_tcp_collectives(
-    distributed.global_state.client, hostname='127.0.0.1'
-  )
-  backend.register_backend_factory(
-    'cpu',
-    functools.partial(xla_bridge.make_cpu_client, collectives),
-    fail_quietly=False,
-  )
 
 
 @contextlib.contextmanager
@@ -209,14 +185,13 @@ def end(main: Callable[[Sequence[str]], int]) -> NoReturn:
 def _verdict(answer: dict[str, Any]) -> str:
   """Tells process 0 an answer; returns what it has to say about all of them.
 
-  By the coordination service's store, which has no public name: it needs no
-  device, and waits no longer than it is told to.
+  By the coordination service's store, which needs no device.
   """
-  client = distributed.global_state.client
+  service = jax_privates.coordination()
+  client, index = service.client, service.process_id
   if client is None:
     return answer.get('error', '')
   place = f'moe_jax/agreement_{next(_agreements)}'
-  index = distributed.global_state.process_id
   deadline = time.monotonic() + _SECONDS_TO_AGREE
 
   def read(key: str, seconds: float) -> dict[str, Any]:
@@ -234,7 +209,7 @@ def _verdict(answer: dict[str, Any]) -> str:
     return verdict.get('text', f'process 0: {verdict.get("error")}')
   answers = [
     read(f'{i}', deadline - time.monotonic())
-    for i in range(distributed.global_state.num_processes)
+    for i in range(service.num_processes)
   ]
   verdict = _judge(answers)
   client.key_value_set(f'{place}/verdict', json.dumps({'text': verdict}))

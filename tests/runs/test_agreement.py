@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from moe_jax import jax_privates
 from moe_jax.runs import processes
 
 EXPLICIT = {
@@ -30,7 +31,7 @@ def started(monkeypatch):
     jax.distributed, 'initialize', lambda **options: calls.append(options)
   )
   monkeypatch.setattr(
-    processes, '_exchange_on_loopback', lambda: loopback.append(True)
+    jax_privates, 'exchange_on_loopback', lambda: loopback.append(True)
   )
 
   def start(environment):

@@ -1,0 +1,97 @@
+"""What is used of jax without a public name: all in one file, and it is there.
+
+Where a release of jax changes such a thing, its test fails and names it.
+"""
+
+import pathlib
+import re
+
+import jax
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from moe_jax import jax_privates
+from moe_jax.parallel import mesh as meshes
+from tests import several_processes
+from tests.runs.test_agreement import SLURM
+
+PRIVATE = re.compile(r'\bjax\._src\b|\bjaxlib\b|\.(manual_axis_type|mat|vma)\b')
+
+
+def test_nothing_else_uses_privates():
+  root = pathlib.Path(__file__).parents[1]
+  own = {pathlib.Path(jax_privates.__file__), pathlib.Path(__file__)}
+  files = [
+    path
+    for room in ('moe_jax', 'launch', 'experiments', 'tests', 'docs')
+    for path in (root / room).rglob('*.py')
+  ]
+  assert own < set(files)
+  used = {path for path in files if PRIVATE.search(path.read_text())}
+  assert used == own
+
+
+def test_varying_axes():
+  """`jax.typeof(x).manual_axis_type.varying`."""
+  seen = {}
+  mesh = meshes.make_mesh(4, 2)
+
+  def local(rows, weights):
+    seen['rows'] = jax_privates.varying_axes(rows)
+    seen['weights'] = jax_privates.varying_axes(weights)
+    return rows @ weights
+
+  product = jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(meshes.BATCH, P()),
+    out_specs=meshes.BATCH,
+  )
+  jax.eval_shape(product, np.ones((8, 3)), np.ones((3, 3)))
+  assert seen == {'rows': {'data', 'expert'}, 'weights': frozenset()}
+  assert jax_privates.varying_axes(np.ones(3)) == frozenset()
+
+
+def test_cluster(monkeypatch):
+  """`jax._src.clusters`."""
+  for name in SLURM:
+    monkeypatch.delenv(name, raising=False)
+  assert jax_privates.cluster() is None
+  for name, value in SLURM.items():
+    monkeypatch.setenv(name, value)
+  found = jax_privates.cluster()
+  assert found.get_process_count() == 16
+  assert found.get_process_id() == 9
+  assert found.get_coordinator_address(0, None).startswith('node07:')
+
+
+def test_clusters_of_tpus():
+  names = [each.__name__ for each in jax_privates._CLUSTERS]
+  assert names == ['SlurmCluster', 'GkeTpuCluster', 'GceTpuCluster']
+
+
+def test_a_process_alone_has_no_coordination():
+  """`jax._src.distributed.global_state`."""
+  state = jax_privates.coordination()
+  assert (state.client, state.process_id, state.num_processes) == (None, 0, 1)
+
+
+def test_coordination_and_exchange_on_loopback():
+  """And `jaxlib._jax.make_gloo_tcp_collectives`, `xla_bridge`'s client.
+
+  tests/test_security.py looks where such processes listen.
+  """
+  program = """
+import jax
+from moe_jax import jax_privates
+from moe_jax.runs import processes
+
+processes.start()
+state = jax_privates.coordination()
+state.client.key_value_set(f'from {state.process_id}', 'here')
+other = f'from {1 - state.process_id}'
+print(state.client.blocking_key_value_get(other, 60_000))
+print(state.num_processes, jax.device_count())
+"""
+  for done in several_processes.run(['-c', program], ['-c', program]):
+    assert done.stdout.split() == ['here', '2', '8'], done.stderr
