@@ -1,17 +1,17 @@
-"""Compiles the train step for chips that are not here; runs nothing.
+"""Compiles steps for chips that are not here; runs nothing.
 
 `prepare` must come before jax is imported for the first time.
 """
 
 from collections.abc import MutableMapping
 import importlib.metadata
-import importlib.util
 import math
+import os
 import pathlib
 import re
 from typing import Any, NamedTuple
 
-from launch.hardware import CHIPS
+from launch.hardware import CHIPS, MACHINES, Chip
 
 # What makes the compilers work without their chips.
 _ENVIRONMENT = {
@@ -25,6 +25,7 @@ _ENVIRONMENT = {
 }
 # Choosing kernels by running them needs a GPU.
 _XLA_FLAGS = '--xla_gpu_autotune_level=0'
+_CUDA = ('jax-cuda12-plugin', 'jax-cuda13-plugin')
 # Programs that use the SparseCore of v5p and v6e cannot be written as text.
 _SPARSECORE_OPTIONS = {
   'xla_tpu_offload_gather_to_sparsecore': False,
@@ -32,22 +33,40 @@ _SPARSECORE_OPTIONS = {
 }
 
 
+# The oldest compiler that makes a kernel of the weight gradient of grouped
+# products. Before, it was dense: as many times the work as a device has
+# experts.
+_LIBTPU = (0, 0, 50)
+
+
 class Topology(NamedTuple):
-  """A slice of a pod, or nodes of GPUs.
+  """Slices of TPU pods, or nodes of GPUs.
 
   Attributes:
     name: as it was given, such as 'v5e:16x16'.
     chip: a key of `CHIPS`.
     shape: sides of the torus; of GPUs, (in a node, nodes).
+    slices: of TPUs, all of that shape.
+    machine: a key of `MACHINES`; '' for TPUs.
   """
 
   name: str
   chip: str
   shape: tuple[int, ...]
+  slices: int = 1
+  machine: str = ''
 
   @property
   def size(self) -> int:
-    return math.prod(self.shape)
+    return self.slices * math.prod(self.shape)
+
+  @property
+  def hardware(self) -> Chip:
+    """The chip, with the network of its machine."""
+    chip = CHIPS[self.chip]
+    if not self.machine:
+      return chip
+    return chip._replace(network=MACHINES[self.machine][1])
 
 
 class Compiled(NamedTuple):
@@ -66,19 +85,24 @@ class Compiled(NamedTuple):
   limit: float
 
 
-def parse_topology(name: str) -> Topology:
+def parse_topology(name: str, slices: int = 1, machine: str = '') -> Topology:
   """Reads CHIP:AxB[xC], for GPUs CHIP:GPUS_OF_A_NODE[xNODES].
+
+  Args:
+    name: to be read.
+    slices: of TPUs, all of that shape.
+    machine: what the GPUs are in; '' is a DGX.
 
   Raises:
     ValueError: it is not of that form, or the chip is not known.
   """
   chip, _, sides = name.partition(':')
   sizes = tuple(int(n) for n in sides.split('x')) if _is_sizes(sides) else ()
-  count = {'h100': (1, 2), 'v5p': (3,)}.get(chip, (2,))
+  count = {'h100': (1, 2), 'h200': (1, 2), 'v5p': (3,)}.get(chip, (2,))
   if chip not in CHIPS or len(sizes) not in count or min(sizes) < 1:
     raise ValueError(
       f'--topology={name}: must be like v5e:16x16, v6e:16x16, v5p:4x4x8 or '
-      'h100:8x4 (GPUs of a node x nodes)'
+      'h100:8x4 (GPUs of a node x nodes; also h200)'
     )
   node = CHIPS[chip].node
   if node and len(sizes) == 1:
@@ -88,7 +112,17 @@ def parse_topology(name: str) -> Topology:
       f'--topology={name}: a node has {node} GPUs; write {chip}:{node}x'
       f'{max(1, math.prod(sizes) // node)}'
     )
-  return Topology(name, chip, sizes)
+  if slices < 1 or (node and slices > 1):
+    raise ValueError(
+      f'--slices={slices}: must be 1 or more; of GPUs, --topology has the nodes'
+    )
+  machines = [m for m, (chips, _) in MACHINES.items() if chip in chips]
+  if machine and machine not in machines:
+    raise ValueError(
+      f'--machine={machine}: with {chip} it must be '
+      f'{" or ".join(machines) or "left out"}'
+    )
+  return Topology(name, chip, sizes, slices, machine or 'dgx' * bool(node))
 
 
 def _is_sizes(text: str) -> bool:
@@ -102,28 +136,33 @@ def prepare(environment: MutableMapping[str, str]) -> None:
 
 
 def check_installed(topology: Topology) -> None:
-  """Raises ValueError if the compiler for a topology is missing."""
-  package, file = (
-    ('jax_plugins.xla_cuda12', 'requirements-cuda.txt')
-    if CHIPS[topology.chip].node
-    else ('libtpu', 'requirements-tpu.txt')
+  """Raises ValueError if the compiler for a topology is missing or too old."""
+  gpus = bool(CHIPS[topology.chip].node)
+  packages, file = (
+    (_CUDA, 'requirements-cuda.txt')
+    if gpus
+    else (('libtpu',), 'requirements-tpu.txt')
   )
-  try:
-    found = importlib.util.find_spec(package)
-  except ModuleNotFoundError:  # There is no jax_plugins.
-    found = None
-  if found is None:
+  found = [package for package in packages if package in versions()]
+  if not found:
     raise ValueError(
-      f'--topology={topology.name}: its compiler, {package}, is not '
+      f'--topology={topology.name}: its compiler, {packages[0]}, is not '
       f'installed; pip install -r {file}'
+    )
+  version = versions()[found[0]]
+  numbers = tuple(map(int, re.findall(r'\d+', version)[:3]))
+  if not gpus and numbers < _LIBTPU:
+    raise ValueError(
+      f'--topology={topology.name}: libtpu {version} computes gradients of '
+      'dropless experts densely; take Python 3.12 or later and '
+      f'pip install -r {file}'
     )
 
 
 def versions() -> dict[str, str]:
   """Returns the versions of jax and of the compilers that are installed."""
-  packages = ('jax', 'libtpu', 'jax-cuda12-plugin')
   found = {}
-  for package in packages:
+  for package in ('jax', 'libtpu', *_CUDA):
     try:
       found[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -150,7 +189,7 @@ def devices(topology: Topology) -> list[Any]:
       )
     else:
       found = topologies.get_topology_desc(
-        platform='tpu', topology_name=topology.name
+        platform='tpu', topology_name=topology.name, num_slices=topology.slices
       )
   except Exception as error:  # jax's, whose type is not public.
     raise ValueError(f'--topology={topology.name}: {error}') from error
@@ -162,7 +201,36 @@ def places(mesh, topology: Topology) -> list[tuple[int, ...]]:
   if CHIPS[topology.chip].node:
     return [divmod(d.id, topology.shape[0]) for d in mesh.devices.flat]
   sides = len(topology.shape)
-  return [tuple(d.coords[:sides]) for d in mesh.devices.flat]
+  return [
+    (getattr(d, 'slice_index', 0), *d.coords[:sides]) for d in mesh.devices.flat
+  ]
+
+
+def memory_limit(topology: Topology) -> float:
+  """Returns the bytes that a program may use of a chip's memory.
+
+  On GPUs, jax takes a fraction when it starts, and no more later.
+  """
+  chip = CHIPS[topology.chip]
+  return chip.hbm * (memory_fraction() if chip.node else 1)
+
+
+def memory_fraction() -> float:
+  """Reads what jax reads: the share of a GPU's memory that it takes.
+
+  Raises:
+    ValueError: it is no number above 0 and at most 1.
+  """
+  text = os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.75')
+  try:
+    fraction = float(text)
+  except ValueError:
+    fraction = 0.0
+  if not 0 < fraction <= 1:
+    raise ValueError(
+      f'XLA_PYTHON_CLIENT_MEM_FRACTION={text}: must be above 0, at most 1'
+    )
+  return fraction
 
 
 def compile_step(lowered, topology: Topology) -> Compiled:
@@ -174,7 +242,6 @@ def compile_step(lowered, topology: Topology) -> Compiled:
   # Late, as it imports jax.
   from moe_jax.parallel import exchange
 
-  chip = CHIPS[topology.chip]
   options = _SPARSECORE_OPTIONS if topology.chip in ('v5p', 'v6e') else {}
   try:
     with exchange.refusal_explained():
@@ -195,7 +262,7 @@ def compile_step(lowered, topology: Topology) -> Compiled:
     compiled.as_text(),
     memory.argument_size_in_bytes,
     memory.temp_size_in_bytes + results,
-    chip.hbm,
+    memory_limit(topology),
   )
 
 

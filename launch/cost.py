@@ -34,6 +34,8 @@ _FREE = (
   'get-tuple-element',
   'parameter',
   'partition-id',
+  'recv',
+  'send',
   'tuple',
   'while',
 )

@@ -1,4 +1,4 @@
-"""Estimates one step of a config on a topology: memory, time, traffic."""
+"""Estimates the steps of a config on a topology: memory, time, traffic."""
 
 import collections
 from collections.abc import Iterator, Sequence
@@ -9,12 +9,13 @@ import jax
 from jax.extend import core
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
+import numpy as np
 
 from launch import ahead, cost, hardware, hlo
 from moe_jax import nn
 from moe_jax.config import Config
 from moe_jax.parallel import mesh as meshes
-from moe_jax.train import batches
+from moe_jax.train import batches, evaluate
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
 
@@ -34,8 +35,10 @@ ASSUMPTIONS = (
   'activations: what the forward pass keeps for the backward pass, layer by '
   'layer, split evenly over the devices; temporaries: the rest of what the '
   'compiler allocates, gradients among them',
-  'MFU: (6 x parameters used by a token + 6 x layers x sequence x width) FLOPs '
-  'a token, over the peak; recomputation is not useful work',
+  'evaluation: a batch of as many sequences as a microbatch, in one round, as '
+  "where loads are even; the optimizer's state stays in memory meanwhile",
+  'MFU: (6 x parameters used by a token + 6 x layers x sequence x width of all '
+  'heads) FLOPs a token, over the peak; recomputation is not useful work',
   'expected step: from all collectives hidden behind computation to none',
   "imbalance: all of the experts' computation grows by it, also what passes "
   'over rooms of fixed size: an upper bound',
@@ -53,30 +56,40 @@ def without_balancing(config: Config) -> Config:
 def estimate(
   config: Config, topology: ahead.Topology, devices: list[Any]
 ) -> dict[str, Any]:
-  """Compiles the train step and estimates what it costs.
+  """Compiles train and evaluation step and estimates what they cost.
 
   Returns:
     A JSON-able dict; bytes and seconds are those of one device and one step.
+    It `fits` if both do.
 
   Raises:
     ValueError: the config does not fit the number of devices.
   """
+  plan = train_step(config, topology, devices)
+  plan['evaluation'] = evaluation_step(config, topology, devices)
+  plan['fits'] = all(map(fits, (plan, plan['evaluation'])))
+  return plan
+
+
+def fits(plan: dict[str, Any]) -> bool:
+  """Tells whether a step needs no more memory than there is."""
+  return plan['memory']['needed'] <= plan['memory']['limit']
+
+
+def train_step(
+  config: Config, topology: ahead.Topology, devices: list[Any]
+) -> dict[str, Any]:
+  """Compiles the train step and estimates what it costs, as `estimate`."""
   mesh = meshes.make_mesh(config.mesh.data, config.mesh.expert, devices=devices)
   training = state_lib.make_training(config, mesh)
-  tokens = jax.ShapeDtypeStruct(
-    (config.batch_size, config.sequence_length),
-    jnp.int32,
-    sharding=NamedSharding(mesh, meshes.BATCH),
-  )
+  tokens = _abstract(mesh, config.batch_size, config.sequence_length)
   step = step_lib.make_train_step(config, training)
   traced = step.trace(training.abstract, batches.Batch(tokens, tokens))
   compiled = ahead.compile_step(traced.lower(), topology)
-  memory = _memory(config, training, traced.jaxpr.jaxpr, mesh, compiled)
   total, active = nn.parameter_counts(config.model, training.abstract.params)
   result = {
     'mesh': {**mesh.shape, 'fsdp': config.mesh.fsdp},
-    'fits': memory['needed'] <= memory['limit'],
-    'memory': memory,
+    'memory': _memory(config, training, traced.jaxpr.jaxpr, mesh, compiled),
     'parameters': {'total': total, 'active': active},
     'flops': {
       'step': cost.flops(traced.jaxpr.jaxpr, mesh.size, _rows(config, mesh)),
@@ -85,12 +98,48 @@ def estimate(
   }
   if compiled.text:
     result |= _times(config, topology, mesh, compiled.text)
-    peak = mesh.size * hardware.CHIPS[topology.chip].peak
+    peak = mesh.size * topology.hardware.peak
     result['mfu'] = [
       result['flops']['useful'] / (seconds * peak)
       for seconds in reversed(result['step_seconds'])
     ]
   return result
+
+
+def evaluation_step(
+  config: Config, topology: ahead.Topology, devices: list[Any]
+) -> dict[str, Any]:
+  """Compiles the evaluation of a batch and estimates what it costs."""
+  mesh = meshes.make_mesh(config.mesh.data, config.mesh.expert, devices=devices)
+  training = state_lib.make_training(config, mesh)
+  rows = config.batch_size // config.accumulation
+  tokens = _abstract(mesh, rows, config.sequence_length)
+  mask = _abstract(mesh, rows, config.sequence_length, jnp.bool)
+  step = evaluate.make_evaluation_step(
+    training, np.ones(config.data.vocabulary, np.int32), config.eval_solved
+  )
+  state = training.abstract
+  batch = batches.Batch(tokens, tokens, mask)
+  lowered = step.lower(state.params, state.router, batch)
+  compiled = ahead.compile_step(lowered, topology)
+  optimizer = state_lib.bytes_per_device(state.optimizer)
+  needed = optimizer + compiled.argument_bytes + compiled.temporary_bytes
+  result = {
+    'sequences': rows,
+    'memory': {
+      'optimizer': optimizer,
+      'needed': needed,
+      'limit': compiled.limit,
+    },
+  }
+  if compiled.text:
+    result |= _times(config, topology, mesh, compiled.text)
+  return result
+
+
+def _abstract(mesh: Mesh, rows: int, length: int, dtype=jnp.int32):
+  sharding = NamedSharding(mesh, meshes.BATCH)
+  return jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
 
 
 def candidates(
@@ -157,9 +206,9 @@ def _rows(config: Config, mesh: Mesh) -> float:
 
 def _useful_flops(config: Config, active: int) -> float:
   model, length = config.model, config.sequence_length
-  # Scores and their use, forward and backward: 12 S D, of which causal
+  # Scores and their use, forward and backward: 12 S H W, of which causal
   # attention needs half.
-  attention = 6 * model.layers * length * model.width
+  attention = 6 * model.layers * length * model.heads * model.head_width
   return config.batch_size * length * (6.0 * active + attention)
 
 
@@ -207,7 +256,7 @@ def _part(op_name: str) -> str:
 
 
 def _times(config, topology, mesh, text) -> dict[str, Any]:
-  chip, program = hardware.CHIPS[topology.chip], hlo.parse(text)
+  chip, program = topology.hardware, hlo.parse(text)
   costs = cost.compute(program, chip, _rows(config, mesh))
   parts, known = collections.Counter(), 0.0
   for item in costs:
@@ -217,7 +266,8 @@ def _times(config, topology, mesh, text) -> dict[str, Any]:
   groups = collections.defaultdict(lambda: [0, 0, 0.0])
   for call in hlo.collectives(program):
     part = 'experts' if call.kind in _EXCHANGE else _part(call.op_name)
-    row = groups[part, call.kind, len(call.group) or mesh.size]
+    size = topology.slices if call.between_slices else len(call.group)
+    row = groups[part, call.kind, size or mesh.size]
     row[0] += call.count
     row[1] += call.count * call.bytes
     row[2] += call.count * hardware.seconds(call, chip, places, topology.shape)

@@ -6,10 +6,19 @@ Nothing here was measured. Sources, read in November 2026:
             and bidirectional ICI bandwidth of a chip. A port sends at half of
             that, divided by the ports. Of the memory, what libtpu 0.0.52 lets a
             program use, as its refusals say.
+    DCN     the same pages: 6.4 Tb/s for a v5e pod of 256 chips, 25.6 Tb/s for
+            one of v6e, 50 Gb/s for each chip of v5p. Its latency, 50
+            microseconds a collective, is a guess.
     H100    glennklockwood.com/garden/processors/h100, which collects NVIDIA's
             figures of the H100 SXM (989.4 TFLOP/s dense bfloat16, 3.35 TB/s,
             NVLink 900 GB/s both ways together); memory: XLA's description of
-            the device. One port of 400 Gb/s for each GPU is assumed.
+            the device. H200: nvidia.com/en-us/data-center/h200, the same but
+            for 141 GB at 4.8 TB/s.
+    network cloud.google.com/compute/docs/gpus/gpu-network-bandwidth: a
+            a3-highgpu-8g has 4 ports of 200 Gb/s for its 8 GPUs (TCPX, no
+            InfiniBand), a3-megagpu-8g 8 of 200 (TCPXO), a3-ultragpu-8g 8 of
+            400 (RoCE). A DGX or HGX has 8 of 400 (InfiniBand NDR), see
+            docs.nvidia.com/dgx/dgxh100-user-guide.
     clock   peak / FLOPs of all matrix units in one cycle. The compiler's cycles
             for a bfloat16 product of 8192 x 8192 matrices then give 88 % (v5e),
             90 % (v5p) and 70 % (v6e) of the peak.
@@ -37,7 +46,8 @@ class Chip(NamedTuple):
     ring: TPU: sides of the torus that are multiples of it are rings, others
       are lines.
     node: GPU: GPUs of a node.
-    network: GPU: bytes/s that one sends to other nodes.
+    network: bytes/s that one sends to other slices; for a GPU, to other nodes.
+    far: seconds of latency of a collective between slices or nodes.
   """
 
   peak: float
@@ -49,6 +59,7 @@ class Chip(NamedTuple):
   ring: int = 0
   node: int = 0
   network: float = 0.0
+  far: float = 0.0
 
 
 _GIB = 2**30
@@ -62,6 +73,8 @@ CHIPS = {
     hop=1e-6,
     clock=197e12 / (4 * _MXU),
     ring=16,
+    network=6.4e12 / 8 / 256,
+    far=50e-6,
   ),
   'v5p': Chip(
     peak=459e12,
@@ -71,6 +84,8 @@ CHIPS = {
     hop=1e-6,
     clock=459e12 / (8 * _MXU),
     ring=4,
+    network=50e9 / 8,
+    far=50e-6,
   ),
   'v6e': Chip(
     peak=918e12,
@@ -80,6 +95,8 @@ CHIPS = {
     hop=1e-6,
     clock=918e12 / (16 * _MXU),
     ring=16,
+    network=25.6e12 / 8 / 256,
+    far=50e-6,
   ),
   'h100': Chip(
     peak=989.4e12,
@@ -88,8 +105,18 @@ CHIPS = {
     link=450e9,
     hop=10e-6,
     node=8,
-    network=50e9,
+    network=400e9 / 8,
+    far=10e-6,
   ),
+}
+CHIPS['h200'] = CHIPS['h100']._replace(hbm=150e9, bandwidth=4.8e12)
+
+# Of a node of 8 GPUs: its GPUs, and what each of them sends to other nodes.
+MACHINES = {
+  'dgx': (('h100', 'h200'), 400e9 / 8),
+  'a3-highgpu-8g': (('h100',), 4 * 200e9 / 8 / 8),
+  'a3-megagpu-8g': (('h100',), 200e9 / 8),
+  'a3-ultragpu-8g': (('h200',), 400e9 / 8),
 }
 
 ASSUMPTIONS = (
@@ -98,9 +125,11 @@ ASSUMPTIONS = (
   'TPU: collectives over several sides of the torus use all links of those '
   'sides evenly; an all-to-all is limited by the middle of the longest side; '
   '1 microsecond a hop, one traversal a collective',
-  'GPU: rings at full NVLink speed within a node and at full speed of one '
-  'network port for each GPU between nodes; 10 microseconds a collective '
-  'within a node, 20 across',
+  'GPU: rings at full NVLink speed within a node and at the full speed of the '
+  "machine's network between nodes (--machine; by default a DGX, 400 Gb/s for "
+  'each GPU); 10 microseconds a collective within a node, 20 across',
+  'several slices: what the compiler sends between them is alone on the '
+  "chip's share of the data-centre network, 50 microseconds a collective",
 )
 
 
@@ -115,15 +144,19 @@ def seconds(
   Args:
     call: what is exchanged.
     chip: the hardware.
-    places: of each device of the mesh; TPU: coordinates in the torus, GPU:
-      (node, number in the node).
+    places: of each device of the mesh: its slice and its coordinates in the
+      torus; of a GPU, its node and its number there.
     shape: sides of the torus; unused for GPUs.
   """
   group = [places[i] for i in call.group] or list(places)
-  if len(group) == 1:
-    return 0.0
-  times = _network if chip.node else _torus
-  return times(call, chip, group, shape)
+  if chip.node:
+    return _network(call, chip, group)
+  if call.between_slices:
+    slices = len({place[0] for place in places})
+    size = _passes(call.kind) * call.bytes * (1 - 1 / slices)
+    return chip.far + size / chip.network
+  # The program is one slice's.
+  return _torus(call, chip, sorted({place[1:] for place in group}), shape)
 
 
 def _passes(kind: str) -> int:
@@ -132,6 +165,8 @@ def _passes(kind: str) -> int:
 
 
 def _torus(call, chip, group, shape) -> float:
+  if len(group) == 1:
+    return 0.0
   sides = []
   for places, size in zip(zip(*group, strict=True), shape, strict=True):
     if count := len(set(places)) - 1:
@@ -153,11 +188,12 @@ def _torus(call, chip, group, shape) -> float:
   return latency + transfer
 
 
-def _network(call, chip, group, shape) -> float:
-  del shape
+def _network(call, chip, group) -> float:
+  if len(group) == 1:
+    return 0.0
   nodes = len({node for node, _ in group})
   local = len(group) / nodes
-  latency = chip.hop * (1 if nodes == 1 else 2)
+  latency = chip.hop + (chip.far if nodes > 1 else 0.0)
   if call.kind.endswith('all-to-all'):
     inside, outside = (local - 1) / len(group), 1 - 1 / nodes
   elif call.kind in ('collective-permute', 'collective-broadcast'):

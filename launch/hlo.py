@@ -93,6 +93,8 @@ class Collective(NamedTuple):
     op_name: where in the JAX program it comes from; '' where not known.
     group: positions in the mesh of the devices of the first group that
       communicates; () for all devices.
+    between_slices: whether a device exchanges this with those at its place in
+      all other TPU slices.
   """
 
   kind: str
@@ -100,6 +102,7 @@ class Collective(NamedTuple):
   bytes: int
   op_name: str
   group: tuple[int, ...]
+  between_slices: bool = False
 
 
 def parse(text: str) -> Program:
@@ -208,7 +211,7 @@ def _traffic(branch: list[Visit]) -> int:
   return sum(
     visit.count * shape_bytes(visit.instruction.shape)
     for visit in branch
-    if visit.instruction.opcode.removesuffix('-start') in KINDS
+    if _kind(visit.instruction)
   )
 
 
@@ -254,16 +257,30 @@ def collectives(text: str | Program) -> list[Collective]:
   program = parse(text) if isinstance(text, str) else text
   return [
     Collective(
-      visit.instruction.opcode.removesuffix('-start'),
+      kind,
       visit.count,
       _payload(program.computations[visit.computation], visit.instruction),
       visit.instruction.op_name,
       groups.first(visit.instruction.attributes),
+      visit.instruction.opcode == 'recv',
     )
     for visit in visits(program)
-    if visit.instruction.opcode.removesuffix('-start') in KINDS
-    and not _continues(program, visit)
+    if (kind := _kind(visit.instruction)) and not _continues(program, visit)
   ]
+
+
+def _kind(instruction: Instruction) -> str | None:
+  """Returns the kind of a collective; None for all else.
+
+  TPU slices exchange by a send and a receive that say what they are parts of.
+  """
+  kind = instruction.opcode.removesuffix('-start')
+  if kind == 'recv':
+    transfer = re.search(
+      r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes
+    )
+    return transfer[1].lower().replace('_', '-') if transfer else None
+  return kind if kind in KINDS else None
 
 
 def _continues(program: Program, visit: Visit) -> bool:
@@ -282,7 +299,7 @@ def _payload(
   computation: Mapping[str, Instruction], instruction: Instruction
 ) -> int:
   result = instruction.shape
-  if instruction.opcode.endswith('-start'):
+  if instruction.opcode.endswith('-start') or instruction.opcode == 'recv':
     # A start's shape also holds operands and contexts; its done's does not.
     result = next(
       (

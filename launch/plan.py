@@ -1,13 +1,21 @@
 """Plans training on chips that are not here: does it fit, how long is a step?
 
     python -m launch.plan --config=experiments/FILE.py:METHOD \\
-        --topology=TOPOLOGY [--mesh=DATA,EXPERT] [--balance=MAXVIO] \\
-        [--norouting] [--sweep] [--out=FILE.json] [--config.OPTION=VALUE ...]
+        --topology=TOPOLOGY [--slices=SLICES] [--machine=MACHINE] \\
+        [--mesh=DATA,EXPERT] [--balance=MAXVIO] [--norouting] [--sweep] \\
+        [--out=FILE.json] [--config.OPTION=VALUE ...]
 
 TOPOLOGY is v5e:16x16, v6e:16x16, v5p:4x4x8, h100:8x4 (GPUs of a node x nodes)
-or the like. The real train step is compiled by the chips' compiler, which needs
-`pip install -r requirements-tpu.txt` or `requirements-cuda.txt`, and minutes.
+or the like. The real steps of training and evaluation are compiled by the
+chips' compiler, which needs `pip install -r requirements-tpu.txt` or
+`requirements-cuda.txt`, and minutes. It fits if both do; on GPUs into the part
+of the memory that jax takes, 0.75 or $XLA_PYTHON_CLIENT_MEM_FRACTION.
 
+    --slices    TPU slices of that topology, with the data-centre network
+                between them.
+    --machine   what the GPUs are in, and so their network: dgx (the default,
+                400 Gb/s a GPU), a3-highgpu-8g (100), a3-megagpu-8g (200),
+                a3-ultragpu-8g (400; H200).
     --balance   what it costs if the most loaded expert has (1 + MAXVIO) times
                 the mean load: time if its device has no other expert, or drops.
     --norouting leaves out compiling once more without balancing.
@@ -31,6 +39,8 @@ from launch.hardware import human
 
 _FLAGS = {
   'topology': '',
+  'slices': '1',
+  'machine': '',
   'mesh': '',
   'balance': '',
   'routing': True,
@@ -51,7 +61,10 @@ def main(argv: Sequence[str]) -> int:
   try:
     options, values = parse(argv, others=_FLAGS)
     balance = _number('balance', values.balance)
-    topology = ahead.parse_topology(values.topology)
+    topology = ahead.parse_topology(
+      values.topology, _slices(values.slices), values.machine
+    )
+    ahead.memory_fraction()  # Refused before anything is compiled.
     if values.mesh:
       options.mesh.data, options.mesh.expert = _mesh(values.mesh)
     out = pathlib.Path(values.out)
@@ -64,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
 
     config = config_lib.freeze(options)
     plan = {
-      'command': shlex.join(['python', '-m', 'launch.plan', *argv[1:]]),
+      'command': _command(argv),
       'versions': ahead.versions(),
     }
     if values.sweep:
@@ -84,6 +97,13 @@ def main(argv: Sequence[str]) -> int:
   return 0
 
 
+def _command(argv: Sequence[str]) -> str:
+  """Returns what repeats a plan, also the variable that it depends on."""
+  name = 'XLA_PYTHON_CLIENT_MEM_FRACTION'
+  given = [f'{name}={os.environ[name]}'] if name in os.environ else []
+  return shlex.join([*given, 'python', '-m', 'launch.plan', *argv[1:]])
+
+
 def _number(name: str, text: str) -> float | None:
   try:
     value = float(text) if text else None
@@ -92,6 +112,12 @@ def _number(name: str, text: str) -> float | None:
   if value is not None and not 0 <= value < float('inf'):
     raise ValueError(f'--{name}={text}: must be a number, 0 or more')
   return value
+
+
+def _slices(text: str) -> int:
+  if not text.isdecimal():
+    raise ValueError(f'--slices={text}: must be a number, 1 or more')
+  return int(text)
 
 
 def _mesh(text: str) -> list[int]:
@@ -109,7 +135,7 @@ def _plan(estimate, config, topology, balance, routing) -> dict[str, Any]:
   if routing and plan['fits'] and config.balancer['name'] != 'unbalanced':
     plain = estimate.without_balancing(config)
     plan['balancing'] = estimate.difference(
-      plan, estimate.estimate(plain, topology, devices)
+      plan, estimate.train_step(plain, topology, devices)
     )
   if balance is not None and plan['fits']:
     plan['imbalance'] = estimate.imbalance(
@@ -133,7 +159,8 @@ def _sweep(estimate, config, topology) -> list[dict[str, Any]]:
       continue
     plan['capacity_factor'] = candidate.capacity_factor
     plans.append(plan)
-    needed = human(plan['memory']['needed'])
+    both = plan, plan['evaluation']
+    needed = human(max(each['memory']['needed'] for each in both))
     print(start, f'{needed:>8}', f' {_step(plan)}', flush=True)
   return plans
 
@@ -149,12 +176,18 @@ def _step(plan: dict[str, Any]) -> str:
 def report(plan: dict[str, Any], topology: ahead.Topology) -> str:
   """Writes a plan for people to read."""
   memory, mesh = plan['memory'], plan['mesh']
-  needs = f'{human(memory["needed"])} of {human(memory["limit"])}'
+  evaluation = plan['evaluation']
+  limit = human(memory['limit'])
+  where = [topology.name]
+  where += [f'{topology.slices} slices'] if topology.slices > 1 else []
+  where += [topology.machine] if topology.machine else []
   lines = [
-    f'{topology.name}: {topology.size} devices, data {mesh["data"]} x expert '
-    f'{mesh["expert"]}' + (', parameters split over data' * mesh['fsdp']),
-    f'{"fits: needs" if plan["fits"] else "does not fit: needs"} {needs} HBM '
-    'per device',
+    f'{", ".join(where)}: {topology.size} devices, data {mesh["data"]} x '
+    f'expert {mesh["expert"]}'
+    + (', parameters split over data' * mesh['fsdp']),
+    f'{"fits" if plan["fits"] else "does not fit"}: of {limit} per device, '
+    f'training needs {human(memory["needed"])}, evaluation '
+    f'{human(evaluation["memory"]["needed"])}; training:',
     *(
       f'  {name:<12} {human(memory[name]):>10}'
       for name in ('parameters', 'optimizer', 'activations', 'temporaries')
@@ -185,6 +218,7 @@ def _time_lines(plan: dict[str, Any]) -> list[str]:
       for row in plan['collectives']
     ),
     f'expected step {_step(plan)}',
+    *_evaluation_lines(plan['evaluation']),
     f'routing: {plan["routing"]["seconds"] * 1e3:.2f} ms, '
     f'{plan["routing"]["share"]:.1%} of a step without overlap',
   ]
@@ -205,6 +239,16 @@ def _time_lines(plan: dict[str, Any]) -> list[str]:
   if plan['unknown_loops']:
     lines.append(f'loops of unknown length: {plan["unknown_loops"]}')
   return lines
+
+
+def _evaluation_lines(evaluation: dict[str, Any]) -> list[str]:
+  if 'step_seconds' not in evaluation:
+    return []
+  low, high = evaluation['step_seconds']
+  return [
+    f'evaluation of {evaluation["sequences"]} sequences, in one round: '
+    f'{_ms(low)} .. {_ms(high)}'
+  ]
 
 
 def _ms(seconds: float) -> str:

@@ -20,12 +20,12 @@ MODULE = pathlib.Path(__file__).with_name('module.hlo').read_text()
 def test_each_way_of_writing_a_collective_counts_once():
   # The loop turns 7 times through the branch with two all-reduces.
   assert hlo.collectives(MODULE) == [
-    ('all-reduce', 7, 32, '', (0, 1)),
-    ('all-reduce', 7, 32, '', (0, 1)),
-    ('all-gather', 1, 32, 'jit(step)/begin', (0, 2, 4, 6)),
-    ('all-reduce', 1, 40, '', ()),
-    ('all-gather', 1, 32, '', (0, 1, 2, 3)),
-    ('collective-permute', 1, 32, '', (3, 5)),
+    ('all-reduce', 7, 32, '', (0, 1), False),
+    ('all-reduce', 7, 32, '', (0, 1), False),
+    ('all-gather', 1, 32, 'jit(step)/begin', (0, 2, 4, 6), False),
+    ('all-reduce', 1, 40, '', (), False),
+    ('all-gather', 1, 32, '', (0, 1, 2, 3), False),
+    ('collective-permute', 1, 32, '', (3, 5), False),
   ]
 
 
@@ -71,7 +71,26 @@ replica_groups={{0,1}}
 }
 """
   there, back = hlo.collectives(ragged)
-  assert there == back == ('ragged-all-to-all', 1, 4 * 8 * 4, '', (0, 1))
+  assert there == back == ('ragged-all-to-all', 1, 4 * 8 * 4, '', (0, 1), False)
+
+
+def test_what_tpu_slices_exchange_counts_once():
+  program = """
+ENTRY %main (x: f32[4,8]) -> f32[4,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %token = token[] after-all()
+  %send = (f32[4,8]{1,0}, u32[], token[]) send(%x, %token), channel_id=2, \
+is_host_transfer=true, frontend_attributes={\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[4,8]{1,0}, u32[], token[]) recv(%token), channel_id=1, \
+is_host_transfer=true, frontend_attributes={\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), channel_id=2
+  %received = (f32[4,8]{1,0}, token[]) recv-done(%recv), channel_id=1
+  ROOT %y = f32[4,8]{1,0} get-tuple-element(%received), index=0
+}
+"""
+  assert hlo.collectives(program) == [('all-reduce', 1, 128, '', (), True)]
 
 
 def test_refuses_what_is_not_a_program():
@@ -105,7 +124,7 @@ def test_counts_collectives_of_a_compiled_program():
   )
   calls = hlo.collectives(step.lower(x).compile().as_text())
   total = collections.Counter()
-  for kind, count, size, op_name, group in calls:
+  for kind, count, size, op_name, group, _ in calls:
     assert re.search('psum|all_to_all|all_gather', op_name)
     total[kind, size, group] += count
   assert total == {

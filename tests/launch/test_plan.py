@@ -16,14 +16,14 @@ from launch.hardware import CHIPS
 from moe_jax.parallel import mesh as meshes
 from tests.train import tiny
 
-TORUS = [(x, y) for x in range(16) for y in range(16)]
+TORUS = [(0, x, y) for x in range(16) for y in range(16)]
 NODES = [(node, gpu) for node in range(4) for gpu in range(8)]
 ROW = tuple(range(16))  # of the torus
 MEGA = 10**6
 
 
-def collective(kind, group=(), size=MEGA):
-  return hlo.Collective(kind, 1, size, '', group)
+def collective(kind, group=(), **more):
+  return hlo.Collective(kind, 1, MEGA, '', group, **more)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,47 @@ def test_collectives_of_gpus(kind, group, seconds):
   call = collective(kind, group)
   found = hardware.seconds(call, CHIPS['h100'], NODES, (8, 4))
   assert found == pytest.approx(seconds)
+
+
+def test_collectives_between_slices():
+  torus = TORUS + [(1, x, y) for _, x, y in TORUS]
+  call = collective('all-reduce', between_slices=True)
+  found = hardware.seconds(call, CHIPS['v5e'], torus, (16, 16))
+  # Half of it there and back by a chip's share of 6.4 Tb/s of 256 chips.
+  assert found == pytest.approx(50e-6 + 2 * MEGA / 2 / 3.125e9)
+  # All else is one slice's, also where the text names no group.
+  call = collective('reduce-scatter')
+  assert hardware.seconds(call, CHIPS['v5e'], torus, (16, 16)) == (
+    hardware.seconds(call, CHIPS['v5e'], TORUS, (16, 16))
+  )
+
+
+@pytest.mark.parametrize(
+  ('machine', 'network'),
+  [('', 50e9), ('a3-highgpu-8g', 12.5e9), ('a3-megagpu-8g', 25e9)],
+)
+def test_the_network_is_that_of_the_machine(machine, network):
+  chip = ahead.parse_topology('h100:8x4', machine=machine).hardware
+  found = hardware.seconds(
+    collective('all-to-all', (0, 8)), chip, NODES, (8, 4)
+  )
+  assert found == pytest.approx(20e-6 + MEGA / 2 / network)
+
+
+def test_gpus_give_the_fraction_that_jax_takes(monkeypatch):
+  topology = ahead.parse_topology('h100:8')
+  name = 'XLA_PYTHON_CLIENT_MEM_FRACTION'
+  monkeypatch.delenv(name, raising=False)
+  assert ahead.memory_limit(topology) == 0.75 * 84942979072
+  monkeypatch.setenv(name, '.5')
+  assert ahead.memory_limit(topology) == 0.5 * 84942979072
+  # TPUs give all that their compiler allows.
+  topology = ahead.parse_topology('v5e:4x4', slices=2)
+  assert ahead.memory_limit(topology) == CHIPS['v5e'].hbm
+  assert topology.size == 32
+  monkeypatch.setenv(name, '75 %')
+  with pytest.raises(ValueError, match=f'{name}=75 %: must be above 0'):
+    ahead.memory_fraction()
 
 
 def test_flops_of_loops_devices_and_grouped_products():
@@ -153,7 +194,14 @@ def test_estimates_a_step(tmp_path):
   ]
   assert exchange == [4]  # There and back, forward and backward.
   assert 0 < found['routing']['share'] < 1
-  assert '8 devices, data 2 x expert 4\nfits' in plan.report(found, topology)
+  evaluation = found['evaluation']
+  # It runs beside what training keeps, the moments among it.
+  assert evaluation['memory']['optimizer'] == memory['optimizer']
+  assert memory['optimizer'] < evaluation['memory']['needed'] < memory['limit']
+  assert 0 < evaluation['step_seconds'][0] < low
+  report = plan.report(found, topology)
+  assert '8 devices, data 2 x expert 4\nfits' in report
+  assert f'evaluation of {config.batch_size} sequences, in one' in report
 
 
 def test_compares_plans_and_adds_imbalance():
@@ -198,11 +246,14 @@ def test_sweep_prints_and_stores_what_it_tried(monkeypatch, capsys, tmp_path):
     if config.mesh.expert == 8:
       raise ValueError('no such mesh')
     fits = config.mesh.expert > 1
-    memory = {'needed': 3e9}
+    memory = {
+      'memory': {'needed': 2e9},
+      'evaluation': {'memory': {'needed': 3e9}},
+    }
     if not fits:
-      return {'fits': False, 'memory': memory}
+      return {'fits': False, **memory}
     times = {'step_seconds': [0.010, 0.020], 'mfu': [0.2, 0.4]}
-    return {'fits': True, 'memory': memory, **times}
+    return {'fits': True, **memory, **times}
 
   monkeypatch.setattr(ahead, 'check_installed', lambda topology: None)
   monkeypatch.setattr(ahead, 'devices', lambda topology: [])
@@ -232,6 +283,14 @@ def test_sweep_prints_and_stores_what_it_tried(monkeypatch, capsys, tmp_path):
     (['--topology=v5e'], '--topology=v5e: must be like v5e:16x16'),
     (['--topology=v5p:4x4'], '--topology=v5p:4x4: must be like'),
     (['--topology=h100:4x2'], 'a node has 8 GPUs; write h100:8x1'),
+    (['--topology=v5e:4x4', '--slices=two'], '--slices=two: must be'),
+    (['--topology=v5e:4x4', '--slices=0'], '--slices=0: must be 1 or more'),
+    (['--topology=h100:8', '--slices=2'], '--topology has the nodes'),
+    (
+      ['--topology=h100:8', '--machine=a3-ultragpu-8g'],
+      'with h100 it must be dgx or a3-highgpu-8g or a3-megagpu-8g',
+    ),
+    (['--topology=v5e:4x4', '--machine=dgx'], 'it must be left out'),
     (['--topology=v5e:4x4', '--mesh=4'], '--mesh=4: must be like 16,16'),
     (['--topology=v5e:4x4', '--out=no/where.json'], 'no is no directory'),
     (['--balance=-1'], '--balance=-1: must be a number'),
@@ -245,12 +304,21 @@ def test_refuses(flags, message, capsys):
 
 
 def test_says_what_to_install(monkeypatch, capsys):
-  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
   arguments = ['plan', '--config=experiments/demo.py:bip']
+  monkeypatch.setattr(ahead, 'versions', dict)
   assert plan.main([*arguments, '--topology=v5e:4x4']) == 2
   assert 'pip install -r requirements-tpu.txt' in capsys.readouterr().err
   assert plan.main([*arguments, '--topology=h100:8']) == 2
   assert 'pip install -r requirements-cuda.txt' in capsys.readouterr().err
+
+
+def test_refuses_a_compiler_that_makes_gradients_dense(monkeypatch):
+  topology = ahead.parse_topology('v5e:4x4')
+  monkeypatch.setattr(ahead, 'versions', lambda: {'libtpu': '0.0.42.1'})
+  with pytest.raises(ValueError, match='libtpu 0.0.42.1 .* take Python 3.12'):
+    ahead.check_installed(topology)
+  monkeypatch.setattr(ahead, 'versions', lambda: {'libtpu': '0.0.50.1'})
+  ahead.check_installed(topology)
 
 
 @pytest.mark.long
