@@ -80,7 +80,7 @@ def train_step(
   config: Config, topology: ahead.Topology, devices: list[Any]
 ) -> dict[str, Any]:
   """Compiles the train step and estimates what it costs, as `estimate`."""
-  mesh = meshes.make_mesh(config.mesh.data, config.mesh.expert, devices=devices)
+  mesh = state_lib.make_mesh(config, devices)
   training = state_lib.make_training(config, mesh)
   tokens = _abstract(mesh, config.batch_size, config.sequence_length)
   step = step_lib.make_train_step(config, training)
@@ -110,7 +110,7 @@ def evaluation_step(
   config: Config, topology: ahead.Topology, devices: list[Any]
 ) -> dict[str, Any]:
   """Compiles the evaluation of a batch and estimates what it costs."""
-  mesh = meshes.make_mesh(config.mesh.data, config.mesh.expert, devices=devices)
+  mesh = state_lib.make_mesh(config, devices)
   training = state_lib.make_training(config, mesh)
   rows = config.batch_size // config.accumulation
   tokens = _abstract(mesh, rows, config.sequence_length)

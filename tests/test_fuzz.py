@@ -351,7 +351,6 @@ fitting_options = st.fixed_dictionaries(
         'router_z_loss': choice([0.0, 1e6]),
         'round_to_capacity': st.booleans(),
         'shards': choice([0, 0, 0, 8]),
-        'ragged_exchange': st.booleans(),
         'dtype': choice(['float32', 'bfloat16']),
         'layers': choice([1, 3]),
         'dense_hidden': choice([1, 4]),

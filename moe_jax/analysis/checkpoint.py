@@ -77,9 +77,9 @@ class Checkpoint:
 
   @functools.cached_property
   def model(self) -> nn.Decoder:
-    """The language model, dropless; it routes with this checkpoint's q."""
+    """The language model, which routes with this checkpoint's q."""
     router = self._read(self._checked, 'router', self._plan.abstract.router)
-    return nnx.merge(self._plan.dropless_graphdef, self.params, router)
+    return nnx.merge(self._plan.graphdef, self.params, router)
 
   def route(self, text: str) -> RoutedText:
     """Runs the model on a text and tells where each token went; q is frozen.

@@ -100,6 +100,7 @@ def upgrade(options: Mapping[str, Any]) -> dict[str, Any]:
       options[name] = default | options[name]
   options['balancer'] = filled(options['balancer'])
   options.pop('method', None)  # It followed from the balancer's options.
+  options['model'].pop('ragged_exchange', None)  # It changed no result.
   if why_none_is_best(options):
     options['checkpoints_kept_best'] = 0  # It was accepted and did nothing.
   return options

@@ -22,6 +22,9 @@ class MeshConfig:
   """Copies of the model, each with its own part of the batch."""
   expert: int = option(1, least=-1, most=2**14, change='yes')
   """Parts into which the experts are split."""
+  expert_across: bool = option(False, change='yes')
+  """Whether these parts may lie in several slices of TPUs or nodes of GPUs;
+  every MoE layer then sends its rows through their slower network."""
   fsdp: bool = option(False, change='yes')
   """Whether parameters and optimizer state are split over `data` as well
   (ZeRO-3); needs model.remat."""

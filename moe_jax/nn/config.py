@@ -34,10 +34,6 @@ class MoEConfig:
   and, where each shard has prices of its own, solve by themselves; 0 is one for
   each device of the mesh. Must be a multiple of the devices, and their very
   number if several shards of a device would have to solve by themselves."""
-  ragged_exchange: bool = option(True, change='yes')
-  """Whether rows without capacity travel by ragged all-to-all. False pads them,
-  as CPUs do anyway. Some slices cannot do without padding: v5e of 16 x 16, if a
-  whole side lies along the mesh axis `expert`."""
   dtype: str = option('float32', among=('float32', 'bfloat16'), change='named')
   """Compute dtype of the experts. Parameters and the router are float32."""
 

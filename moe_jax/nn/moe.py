@@ -33,7 +33,9 @@ class MoE(nnx.Module):
 
   With `train=True` a call lets the balancer solve for q on the tokens at hand,
   keeps the solved state and adds to the step's observation; `update_router`
-  applies that once a step. With `train=False` q is frozen.
+  applies that once a step. With `train=False` q is frozen, and there is neither
+  capacity nor rounding. Nor is there with `train=True` once a model was told so
+  by `model.set_attributes(dropless=True)`; on a mesh that has no gradient.
 
   Args:
     config: sizes and options.
@@ -63,6 +65,7 @@ class MoE(nnx.Module):
     config.check_capacity_factor(capacity_factor)
     self.config, self.balancer = config, balancer
     self.capacity_factor, self.mesh, self.fsdp = capacity_factor, mesh, fsdp
+    self.dropless = False
     width, hidden, experts = config.width, config.hidden, config.experts
     # The router is tiny and decides discretely: all of it is float32.
     self.router = nnx.Param(linear_init()(rngs.params(), (width, experts)))
@@ -194,6 +197,7 @@ class MoE(nnx.Module):
         self.balancer,
         self.config,
         train=train,
+        rounding=self.config.round_to_capacity and train and not self.dropless,
         mask_BxS=mask_BxS,
         groups=groups,
         axis_name=axes,
@@ -206,7 +210,7 @@ class MoE(nnx.Module):
       train=train,
       groups=groups,
       mask_T=None if mask_BxS is None else mask_BxS.reshape(-1),
-      axis_name=None if specs is None else 'expert',
+      on_mesh=specs is not None,
     )
     sums = output.sums | {'dropped': mixed.dropped}
     if axes is not None:
@@ -215,22 +219,27 @@ class MoE(nnx.Module):
     output = output._replace(choice=choice, sums=sums)
     return mixed.y.reshape(x_BxSxD.shape), output, moved
 
-  def _mix(self, x_TxD, choice, weights, *, train, groups, **where):
+  def _mix(self, x_TxD, choice, weights, *, train, groups, mask_T, on_mesh):
     config, factor = self.config, self.capacity_factor
     if config.renormalize_gates:
       total = jnp.sum(choice.gates, axis=-1, keepdims=True)
       choice = choice._replace(gates=choice.gates / (total + 1e-20))
     if config.round_to_capacity:
       factor = max(factor, 1.0)  # Rounded loads fit exactly.
-    if not (train and factor):
-      pad = not config.ragged_exchange
-      return dispatch.grouped(x_TxD, choice, weights, pad=pad, **where)
     tokens = len(x_TxD) // groups
     share = tokens * config.experts_per_token / config.experts
     room = min(math.ceil(factor * share), tokens)
-    return dispatch.capacity(
-      x_TxD, choice, weights, capacity=room, groups=groups, **where
-    )
+    arguments = x_TxD, choice, weights, mask_T
+    axis_name = meshes.AXES[-1] if on_mesh else None
+    if room and train and not self.dropless:
+      return dispatch.capacity(
+        *arguments, capacity=room, groups=groups, axis_name=axis_name
+      )
+    if room and on_mesh:  # Dropless, in the buffers that training has.
+      return dispatch.in_rounds(
+        *arguments, capacity=room * groups, axis_names=meshes.AXES
+      )
+    return dispatch.grouped(*arguments, axis_name=axis_name)
 
 
 def _for_use(weights, specs, dtype) -> dispatch.ExpertWeights:

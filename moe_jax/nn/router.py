@@ -77,6 +77,7 @@ def route(
   config: MoEConfig,
   *,
   train: bool,
+  rounding: bool = False,
   mask_BxS: jax.Array | None = None,
   groups: int = 1,
   axis_name: tuple[str, ...] | None = None,
@@ -90,6 +91,7 @@ def route(
     balancer: the rule for q.
     config: of the layer.
     train: whether q may move.
+    rounding: whether, with `train`, no expert may get more than its share.
     mask_BxS: bool; False for padding.
     groups: equal, consecutive parts of the tokens that round by themselves.
       Without `axis_name` they also solve as so many devices would: each by
@@ -108,9 +110,7 @@ def route(
   mask_T = None if mask_BxS is None else mask_BxS.reshape(-1)
   k = config.experts_per_token
   if train:
-    solve = functools.partial(
-      _solve, balancer, state, k=k, rounding=config.round_to_capacity
-    )
+    solve = functools.partial(_solve, balancer, state, k=k, rounding=rounding)
     if axis_name is None and groups > 1:
       solved = _as_devices(solve, scores_TxE, mask_T, groups)
     else:
@@ -130,7 +130,7 @@ def route(
     'load': rounded.load,
     'infinite': jnp.any(~jnp.isfinite(logits_BxSxE)).astype(jnp.int32),
   }
-  if config.round_to_capacity:
+  if rounding:
     sums['unrounded_load'] = choice.load
   return MoEOutput(loss, scores_TxE, rounded, sums), moved
 

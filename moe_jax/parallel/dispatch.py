@@ -1,8 +1,9 @@
-"""Token -> expert -> token: two backends of one signature.
+"""Token -> expert -> token: three backends.
 
-Both lay the (token, chosen expert) pairs out in rows ordered by expert, apply
+All lay the (token, chosen expert) pairs out in rows ordered by expert, apply
 the experts to the rows and mix the results by the gates. They differ in the
-layout: `grouped` packs the rows, `capacity` gives each expert a fixed buffer.
+layout: `grouped` packs the rows, `capacity` gives each expert a fixed buffer,
+`in_rounds` fills such buffers as often as it takes.
 Where the experts are split over a mesh axis, rows travel, see exchange.py.
 
 Shape letters: T tokens, D model, F hidden, E experts, K chosen, N rows,
@@ -115,8 +116,11 @@ def _sort_pairs(
   return _Pairs(order % tokens, order // tokens, queue_N, place_N)
 
 
-def _mix(x_TxD, choice, pairs: _Pairs, row_N, rows: int, apply):
-  """Sends pair n to row `row_N[n]` (none: >= `rows`), applies, mixes back."""
+def _apply(x_TxD, choice, pairs: _Pairs, row_N, rows: int, apply):
+  """Sends pair n to row `row_N[n]` (none: >= `rows`), applies, sends back.
+
+  Returns [T, K, D]; 0 for a pair without a row.
+  """
   tokens, k = choice.experts.shape
   token_N, rank_N, _, _ = pairs
   pair_of_row = jnp.full(rows, tokens * k, jnp.int32)
@@ -128,9 +132,12 @@ def _mix(x_TxD, choice, pairs: _Pairs, row_N, rows: int, apply):
   with jax.named_scope('experts'):
     y_NxD = apply(x_NxD)
   y_TKxD = take_rows(y_NxD, row_of_pair.reshape(-1), pair_of_row[:, None])
-  y_TxKxD = y_TKxD.reshape(tokens, k, -1)
+  return y_TKxD.reshape(tokens, k, -1)
+
+
+def _mix(y_TxKxD, choice):
   y_TxD = jnp.einsum('tkd,tk->td', y_TxKxD.astype(jnp.float32), choice.gates)
-  return y_TxD.astype(x_TxD.dtype)
+  return y_TxD.astype(y_TxKxD.dtype)
 
 
 def _split_over(axis_name: str | None) -> int:
@@ -142,10 +149,9 @@ def grouped(
   x_TxD: jax.Array,
   choice: Choice,
   weights: ExpertWeights,
-  *,
   mask_T: jax.Array | None = None,
+  *,
   axis_name: str | None = None,
-  pad: bool = False,
 ) -> Mixed:
   """Applies the experts without dropping: rows packed, grouped products.
 
@@ -156,7 +162,6 @@ def grouped(
     mask_T: bool; False leaves a token out of all experts, y is 0 there.
     axis_name: mesh axis over which experts are split, inside `jax.shard_map`.
       Then a device makes room for all tokens of all devices of the axis.
-    pad: as of `exchange.ragged`.
   """
   (tokens, k), experts = choice.experts.shape, choice.load.shape[0]
   pairs = _sort_pairs(choice, mask_T)
@@ -182,11 +187,11 @@ def grouped(
       return apply(x_NxD, choice.load)
     most = devices * tokens * min(k, experts // devices) + TILE
     return exchange.ragged(
-      x_NxD, choice.load, apply, most=most, axis_name=axis_name, pad=pad
+      x_NxD, choice.load, apply, most=most, axis_name=axis_name
     )
 
-  y_TxD = _mix(x_TxD, choice, pairs, row_N, rows, apply_anywhere)
-  return Mixed(y_TxD, jnp.int32(0))
+  y_TxKxD = _apply(x_TxD, choice, pairs, row_N, rows, apply_anywhere)
+  return Mixed(_mix(y_TxKxD, choice), jnp.int32(0))
 
 
 @jax.named_scope('dispatch')
@@ -194,8 +199,8 @@ def capacity(
   x_TxD: jax.Array,
   choice: Choice,
   weights: ExpertWeights,
-  *,
   mask_T: jax.Array | None = None,
+  *,
   capacity: int,
   groups: int = 1,
   axis_name: str | None = None,
@@ -214,14 +219,70 @@ def capacity(
     groups: equal, consecutive parts of the tokens with buffers of their own.
     axis_name: mesh axis over which experts are split, inside `jax.shard_map`.
   """
-  experts = choice.load.shape[0]
+  queues = choice.load.shape[0] * groups
   pairs = _sort_pairs(choice, mask_T, groups)
-  rows = experts * groups * capacity
-  queued_N = pairs.queue_N < experts * groups
-  fits_N = pairs.place_N < capacity
-  row_N = jnp.where(
-    queued_N & fits_N, pairs.queue_N * capacity + pairs.place_N, rows
+  row_N = _row_of_pair(pairs, queues, capacity)
+  rows = queues * capacity
+  apply = _in_buffers(weights, rows, axis_name)
+  y_TxKxD = _apply(x_TxD, choice, pairs, row_N, rows, apply)
+  dropped = (pairs.queue_N < queues) & (row_N == rows)
+  return Mixed(_mix(y_TxKxD, choice), jnp.sum(dropped, dtype=jnp.int32))
+
+
+@jax.named_scope('dispatch')
+def in_rounds(
+  x_TxD: jax.Array,
+  choice: Choice,
+  weights: ExpertWeights,
+  mask_T: jax.Array | None = None,
+  *,
+  capacity: int,
+  axis_names: tuple[str, ...],
+) -> Mixed:
+  """Applies the experts without dropping, in memory that no load can exceed.
+
+  A round serves `capacity` tokens of each expert, and there are as many as the
+  fullest expert of any device needs: one, if its load is no more than that.
+  For evaluation: it has no gradient.
+
+  Args:
+    x_TxD: tokens, of the dtype of the weights.
+    choice: experts, gates and load of each token.
+    weights: the experts of this device.
+    mask_T: bool; False leaves a token out of all experts, y is 0 there.
+    capacity: tokens per expert in a round, C >= 1.
+    axis_names: all axes of the mesh, inside `jax.shard_map`; experts are split
+      over the last.
+  """
+  queues = choice.load.shape[0]
+  pairs = _sort_pairs(choice, mask_T)
+  rows = queues * capacity
+  apply = _in_buffers(weights, rows, axis_names[-1])
+
+  def add_round(i, y_TxKxD):
+    later = pairs._replace(place_N=pairs.place_N - i * capacity)
+    row_N = _row_of_pair(later, queues, capacity)
+    # Of each pair, all rounds but its own add zeros.
+    return y_TxKxD + _apply(x_TxD, choice, pairs, row_N, rows, apply)
+
+  shape = (*choice.experts.shape, x_TxD.shape[1])
+  rounds = lax.pmax(-(-jnp.max(choice.load) // capacity), axis_names)
+  y_TxKxD = jnp.zeros_like(x_TxD, shape=shape)  # Varies as the tokens do.
+  y_TxKxD = lax.fori_loop(0, rounds, add_round, y_TxKxD)
+  return Mixed(_mix(y_TxKxD, choice), jnp.int32(0))
+
+
+def _row_of_pair(pairs: _Pairs, queues: int, capacity: int) -> jax.Array:
+  """Returns each pair's row of the buffers, [N]; their number for none."""
+  place_N = pairs.place_N
+  fits_N = (pairs.queue_N < queues) & (0 <= place_N) & (place_N < capacity)
+  return jnp.where(
+    fits_N, pairs.queue_N * capacity + place_N, queues * capacity
   )
+
+
+def _in_buffers(weights: ExpertWeights, rows: int, axis_name: str | None):
+  """Returns what applies the experts to buffers of equal sizes, [N, D]."""
 
   def apply(x_ExCxD):
     gate_ExCxF = jnp.einsum('ecd,edf->ecf', x_ExCxD, weights.gate_ExDxF)
@@ -230,11 +291,12 @@ def capacity(
     return jnp.einsum('ecf,efd->ecd', hidden_ExCxF, weights.down_ExFxD)
 
   def apply_anywhere(x_NxD):
-    x_ExCxD = x_NxD.reshape(experts, groups * capacity, -1)
-    if _split_over(axis_name) == 1:
+    devices = _split_over(axis_name)
+    experts = devices * len(weights.gate_ExDxF)
+    x_ExCxD = x_NxD.reshape(experts, rows // experts, -1)
+    if devices == 1:
       return apply(x_ExCxD).reshape(rows, -1)
     y_ExCxD = exchange.static(x_ExCxD, apply, axis_name=axis_name)
     return y_ExCxD.reshape(rows, -1)
 
-  y_TxD = _mix(x_TxD, choice, pairs, row_N, rows, apply_anywhere)
-  return Mixed(y_TxD, jnp.sum(queued_N & ~fits_N, dtype=jnp.int32))
+  return apply_anywhere

@@ -5,8 +5,8 @@ collectives of an MoE layer, all over the mesh axis `expert`, are
 
     static     2 all-to-all of [E, C, D] forward, 2 backward;
     ragged     1 all-gather of loads, int32 [E], and 2 ragged all-to-all of the
-               chosen rows forward; 2 ragged all-to-all backward. On CPU, and
-               padded, each is 2 all-to-all: rows and where they go.
+               chosen rows forward; 2 ragged all-to-all backward. On CPU each
+               is 2 all-to-all: padded rows and where they go.
 
 Those of the router, over both axes, are all-reduces of numbers per expert and
 never grow with the tokens: 8 of [15, E] for each of the T dual iterations (and
@@ -59,7 +59,6 @@ def ragged(
   *,
   most: int,
   axis_name: str,
-  pad: bool = False,
 ) -> jax.Array:
   """Applies the experts to as many rows as there are, from every device.
 
@@ -70,25 +69,23 @@ def ragged(
       ordered by expert; spare rows are zeros.
     most: M, rows that a device has room for. What goes beyond is undefined.
     axis_name: mesh axis over which experts are split, in order.
-    pad: whether rows travel in blocks with room for all, as on CPU anyway.
 
   Returns:
     [N, D], what the experts made of this device's rows; zeros in spare rows.
   """
   load_PxE = lax.all_gather(load_E, axis_name)
   there, back = _routes(load_PxE, lax.axis_index(axis_name))
-  rows_MxD = _move(rows_NxD, there, back, most, axis_name, pad)
+  rows_MxD = _move(rows_NxD, there, back, most, axis_name)
   load_L = jnp.sum(back.send_sizes.reshape(len(load_PxE), -1), axis=0)
   y_MxD = apply(rows_MxD, load_L)
-  return _move(y_MxD, back, there, len(rows_NxD), axis_name, pad)
+  return _move(y_MxD, back, there, len(rows_NxD), axis_name)
 
 
 @contextlib.contextmanager
 def refusal_explained() -> Iterator[None]:
   """Says which option helps where a compiler refuses the ragged exchange.
 
-  Put it around what compiles a step, an evaluation among them: that is always
-  dropless. Other errors pass as they are.
+  Put it around what compiles a step. Other errors pass as they are.
 
   Raises:
     Refused: a ragged all-to-all was refused.
@@ -100,8 +97,9 @@ def refusal_explained() -> Iterator[None]:
     if not re.search('ragged.?all.?to.?all', str(error), re.IGNORECASE):
       raise
     raise Refused(
-      'model.ragged_exchange=True: the compiler of these devices refuses it; '
-      f'False sends padded rows instead ({reason})'
+      'model.round_to_capacity=False: the compiler of these devices refuses '
+      'the ragged exchange of dropless training; True drops nothing either and '
+      f'needs none ({reason})'
     ) from error
 
 
@@ -142,28 +140,26 @@ def _routes(load_PxE: jax.Array, me: jax.Array) -> tuple[_Route, _Route]:
   return jax.tree.map(jnp.ravel, (there, back))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _move(rows_NxD, there, back, rows, axis_name, pad):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _move(rows_NxD, there, back, rows, axis_name):
   """Sends slices of rows into [rows, D] arrays that are 0 elsewhere.
 
   The way back is the transpose of the way there.
   """
   ragged = functools.partial(_move_ragged, rows=rows, axis_name=axis_name)
   dense = functools.partial(_move_dense, rows=rows, axis_name=axis_name)
-  if pad:
-    return dense(rows_NxD, there)
   # XLA on CPU has no ragged all-to-all.
   return lax.platform_dependent(rows_NxD, there, cpu=dense, default=ragged)
 
 
-def _move_forward(rows_NxD, there, back, rows, axis_name, pad):
-  y_MxD = _move(rows_NxD, there, back, rows, axis_name, pad)
+def _move_forward(rows_NxD, there, back, rows, axis_name):
+  y_MxD = _move(rows_NxD, there, back, rows, axis_name)
   return y_MxD, (there, back, len(rows_NxD))
 
 
-def _move_backward(rows, axis_name, pad, residuals, dy_MxD):
+def _move_backward(rows, axis_name, residuals, dy_MxD):
   there, back, rows = residuals
-  return _move(dy_MxD, back, there, rows, axis_name, pad), None, None
+  return _move(dy_MxD, back, there, rows, axis_name), None, None
 
 
 _move.defvjp(_move_forward, _move_backward)

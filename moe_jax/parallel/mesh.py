@@ -1,14 +1,17 @@
 """The mesh: which device computes what and holds which parameters."""
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Callable, Sequence
 import functools
 import math
 
 import jax
 from jax import lax
+from jax.experimental import mesh_utils
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 
 # Tokens are split over both axes, experts over the second.
 AXES = ('data', 'expert')
@@ -19,39 +22,76 @@ def make_mesh(
   data: int = -1,
   expert: int = 1,
   *,
+  expert_across: bool = False,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """Arranges the devices as a ('data', 'expert') mesh.
 
+  Slices of TPUs, and nodes of GPUs, which jax calls slices as well, are joined
+  by a network slower than what is inside them: `data` goes across.
+
   Args:
     data: devices along `data`; -1 takes what is left.
     expert: devices along `expert`; -1 takes what is left.
+    expert_across: whether `expert` may span slices. Every MoE layer then sends
+      its rows through the network between them.
     devices: by default all of them, over all processes.
 
   Raises:
-    ValueError: the product is not the number of devices.
+    ValueError: the product is not the number of devices, or `expert` spans
+      slices.
   """
   devices = jax.devices() if devices is None else devices
-  count, sizes = len(devices), {'data': data, 'expert': expert}
+  data, expert = _sizes(data, expert, len(devices))
+  # Devices that belong to no slice, such as CPUs, are one.
+  slices = collections.Counter(getattr(d, 'slice_index', 0) for d in devices)
+  if len(slices) == 1:
+    return _mesh(mesh_utils.create_device_mesh, (data, expert), devices)
+  if len(set(slices.values())) > 1:
+    raise ValueError(
+      f'devices: {len(slices)} slices or nodes of unequal sizes, '
+      f'{sorted(slices.values())}; all must be alike'
+    )
+  across = math.gcd(data, len(slices))
+  expert_slices = len(slices) // across
+  if expert_slices > 1 and not expert_across:
+    size = len(devices) // len(slices)
+    fits = [str(n) for n in range(1, size + 1) if size % n == 0]
+    raise ValueError(
+      f'mesh.expert={expert}: would span slices or nodes, which have {size} '
+      f'devices each; {", ".join(fits)} do not, or set '
+      '--config.mesh.expert_across=true, and every MoE layer sends its rows '
+      'through the slower network between them'
+    )
+  sizes = (data // across, expert // expert_slices), (across, expert_slices)
+  return _mesh(mesh_utils.create_hybrid_device_mesh, *sizes, devices)
+
+
+def _mesh(create: Callable[..., np.ndarray], *arguments) -> Mesh:
+  # A side of a torus may be shared by both axes, where nothing else fits.
+  arranged = create(*arguments, allow_split_physical_axes=True)
+  # Auto: the compiler places collectives. (Explicit has no rule for sorts and
+  # gathers over a split axis.)
+  return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _sizes(data: int, expert: int, count: int) -> tuple[int, int]:
+  """Replaces -1; raises ValueError unless the product is `count`."""
+  sizes = {'data': data, 'expert': expert}
   for name, size in sizes.items():
     if size != -1 and size < 1:
       raise ValueError(f'mesh.{name}={size}: must be 1 or more, or -1')
-  known = math.prod(size for size in sizes.values() if size != -1)
-  free = [name for name, size in sizes.items() if size == -1]
-  if len(free) == 2:
+  if data == expert == -1:
     raise ValueError('mesh.data=-1, mesh.expert=-1: only one can be -1')
-  if count % known or (not free and known != count):
+  known = abs(data * expert)
+  if count % known or (known != count and -1 not in (data, expert)):
     fits = [f'{d}x{count // d}' for d in range(1, count + 1) if count % d == 0]
     raise ValueError(
       f'mesh.data={data}, mesh.expert={expert}: cannot arrange {count} '
       f'device(s); data x expert may be {", ".join(fits)}'
     )
-  shape = [count // known if size == -1 else size for size in sizes.values()]
-  # Auto: the compiler places collectives. (Explicit, make_mesh's default, has
-  # no rule for sorts and gathers over a split axis.)
-  return jax.make_mesh(
-    shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-  )
+  left = count // known
+  return (left if data == -1 else data), (left if expert == -1 else expert)
 
 
 def expert_spec(shape: Sequence[int], mesh: Mesh, *, fsdp: bool) -> P:

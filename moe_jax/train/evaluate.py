@@ -30,7 +30,8 @@ def make_evaluation_step(
 
   def evaluation_step(params, router, batch):
     def loss(solve):
-      model = nnx.merge(training.dropless_graphdef, params, router, copy=True)
+      model = nnx.merge(training.graphdef, params, router, copy=True)
+      model.set_attributes(dropless=True)
       logits, _ = model(batch.inputs, batch.mask, train=solve)
       return jnp.sum(cross_entropy(logits, batch))
 

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from moe_jax import config as config_lib
 from moe_jax import data
 from moe_jax.config import Config
-from moe_jax.parallel.mesh import make_mesh
 from moe_jax.runs import files, processes
 from moe_jax.runs.reader import Reader
 from moe_jax.train import facts, state
@@ -78,7 +77,7 @@ class Plan(NamedTuple):
 
 def sharding(config: Config) -> str:
   """Lists where each array of a run would be, and its bytes on each device."""
-  mesh = make_mesh(config.mesh.data, config.mesh.expert)
+  mesh = state.make_mesh(config)
   return state.sharding_table(state.make_training(config, mesh).abstract)
 
 
@@ -101,7 +100,7 @@ def plan(
   """
   with processes.agreement() as agreed:
     directory = files.open_workdir(workdir)
-    mesh = make_mesh(config.mesh.data, config.mesh.expert)
+    mesh = state.make_mesh(config)
     training = state.make_training(config, mesh)
     state.check_memory(training.abstract)
     _check_config(directory, config, allow_config_change)  # Text takes longer.

@@ -1,7 +1,6 @@
 """The state of a training run and where each part of it lives."""
 
-from collections.abc import Callable, Mapping
-import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 import math
 import os
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import pandas
 
 from moe_jax import nn
 from moe_jax.config import Config
+from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel.grouped_matmul import compiler_options
 from moe_jax.train.optimizer import make_optimizer
 
@@ -42,7 +42,6 @@ class Training(NamedTuple):
   Attributes:
     graphdef: with `state.params` and `state.router`, `nnx.merge` makes the
       `Decoder`.
-    dropless_graphdef: the same without capacity or rounding, for evaluation.
     optimizer: the gradient transformation.
     init: `() -> TrainState`, sharded; call it once, compiled.
     init_router: `() -> TrainState.router` alone.
@@ -51,7 +50,6 @@ class Training(NamedTuple):
   """
 
   graphdef: nnx.GraphDef
-  dropless_graphdef: nnx.GraphDef
   optimizer: optax.GradientTransformation
   init: Callable[[], TrainState]
   init_router: Callable[[], Any]
@@ -72,17 +70,14 @@ def make_model(config: Config, mesh: Mesh | None = None) -> nn.Decoder:
   )
 
 
-def dropless(config: Config) -> Config:
-  """Returns the config without capacity or rounding, for evaluation."""
-  # Training with static buffers works where a compiler refuses the ragged
-  # exchange; evaluation shall work there as well.
-  static = config.capacity_factor or config.model.round_to_capacity
-  model = dataclasses.replace(
-    config.model,
-    round_to_capacity=False,
-    ragged_exchange=config.model.ragged_exchange and not static,
+def make_mesh(
+  config: Config, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Arranges all devices, or those given, as the config wants them."""
+  mesh = config.mesh
+  return meshes.make_mesh(
+    mesh.data, mesh.expert, expert_across=mesh.expert_across, devices=devices
   )
-  return dataclasses.replace(config, capacity_factor=0.0, model=model)
 
 
 def make_training(
@@ -101,19 +96,17 @@ def make_training(
   Raises:
     ValueError: experts or batch do not divide over the mesh or its shards.
   """
-  _check_mesh(config, mesh)
+  check_mesh(config, mesh)
   optimizer = optimizer or make_optimizer(config)
 
-  def split(config):
-    model = make_model(config, mesh)
-    return nnx.split(model, nnx.Param, nn.RouterState)
+  def split():
+    return nnx.split(make_model(config, mesh), nnx.Param, nn.RouterState)
 
   # Splitting abstractly gives the graph once; `init` then makes the arrays.
-  graphdef, params, _ = nnx.eval_shape(lambda: split(config))
-  dropless_graphdef, _, _ = nnx.eval_shape(lambda: split(dropless(config)))
+  graphdef, params, _ = nnx.eval_shape(split)
 
   def init() -> TrainState:
-    _, params, router = split(config)
+    _, params, router = split()
     params, router = nnx.to_pure_dict(params), nnx.to_pure_dict(router)
     return TrainState(jnp.int32(0), params, optimizer.init(params), router)
 
@@ -121,7 +114,6 @@ def make_training(
   shardings = _shardings(abstract, params, optimizer, mesh, config.mesh.fsdp)
   return Training(
     graphdef,
-    dropless_graphdef,
     optimizer,
     init=jax.jit(init, out_shardings=shardings),
     init_router=jax.jit(lambda: init().router, out_shardings=shardings.router),
@@ -132,7 +124,7 @@ def make_training(
   )
 
 
-def _check_mesh(config: Config, mesh: Mesh) -> None:
+def check_mesh(config: Config, mesh: Mesh) -> None:
   """Raises ValueError where something does not divide evenly."""
   model, expert = config.model, mesh.shape['expert']
   if model.experts % expert:

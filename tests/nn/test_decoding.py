@@ -24,7 +24,6 @@ def build(mesh=None):
     heads=4,
     kv_heads=2,
     head_size=6,  # 24 in all, more than the model is wide.
-    ragged_exchange=False,
   )
 
   @nnx.jit

@@ -240,6 +240,57 @@ def test_shards_solve_and_round_by_themselves(shape):
   assert output.sums['dropped'] == 0
 
 
+@functools.cache
+def evaluated(layer, shape=None, solve=False):
+  """Returns what a layer computes where nothing may be dropped."""
+  balancer, options = LAYERS[layer]
+  options = dict(options, shards=0)
+  capacity_factor = options.pop('capacity_factor', 0.0)
+  config = nn.MoEConfig(
+    width=WIDTH, hidden=16, experts=EXPERTS, experts_per_token=K, **options
+  )
+  model = nn.MoE(
+    config,
+    balancer,
+    capacity_factor=capacity_factor,
+    mesh=shape and make_mesh(*shape),
+    rngs=nnx.Rngs(0),
+  )
+  model.set_attributes(dropless=True)
+  random = np.random.default_rng(1)
+  # Two experts get most of the tokens.
+  model.router.set_value(jnp.ones((WIDTH, 1)) * jnp.arange(EXPERTS))
+  x = jnp.asarray(random.normal(1, 1, (BATCH, SEQUENCE, WIDTH)), jnp.float32)
+  mask = jnp.asarray(random.random((BATCH, SEQUENCE)) < 0.9)
+  graphdef, state = nnx.split(model)
+
+  @jax.jit
+  def run(state, x):
+    return nnx.merge(graphdef, state)(x, mask, train=solve)
+
+  return jax.device_get(run(*jax.device_get((state, x))))
+
+
+@on_meshes((2, 4))
+@pytest.mark.parametrize('layer', ['rounding', 'capacity'])
+@pytest.mark.parametrize('solve', [False, True])
+def test_evaluation_in_the_buffers_of_training_drops_nothing(
+  layer, solve, shape
+):
+  """As without any, on one device, however uneven the loads are."""
+  y, output = evaluated(layer, shape, solve)
+  expected_y, expected_output = evaluated(layer, None, solve)
+  load_E = output.choice.load
+  assert solve or load_E.max() > 2 * load_E.mean()  # Several rounds.
+  np.testing.assert_array_equal(load_E, expected_output.choice.load)
+  np.testing.assert_array_equal(
+    output.choice.experts, expected_output.choice.experts
+  )
+  assert output.sums['dropped'] == 0
+  assert 'unrounded_load' not in output.sums
+  np.testing.assert_allclose(y, expected_y, atol=1e-5)
+
+
 def test_a_compiler_without_the_ragged_exchange_is_explained():
   """That of CPUs, for one; there, `ragged` never asks for it."""
 
@@ -254,7 +305,7 @@ def test_a_compiler_without_the_ragged_exchange_is_explained():
     return exchange._move_ragged(rows_NxD, route, rows=4, axis_name='expert')
 
   arguments = jnp.ones((8, 3)), jnp.ones(4, jnp.int32)
-  with pytest.raises(ValueError, match='^model.ragged_exchange=True: .*False'):
+  with pytest.raises(ValueError, match='^model.round_to_capacity=False: '):
     with exchange.refusal_explained():
       jax.jit(send).lower(*arguments).compile()
   with pytest.raises(jax.errors.JaxRuntimeError, match='memory'):

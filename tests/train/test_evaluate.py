@@ -1,11 +1,13 @@
 """Evaluation: sums over held-out text, which a signal may end."""
 
 import dataclasses
+import pathlib
 from typing import NamedTuple
 
 from flax import nnx
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 import numpy as np
 import pytest
 
@@ -81,6 +83,44 @@ def test_evaluation_against_a_loop_over_sequences(model, result):
   assert result['eval/validation/bits_per_byte'] == pytest.approx(
     np.sum(total) / np.log(2) / size, rel=1e-4
   )
+
+
+@pytest.mark.parametrize(
+  'options',
+  [{'model.round_to_capacity': True}, {'capacity_factor': 1.25}],
+)
+def test_evaluation_needs_no_more_memory_than_training(options):
+  """However the loads are: here, for eight times a device's even share."""
+  config = tiny.tiny_config(
+    pathlib.Path('no_text'),
+    'loss_free',  # The quickest to compile.
+    **{
+      'mesh.data': 1,
+      'mesh.expert': 8,
+      'sequence_length': 512,
+      'model.layers': 1,
+      **options,
+    },
+  )
+  mesh = meshes.make_mesh(1, 8)
+  training = state_lib.make_training(config, mesh)
+  tokens = jax.ShapeDtypeStruct(
+    (8, 512), jnp.int32, sharding=NamedSharding(mesh, meshes.BATCH)
+  )
+  batch = batches_lib.Batch(tokens, tokens, tokens.update(dtype=bool))
+  step = step_lib.make_train_step(config, training)
+  evaluate = evaluation.make_evaluation_step(
+    training, np.ones(300, np.int32), solved=True
+  )
+  state = training.abstract
+  trained, evaluated = (
+    lowered.compile().memory_analysis().temp_size_in_bytes
+    for lowered in (
+      step.lower(state, batch),
+      evaluate.lower(state.params, state.router, batch),
+    )
+  )
+  assert evaluated <= trained
 
 
 def test_the_solved_pass_can_be_left_out(model, result):

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from moe_jax import analysis, nn
 from moe_jax import config as config_lib
+from moe_jax.parallel import mesh as meshes
 from moe_jax.runs import checkpoints, checksums, preemption
 from moe_jax.runs.reader import Reader
 from moe_jax.train import batches as batches_lib
@@ -137,10 +138,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
 def test_a_run_goes_on_with_other_devices(finished, tmp_path, monkeypatch):
   """Two steps on eight devices, two on one, two on four."""
   config = dataclasses.replace(finished.config, checkpoint_every=2)
-  make_mesh = plan_lib.make_mesh
   for devices, steps in ((8, 2), (1, 4), (4, 6)):
-    mesh = make_mesh(devices, 1, devices=jax.devices()[:devices])
-    monkeypatch.setattr(plan_lib, 'make_mesh', lambda mesh=mesh, **_: mesh)
+    mesh = meshes.make_mesh(devices, 1, devices=jax.devices()[:devices])
+    monkeypatch.setattr(plan_lib.state, 'make_mesh', lambda _, mesh=mesh: mesh)
     seen = []
 
     def batches(*args, seen=seen):
