@@ -220,7 +220,7 @@ def check_config(options, devices: Devices) -> None:
   if data * expert != devices.count or devices.together % expert:
     raise ValueError(f'mesh {data} x {expert} does not fit {devices}')
   mesh = jax.sharding.AbstractMesh((data, expert), meshes.AXES)
-  states._check_mesh(frozen, mesh)
+  states.check_mesh(frozen, mesh)
 
 
 def commands(path: pathlib.Path, text: str) -> Iterator[Command]:
