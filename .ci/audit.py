@@ -12,6 +12,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 
 _SECONDS = 20  # In all; a machine without a network shall not wait for long.
 _UNREACHABLE = 'database not reachable, nothing was audited'
@@ -20,20 +21,49 @@ _UNREACHABLE = 'database not reachable, nothing was audited'
 def main(argv: Sequence[str]) -> int:
   """Runs the program; returns its exit code."""
   root = pathlib.Path(__file__).parents[1]
+  files = sorted(root.glob('requirements*.txt'))
+  answers = [_audit(pins, argv) for pins in rounds(files)]
+  for line in dict.fromkeys(line for _, lines in answers for line in lines):
+    print(f'dependency audit: {line}')
+  return max(code for code, _ in answers)
+
+
+def rounds(files: Sequence[pathlib.Path]) -> list[dict[str, str]]:
+  """Sorts pins so that no round has two versions of a package.
+
+  Some packages have one for each Python; all are audited, whichever runs this.
+
+  Returns:
+    Versions by name.
+  """
+  result: list[dict[str, str]] = []
+  for file in files:
+    pattern = r'(?m)^([\w.-]+)(?:\[.*\])?==([\w.]+)'
+    for name, version in re.findall(pattern, file.read_text()):
+      if version not in (pins.get(name) for pins in result):
+        free = next((pins for pins in result if name not in pins), None)
+        if free is None:
+          result.append(free := {})
+        free[name] = version
+  return result
+
+
+def _audit(pins: dict[str, str], argv: Sequence[str]) -> tuple[int, list[str]]:
   command = [sys.executable, '-m', 'pip_audit', '--no-deps', '--disable-pip']
   command += ['--format=json', '--progress-spinner=off', '--timeout=5']
-  for file in sorted(root.glob('requirements*.txt')):
-    command.append(f'--requirement={file}')
-  try:
-    done = subprocess.run(
-      [*command, *argv], capture_output=True, text=True, timeout=_SECONDS
-    )
-    code, lines = judge(done.stdout, done.stderr)
-  except subprocess.TimeoutExpired:
-    code, lines = 0, [_UNREACHABLE]
-  for line in lines:
-    print(f'dependency audit: {line}')
-  return code
+  with tempfile.NamedTemporaryFile('w', suffix='.txt') as file:
+    file.writelines(f'{name}=={version}\n' for name, version in pins.items())
+    file.flush()
+    try:
+      done = subprocess.run(
+        [*command, f'--requirement={file.name}', *argv],
+        capture_output=True,
+        text=True,
+        timeout=_SECONDS,
+      )
+    except subprocess.TimeoutExpired:
+      return 0, [_UNREACHABLE]
+  return judge(done.stdout, done.stderr)
 
 
 def judge(output: str, errors: str) -> tuple[int, list[str]]:

@@ -73,7 +73,7 @@ setup() {
   # The Python of a slice may be too old; uv brings one.
   on_hosts all "rm -rf moe_jax && tar -xzf $archive && cd moe_jax \
 && python3 -m pip install --quiet --target=.uv uv==0.13.9 \
-&& .uv/bin/uv venv --quiet --python='>=3.11,<3.14' .venv \
+&& .uv/bin/uv venv --quiet --python='>=3.12,<3.14' .venv \
 && .uv/bin/uv pip install --quiet -r requirements.txt -r requirements-tpu.txt"
 }
 
