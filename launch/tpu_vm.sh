@@ -9,7 +9,8 @@
 # flags, such as --spot, to gcloud. The slice costs money from create to delete.
 # setup sends the last commit, not what is uncommitted. run returns at once; on
 # slices of several hosts WORKDIR must be gs://. --dry-run prints every command,
-# ready to be pasted, and runs none.
+# ready to be pasted, and runs none. JAX_COMPILATION_CACHE_DIR=gs://... is passed
+# on: compiled programs, which process 0 writes and all processes read.
 set -euo pipefail
 usage() {
   sed -n '2,/^set /s/^# \{0,1\}//p' "$0" >&2
@@ -70,8 +71,10 @@ setup() {
   call git archive --prefix=moe_jax/ --output="$archive" HEAD
   call "${tpu[@]}" scp "$archive" "$name:$archive" --zone="$zone" --worker=all
   call rm "$archive"
-  # The Python of a slice may be too old; uv brings one.
-  on_hosts all "rm -rf moe_jax && tar -xzf $archive && cd moe_jax \
+  # Huge pages: jax warns that the TPU runtime starts slowly without them. The
+  # Python of a slice may be too old; uv brings one.
+  on_hosts all "echo always | sudo tee /sys/kernel/mm/transparent_hugepage/enabled \
+&& rm -rf moe_jax && tar -xzf $archive && cd moe_jax \
 && python3 -m pip install --quiet --target=.uv uv==0.13.9 \
 && .uv/bin/uv venv --quiet --python='>=3.12,<3.14' .venv \
 && .uv/bin/uv pip install --quiet -r requirements.txt -r requirements-tpu.txt"
@@ -80,7 +83,9 @@ setup() {
 run() {
   local config=$1 workdir=$2 command
   shift 2
-  printf -v command '%q ' .venv/bin/python -m moe_jax.main \
+  local cache=${JAX_COMPILATION_CACHE_DIR:-}
+  printf -v command '%q ' ${cache:+env "JAX_COMPILATION_CACHE_DIR=$cache"} \
+    .venv/bin/python -m moe_jax.main \
     --config="$config" --workdir="$workdir" "$@"
   # It keeps running when the connection ends, and says at last how it ended.
   on_hosts all "cd moe_jax || exit; (trap '' HUP; $command; echo exit code \$?) \

@@ -4,22 +4,26 @@ import pathlib
 import re
 import string
 
+from jax._src.clusters import cloud_tpu_cluster
 from kubeflow_trainer_api import models
 import pytest
 import yaml
+
+from moe_jax.runs import processes
 
 GKE = pathlib.Path(__file__).parents[2] / 'launch/gke'
 VALUES = {
   'NAME': 'bip',
   'QUEUE': 'research',
   'IMAGE': 'registry/moe_jax:1',
-  'CONFIG': 'experiments/paper_64e.py:bip',
+  'CONFIG': 'experiments/pods/paper_64e.py:bip',
   'WORKDIR': 'gs://bucket/runs/bip',
+  'CACHE': 'gs://bucket/compiled',
   'ACCELERATOR': 'tpu-v5-lite-podslice',
   'TOPOLOGY': '4x4',
+  'SLICES': '2',
   'HOSTS': '4',
   'CHIPS': '4',
-  'QUOTA': '16',
 }
 RESOURCES = {'tpu': 'google.com/tpu', 'gpu': 'nvidia.com/gpu'}
 
@@ -53,21 +57,26 @@ def test_job_set_has_no_unknown_field_and_no_wrong_type(name):
 def test_queue_admits_all_pods_of_a_job_set(name):
   (manifest,) = manifests(name)
   resource = RESOURCES[name]
-  flavor, cluster_queue, queue = manifests('queue', RESOURCE=resource)
+  quota = {'tpu': '32', 'gpu': '16'}[name]
+  flavor, cluster_queue, queue = manifests(
+    'queue', RESOURCE=resource, QUOTA=quota
+  )
   label = manifest['metadata']['labels']['kueue.x-k8s.io/queue-name']
   assert label == queue['metadata']['name']
   assert queue['spec']['clusterQueue'] == cluster_queue['metadata']['name']
   (group,) = cluster_queue['spec']['resourceGroups']
   (offered,) = group['flavors']
   assert offered['name'] == flavor['metadata']['name']
-  (quota,) = offered['resources']
+  quotas = {each['name']: each['nominalQuota'] for each in offered['resources']}
   (job,) = manifest['spec']['replicatedJobs']
   (container,) = job['template']['spec']['template']['spec']['containers']
+  requests, limits = container['resources'].values()
   # Kueue admits no pod that asks for a resource that the queue does not cover.
-  assert list(container['resources']['requests']) == group['coveredResources']
-  assert container['resources']['requests'] == container['resources']['limits']
-  chips = container['resources']['requests'][resource]
-  assert job['template']['spec']['parallelism'] * chips == quota['nominalQuota']
+  assert list(requests) == list(quotas) == group['coveredResources']
+  # Devices are not shared: Kubernetes wants both to be equal.
+  assert limits == {resource: requests[resource]}
+  pods = job['replicas'] * job['template']['spec']['parallelism']
+  assert pods * requests[resource] == quotas[resource]
 
 
 @pytest.mark.parametrize('name', ['tpu', 'gpu'])
@@ -82,12 +91,61 @@ def test_pods_run_the_one_command(name):
   ]
 
 
+def environment(container: dict) -> dict[str, str]:
+  return {entry['name']: entry.get('value') for entry in container['env']}
+
+
+@pytest.mark.parametrize('name', ['tpu', 'gpu'])
+def test_restarted_pods_find_what_was_made_before(name):
+  (manifest,) = manifests(name)
+  (job,) = manifest['spec']['replicatedJobs']
+  spec = job['template']['spec']['template']['spec']
+  (container,) = spec['containers']
+  values = environment(container)
+  assert values['JAX_COMPILATION_CACHE_DIR'] == VALUES['CACHE']
+  mounts = {m['mountPath']: m['name'] for m in container['volumeMounts']}
+  volumes = {volume.pop('name'): volume for volume in spec['volumes']}
+  # Neither with the container nor with the pod does it end.
+  assert 'hostPath' in volumes[mounts[values['XDG_CACHE_HOME']]]
+
+
+def test_every_slice_is_a_job_with_a_node_pool_of_its_own():
+  (manifest,) = manifests('tpu')
+  (job,) = manifest['spec']['replicatedJobs']
+  assert job['replicas'] == int(VALUES['SLICES'])
+  assert job['template']['spec']['completions'] == int(VALUES['HOSTS'])
+  (alone,) = manifest['metadata']['annotations'].values()
+  assert alone == 'cloud.google.com/gke-nodepool'
+
+
+@pytest.mark.parametrize('slices', [1, 2])
+def test_jax_counts_the_hosts_of_all_slices(slices, monkeypatch):
+  """From what GKE tells pods, so that the manifest needs to say nothing."""
+  tpu = cloud_tpu_cluster
+  monkeypatch.setattr(tpu, 'running_in_cloud_tpu_vm', True)
+  monkeypatch.setattr(tpu, 'get_tpu_env_value_from_metadata', lambda key: None)
+  monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 'a,b,c,d')
+  found = []
+  for index in range(slices):
+    if slices > 1:
+      monkeypatch.setenv('MEGASCALE_NUM_SLICES', f'{slices}')
+      monkeypatch.setenv('MEGASCALE_SLICE_ID', f'{index}')
+      monkeypatch.setenv('MEGASCALE_COORDINATOR_ADDRESS', 'first:8080')
+    for worker in range(4):
+      monkeypatch.setenv('TPU_WORKER_ID', f'{worker}')
+      found.append(processes._detected())
+  count = 4 * slices
+  assert found == [
+    {'num_processes': count, 'process_id': i} for i in range(count)
+  ]
+
+
 def test_gpu_pods_find_the_first_of_them():
   (manifest,) = manifests('gpu')
   (job,) = manifest['spec']['replicatedJobs']
   spec = job['template']['spec']
   (container,) = spec['template']['spec']['containers']
-  values = {entry['name']: entry.get('value') for entry in container['env']}
+  values = environment(container)
   # JobSet's rule: JOBSET-JOB-INDEX_OF_JOB-INDEX_OF_POD.JOBSET
   name = manifest['metadata']['name']
   assert values['JAX_COORDINATOR_ADDRESS'].startswith(

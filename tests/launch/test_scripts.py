@@ -142,6 +142,14 @@ def test_slurm_job_is_queued_again_if_preempted_only(code, programs, tmp_path):
   assert ('scontrol requeue 17' in done.stdout) == (code == 75)
 
 
+@pytest.mark.parametrize('given', [{}, {'XLA_CLIENT_MEM_FRACTION': '0.5'}])
+def test_slurm_tasks_get_most_of_the_memory_of_a_gpu(given, programs):
+  programs('srun', 'import os; print(os.environ["XLA_CLIENT_MEM_FRACTION"])')
+  env = {**os.environ, 'SLURM_SUBMIT_DIR': str(LAUNCH.parent), **given}
+  done = run('slurm.sbatch', 'c.py', 'run', env=env)
+  assert done.stdout.split() == [given.get('XLA_CLIENT_MEM_FRACTION', '0.92')]
+
+
 def test_slurm_job_from_elsewhere_is_refused(tmp_path):
   env = {**os.environ, 'SLURM_SUBMIT_DIR': str(tmp_path)}
   done = run('slurm.sbatch', 'c.py', 'run', env=env)
@@ -199,6 +207,13 @@ def test_tpu_run_gets_any_value_through_two_shells(tmp_path, programs):
   log = (tmp_path / 'train.log').read_text()
   flags = ['--config=e.py:bip', '--workdir=gs://b/a run', AWKWARD, '']
   assert log == f'{["-m", "moe_jax.main", *flags]}\nexit code 75\n'
+
+
+def test_tpu_processes_share_what_they_compile(monkeypatch):
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'gs://b/a cache')
+  ((*_, command),) = dry_run('run', 's', 'z', 'e.py:bip', 'gs://b/run')
+  command = command.removeprefix('--command=')
+  assert ' env JAX_COMPILATION_CACHE_DIR=gs://b/a\\ cache .venv' in command
 
 
 def test_tpu_commands_run_in_order_up_to_the_first_that_fails(programs):
