@@ -13,17 +13,15 @@ import shlex
 import string
 from typing import NamedTuple
 
-import jax
 import pytest
 import yaml
 
 from experiments import compare
 from launch import ahead, plan
-from launch.hardware import CHIPS
 from moe_jax import config
 from moe_jax import main as command_line
-from moe_jax.parallel import mesh as meshes
 from moe_jax.train import state as states
+from tests.parallel.test_mesh import gpus
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENTS = [
@@ -155,8 +153,9 @@ def topology(flags: list[str]) -> Devices:
   name = flag(flags, 'topology', '')
   if not name:
     return Devices()
-  found = ahead.parse_topology(name)
-  together = found.shape[0] if CHIPS[found.chip].node else found.size
+  count = int(flag(flags, 'slices', '1'))
+  found = ahead.parse_topology(name, count, flag(flags, 'machine', ''))
+  together = found.shape[0] if found.machine else found.size // count
   return Devices(found.size, together)
 
 
@@ -214,13 +213,8 @@ def check(command: Command) -> None:
 
 def check_config(options, devices: Devices) -> None:
   frozen = config.freeze(options)
-  data, expert = frozen.mesh.data, frozen.mesh.expert
-  if data == -1:
-    data = devices.count // expert
-  if data * expert != devices.count or devices.together % expert:
-    raise ValueError(f'mesh {data} x {expert} does not fit {devices}')
-  mesh = jax.sharding.AbstractMesh((data, expert), meshes.AXES)
-  states.check_mesh(frozen, mesh)
+  described = gpus(devices.count // devices.together, devices.together)
+  states.check_mesh(frozen, states.make_mesh(frozen, described))
 
 
 def commands(path: pathlib.Path, text: str) -> Iterator[Command]:
