@@ -102,23 +102,21 @@ class Reader:
       case _ if PATTERN.search(line):
         return
       case ['python', '-m', module, *flags] if flags:
-        yield Command(module, flags, topology(flags))
+        yield Command(module, flags, Devices())
       case ['launch/local.sh', path, workdir, *rest]:
         yield local(path, workdir, *rest)
       case ['sbatch', *rest]:
         yield sbatch(rest)
-      case ['launch/tpu_vm.sh', 'create', name, _, kind, *flags]:
-        self.slices[name] = slices(kind, flag(flags, 'node-count', '1'))
+      case ['launch/tpu_vm.sh', 'create', name, _, kind, *_]:
+        self.slices[name] = slices(kind)
       case ['launch/tpu_vm.sh', 'run', name, _, path, workdir, *flags]:
         yield train(self.slices[name], path, workdir, *flags)
       case ['envsubst', '<', file, '|', 'kubectl', 'create', *_]:
         yield self.job_set(file)
       case ['xpk', 'workload', 'create', *flags]:
-        devices = slices(
-          flag(flags, 'tpu-type', ''), flag(flags, 'num-slices', '1')
-        )
-        for command in self.read(flag(flags, 'command', '')):
-          yield command._replace(devices=devices)
+        last = flag(flags, 'command', '').rpartition('exec ')[2]
+        for command in self.read(last):
+          yield command._replace(devices=xpk(flags))
 
   def job_set(self, file: str) -> Command:
     """Reads the command of a manifest filled in with the exported variables."""
@@ -150,20 +148,27 @@ def flag(flags: list[str], name: str, default: str) -> str:
 
 
 def topology(flags: list[str]) -> Devices:
+  """Reads what the planner is asked about."""
   name = flag(flags, 'topology', '')
-  if not name:
-    return Devices()
   count = int(flag(flags, 'slices', '1'))
   found = ahead.parse_topology(name, count, flag(flags, 'machine', ''))
   together = found.shape[0] if found.machine else found.size // count
   return Devices(found.size, together)
 
 
-def slices(kind: str, count: str) -> Devices:
-  """Reads gcloud's name of a slice, such as v5p-128, and how many there are."""
+def slices(kind: str, count: int = 1) -> Devices:
+  """Reads gcloud's name of a slice, such as v5p-128."""
   generation, size = SLICE.fullmatch(kind).groups()
   together = int(size) // (2 if generation in ('v4', 'v5p') else 1)
-  return Devices(together * int(count), together)
+  return Devices(together * count, together)
+
+
+def xpk(flags: list[str]) -> Devices:
+  """Reads what xpk starts a training on: slices of TPUs or nodes of GPUs."""
+  if kind := flag(flags, 'tpu-type', ''):
+    return slices(kind, int(flag(flags, 'num-slices', '1')))
+  together = int(flag(flags, 'device-type', '').rpartition('-')[2])
+  return Devices(together * int(flag(flags, 'num-nodes', '')), together)
 
 
 def train(devices: Devices, path: str, workdir: str, *flags: str) -> Command:
@@ -201,7 +206,7 @@ def check(command: Command) -> None:
       options, values = command_line.parse(argv, others=plan._FLAGS)
       if values.mesh:
         options.mesh.data, options.mesh.expert = plan._mesh(values.mesh)
-      check_config(options, command.devices)
+      check_config(options, topology(command.flags))
     case 'experiments.compare':
       _, values = command_line.parse(argv, others=compare._FLAGS)
       for method in values.methods.split(','):
@@ -248,8 +253,65 @@ def test_commands_are_found():
   modules = {c.module for of_path in found.values() for c in of_path}
   assert modules >= {'moe_jax.main', 'launch.plan', 'experiments.compare'}
   assert len(found['README.md']) >= 4
-  assert len(found['launch/README.md']) >= 7
+  assert len(found['launch/README.md']) >= 12
   pods = [path for path in found if path.startswith('experiments/pods/')]
   assert all(found[path] for path in pods if not path.endswith('__init__.py'))
   sizes = {c.devices for c in found['launch/README.md']}
-  assert {Devices(256, 256), Devices(32, 8), Devices(8, 8)} <= sizes
+  one_of_each = {(1, 1), (8, 8), (256, 256), (512, 256), (32, 8)}
+  assert {Devices(*pair) for pair in one_of_each} <= sizes
+
+
+@pytest.mark.parametrize(
+  ('text', 'words'),
+  [
+    (
+      'launch/tpu_vm.sh create a z v5litepod-256\n'
+      'launch/tpu_vm.sh run a z experiments/paper_64e.py:bip gs://b/run',
+      ['batch_size=256', 'multiple of 256'],
+    ),
+    (
+      'sbatch --nodes=2 launch/slurm.sbatch experiments/demo.py:bip run \\\n'
+      '  --config.mesh.expert=16',
+      ['mesh.expert=16', 'would span'],
+    ),
+    (
+      'launch/local.sh experiments/demo.py:bip run 2x3',
+      ['batch_size=16', 'multiple of 6'],
+    ),
+    (
+      'python -m launch.plan --config=experiments/demo.py:bip --topology=v9:4',
+      ['--topology=v9:4', 'must be like'],
+    ),
+    (
+      'python -m experiments.compare --config=experiments/demo.py '
+      '--workdir=run --methods=bip,none',
+      ['none'],
+    ),
+    (
+      'python -m moe_jax.main --config=experiments/demo.py:bip '
+      '--workdir=run --config.model.experts_per_tokn=2',
+      ['experts_per_tokn'],
+    ),
+  ],
+)
+def test_wrong_commands_are_found(text, words, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  (refused,) = refusals(pathlib.Path('page.md'), f'```sh\n{text}\n```\n')
+  assert all(word in refused for word in words), refused
+
+
+def test_tables_of_machines_agree_with_themselves():
+  text = (ROOT / 'launch/README.md').read_text()
+  rows = [line.strip('| ').split(' | ') for line in text.splitlines()]
+  rows = [row for row in rows if len(row) == 8 and row[0][0] in 'vh']
+  assert len(rows) >= 6
+  for planner, vm, _, sides, count, hosts, chips, _ in rows:
+    name, *flags = f'--topology={planner}'.split()
+    devices = topology([name, *flags])
+    assert int(hosts) * int(chips) * int(count.replace('-', '1')) == (
+      devices.count
+    )
+    if sides != '-':
+      assert math.prod(map(int, sides.split('x'))) == devices.together
+    if vm != '-':
+      assert slices(vm) == devices
