@@ -221,14 +221,14 @@ def memory_fraction() -> float:
   Raises:
     ValueError: it is no number above 0 and at most 1.
   """
-  text = os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.75')
+  text = os.environ.get('XLA_CLIENT_MEM_FRACTION', '0.75')
   try:
     fraction = float(text)
   except ValueError:
     fraction = 0.0
   if not 0 < fraction <= 1:
     raise ValueError(
-      f'XLA_PYTHON_CLIENT_MEM_FRACTION={text}: must be above 0, at most 1'
+      f'XLA_CLIENT_MEM_FRACTION={text}: must be above 0, at most 1'
     )
   return fraction
 

@@ -9,7 +9,7 @@ TOPOLOGY is v5e:16x16, v6e:16x16, v5p:4x4x8, h100:8x4 (GPUs of a node x nodes)
 or the like. The real steps of training and evaluation are compiled by the
 chips' compiler, which needs `pip install -r requirements-tpu.txt` or
 `requirements-cuda.txt`, and minutes. It fits if both do; on GPUs into the part
-of the memory that jax takes, 0.75 or $XLA_PYTHON_CLIENT_MEM_FRACTION.
+of the memory that jax takes, 0.75 or $XLA_CLIENT_MEM_FRACTION.
 
     --slices    TPU slices of that topology, with the data-centre network
                 between them.
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _command(argv: Sequence[str]) -> str:
   """Returns what repeats a plan, also the variable that it depends on."""
-  name = 'XLA_PYTHON_CLIENT_MEM_FRACTION'
+  name = 'XLA_CLIENT_MEM_FRACTION'
   given = [f'{name}={os.environ[name]}'] if name in os.environ else []
   return shlex.join([*given, 'python', '-m', 'launch.plan', *argv[1:]])
 

@@ -95,7 +95,7 @@ def test_the_network_is_that_of_the_machine(machine, network):
 
 def test_gpus_give_the_fraction_that_jax_takes(monkeypatch):
   topology = ahead.parse_topology('h100:8')
-  name = 'XLA_PYTHON_CLIENT_MEM_FRACTION'
+  name = 'XLA_CLIENT_MEM_FRACTION'
   monkeypatch.delenv(name, raising=False)
   assert ahead.memory_limit(topology) == 0.75 * 84942979072
   monkeypatch.setenv(name, '.5')
