@@ -31,6 +31,16 @@ def compiler_options(platform: str) -> dict[str, bool]:
   return {}
 
 
+def check_compiler(platform: str) -> None:
+  """Raises ValueError where gradients would have E times their FLOPs.
+
+  Args:
+    platform: 'cpu', 'gpu' or 'tpu', of the devices compiled for.
+  """
+  if platform == 'tpu':
+    grouped_matmul_tpu.check_compiler()
+
+
 def grouped_matmul(
   rows_NxD: jax.Array, weights_ExDxF: jax.Array, load_E: jax.Array
 ) -> jax.Array:
@@ -54,6 +64,9 @@ def grouped_matmul(
   Returns:
     [N, F] of the dtype of the rows, zero in the spare rows. Differentiable in
     both operands if the cotangents of spare rows are also zero.
+
+  Raises:
+    ValueError: a gradient is asked for where `check_compiler` refuses.
   """
   operands = (rows_NxD, weights_ExDxF, load_E)
   varying = [jax_privates.varying_axes(x) for x in operands]
@@ -78,6 +91,7 @@ def _forward(rows_NxD, weights_ExDxF, load_E):
 
 
 def _backward(residuals, dy_NxF):
+  check_compiler(jax.default_backend())
   rows_NxD, weights_ExDxF, load_E = residuals
   drows_NxD = _matmul(dy_NxF, weights_ExDxF, load_E, contract=1)
   dweights_ExDxF = lax.platform_dependent(

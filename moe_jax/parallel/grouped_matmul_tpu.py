@@ -1,14 +1,17 @@
 """Grouped matrix products on TPU, by XLA's kernel for `lax.ragged_dot`.
 
 The kernel wants `grouped_matmul.compiler_options`; without, all of this is a
-dense product with E times the work. Other backends ignore the tiling.
+dense product with E times the work. So is `outer` by compilers that
+`check_compiler` refuses. Other backends ignore the tiling.
 
 Shape letters: N rows, E experts, D and F the two sides of a weight.
 """
 
 from collections.abc import Sequence
 import contextlib
+import importlib.metadata
 import math
+import re
 
 import jax
 from jax import lax
@@ -22,6 +25,26 @@ _UNIT = 128
 # compiler refuses about twice as much of the former.
 _BLOCK = 2**23
 _ROW = 2**14
+
+# The oldest compiler that is known to make a kernel of `outer`.
+_LIBTPU = (0, 0, 50)
+
+
+def check_compiler() -> None:
+  """Raises ValueError where the compiler would make a dense product of `outer`.
+
+  To be called before it is traced for TPUs.
+  """
+  try:
+    version = importlib.metadata.version('libtpu')
+  except importlib.metadata.PackageNotFoundError:
+    version = 'of unknown version'
+  if tuple(map(int, re.findall(r'\d+', version)[:3])) < _LIBTPU:
+    raise ValueError(
+      f'libtpu {version}: may compute gradients of dropless experts with many '
+      'times the work; take Python 3.12 or later with requirements-tpu.txt, or '
+      'model.round_to_capacity=True, which drops nothing either'
+    )
 
 
 def matmul(

@@ -16,7 +16,7 @@ import pandas
 from moe_jax import nn
 from moe_jax.config import Config
 from moe_jax.parallel import mesh as meshes
-from moe_jax.parallel.grouped_matmul import compiler_options
+from moe_jax.parallel.grouped_matmul import check_compiler, compiler_options
 from moe_jax.train.optimizer import make_optimizer
 
 
@@ -94,9 +94,13 @@ def make_training(
     optimizer: by default that of the config.
 
   Raises:
-    ValueError: experts or batch do not divide over the mesh or its shards.
+    ValueError: experts or batch do not divide over the mesh or its shards, or
+      the compiler is too old for dropless training.
   """
   check_mesh(config, mesh)
+  platform = mesh.devices.flat[0].platform
+  if not (config.capacity_factor or config.model.round_to_capacity):
+    check_compiler(platform)
   optimizer = optimizer or make_optimizer(config)
 
   def split():
@@ -120,7 +124,7 @@ def make_training(
     abstract=jax.tree.map(
       lambda leaf, where: leaf.update(sharding=where), abstract, shardings
     ),
-    compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    compiler_options=compiler_options(platform),
   )
 
 

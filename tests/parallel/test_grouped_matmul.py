@@ -1,6 +1,7 @@
 """Grouped products against einsum, on one device and on meshes."""
 
 import functools
+import importlib.metadata
 import re
 
 from hypothesis import example, given, settings
@@ -16,6 +17,7 @@ import pytest
 from moe_jax.parallel import grouped_matmul_gpu
 from moe_jax.parallel.grouped_matmul import (
   TILE,
+  check_compiler,
   compiler_options,
   grouped_matmul,
 )
@@ -260,3 +262,30 @@ def test_tiles_on_tpu(rows, width, hidden, forward, gradients):
 def test_only_tpu_needs_compiler_options():
   assert not compiler_options('cpu') and not compiler_options('gpu')
   assert compiler_options('tpu') == {'xla_tpu_enable_ragged_dot_kernel': True}
+
+
+@pytest.mark.parametrize('version', ['0.0.42.1', None])
+def test_gradients_are_refused_where_they_would_be_dense(version, monkeypatch):
+  def installed(package):
+    if version is None:
+      raise importlib.metadata.PackageNotFoundError(package)
+    return version
+
+  monkeypatch.setattr(importlib.metadata, 'version', installed)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  load = jnp.array(LOADS[3], jnp.int32)
+  rows, weights, _ = _operands()
+  jax.eval_shape(grouped_matmul, rows, weights, load)
+
+  def total(weights):
+    return jnp.sum(grouped_matmul(rows, weights, load))
+
+  message = f'libtpu {version or "of unknown version"}: .* take Python 3.12'
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(jax.grad(total), weights)
+
+
+def test_other_compilers_are_not_refused(monkeypatch):
+  monkeypatch.setattr(importlib.metadata, 'version', lambda name: '0.0.50.1')
+  for platform in ('cpu', 'gpu', 'tpu'):
+    check_compiler(platform)

@@ -306,3 +306,20 @@ def test_a_dead_capacity_drops_and_counts(tmp_path):
   dropped = np.maximum(load_LxE - room, 0).sum()
   assert history[0]['router/dropped'] == pytest.approx(dropped / load_LxE.sum())
   assert history[0]['router/dropped'] >= 0.5
+
+
+def test_the_compiler_is_checked_for_dropless_training_only(
+  config, monkeypatch
+):
+  """What it refuses: tests/parallel/test_grouped_matmul.py."""
+
+  def refuse(platform):
+    raise ValueError(f'refused for {platform}')
+
+  monkeypatch.setattr(state_lib, 'check_compiler', refuse)
+  mesh = meshes.make_mesh(1, 1, devices=jax.devices()[:1])
+  rounding = dataclasses.replace(config.model, round_to_capacity=True)
+  for static in ({'capacity_factor': 1.0}, {'model': rounding}):
+    state_lib.make_training(dataclasses.replace(config, **static), mesh)
+  with pytest.raises(ValueError, match='refused for cpu'):
+    state_lib.make_training(config, mesh)
