@@ -235,14 +235,16 @@ def _kept_bytes(jaxpr: core.Jaxpr, config: Config, mesh: Mesh) -> float:
   That has an axis of sequences or of tokens behind the one of layers.
   """
   batch = config.batch_size // config.accumulation
-  split = (batch, batch * config.sequence_length)
+  split = ((batch,), (batch * config.sequence_length,))
   total = 0
   for equation in jaxpr.eqns:
     parameters = equation.params
     if equation.primitive.name == 'scan' and not parameters['reverse']:
-      for result in equation.outvars[parameters['num_carry'] :]:
+      (body,) = core.jaxprs_in_params(parameters)
+      for result, inner in zip(equation.outvars, body.outvars, strict=True):
         shape = result.aval.shape
-        if len(shape) > 1 and shape[1] in split:
+        # What is stacked has one axis more than what the body returns.
+        if shape[1:] == inner.aval.shape and shape[1:2] in split:
           total += result.aval.size * result.aval.dtype.itemsize / mesh.size
     if equation.primitive.name != 'shard_map':
       for inner in core.jaxprs_in_params(parameters):
