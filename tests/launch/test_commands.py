@@ -39,6 +39,11 @@ DOCUMENTS = [
   )
   for path in sorted(ROOT.glob(pattern))
 ]
+PODS = [
+  path
+  for path in DOCUMENTS
+  if path.parent.name == 'pods' and path.name != '__init__.py'
+]
 # A usage pattern has one of these in the place of a file, a method or options.
 PATTERN = re.compile(r'\.\.\.|--help|\b(FILE|METHOD|CONFIG|OPTION|TOPOLOGY)\b')
 # The method that docs/pages/add_a_balancer.md adds; loss_free has its options.
@@ -105,7 +110,7 @@ class Reader:
         yield Command(module, flags, Devices())
       case ['launch/local.sh', path, workdir, *rest]:
         yield local(path, workdir, *rest)
-      case ['sbatch', *rest]:
+      case ['sbatch', *rest] if 'launch/slurm.sbatch' in rest:
         yield sbatch(rest)
       case ['launch/tpu_vm.sh', 'create', name, _, kind, *_]:
         self.slices[name] = slices(kind)
@@ -245,6 +250,17 @@ def test_commands_are_accepted(path, monkeypatch):
   assert not refused, '\n'.join(refused)
 
 
+@pytest.mark.parametrize('path', PODS, ids=str)
+def test_pods_take_every_method(path, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  planned = list(commands(path, (ROOT / path).read_text()))
+  assert planned
+  for module, flags, devices in planned:
+    for method in config.METHODS:
+      flags = [re.sub(r'\.py:\w+$', f'.py:{method}', flag) for flag in flags]
+      check(Command(module, flags, devices))
+
+
 def test_commands_are_found():
   found = {
     str(path): list(commands(path, (ROOT / path).read_text()))
@@ -254,8 +270,6 @@ def test_commands_are_found():
   assert modules >= {'moe_jax.main', 'launch.plan', 'experiments.compare'}
   assert len(found['README.md']) >= 4
   assert len(found['launch/README.md']) >= 12
-  pods = [path for path in found if path.startswith('experiments/pods/')]
-  assert all(found[path] for path in pods if not path.endswith('__init__.py'))
   sizes = {c.devices for c in found['launch/README.md']}
   one_of_each = {(1, 1), (8, 8), (256, 256), (512, 256), (32, 8)}
   assert {Devices(*pair) for pair in one_of_each} <= sizes
