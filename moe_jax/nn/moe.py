@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import routing
+from moe_jax import jax_privates, routing
 from moe_jax.nn import router
 from moe_jax.nn.config import MoEConfig
 from moe_jax.nn.feed_forward import SwiGLU, linear_init
@@ -144,6 +144,9 @@ class MoE(nnx.Module):
     devices = 1 if self.mesh is None else self.mesh.size
     shards = self.config.shards or devices
     batch, sequence, _ = shape_BxSxD
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    inside = set(meshes.AXES) <= set(manual)  # A shard_map of the caller's.
+    batch *= devices if inside else 1
     if shards % devices or batch * sequence % shards or batch % devices:
       raise ValueError(
         f'shards={shards}: must divide the {batch * sequence} tokens of a '
@@ -161,11 +164,14 @@ class MoE(nnx.Module):
         for weight in (self.gate, self.up, self.down)
       )
     )
+    apply = functools.partial(apply, specs=specs)
+    if inside:
+      return apply
     split, same = meshes.BATCH, P()
     choice = routing.Choice(experts=split, gates=split, load=same)
     output = MoEOutput(loss=same, scores=split, choice=choice, sums=same)
     return jax.shard_map(
-      functools.partial(apply, specs=specs),
+      apply,
       mesh=self.mesh,
       in_specs=(same, specs, same, split, split),
       out_specs=(split, output, same),
@@ -243,11 +249,17 @@ class MoE(nnx.Module):
 
 
 def _for_use(weights, specs, dtype) -> dispatch.ExpertWeights:
-  """Casts the experts' weights; on a mesh, gathers those of this device."""
+  """Casts the experts' weights; on a mesh, gathers those of this device.
+
+  Where the caller gave each device a copy, each has a gradient of its own.
+  """
   if specs is None:
     return jax.tree.map(lambda weight: weight.astype(dtype), weights)
-  return jax.tree.map(
-    lambda weight, spec: meshes.gather_experts(weight, spec, dtype),
-    weights,
-    specs,
-  )
+
+  def prepare(weight, spec):
+    varies = 'data' in jax_privates.varying_axes(weight)
+    if varies and 'data' not in spec:
+      return weight.astype(dtype)
+    return meshes.gather_experts(weight, spec, dtype)
+
+  return jax.tree.map(prepare, weights, specs)

@@ -116,28 +116,36 @@ def _sort_pairs(
   return _Pairs(order % tokens, order // tokens, queue_N, place_N)
 
 
-def _apply(x_TxD, choice, pairs: _Pairs, row_N, rows: int, apply):
-  """Sends pair n to row `row_N[n]` (none: >= `rows`), applies, sends back.
+class _Layout(NamedTuple):
+  """Which pair, counted as T K, each row holds, and which row each pair has.
 
-  Returns [T, K, D]; 0 for a pair without a row.
+  The number of pairs stands for none, and so does that of rows.
   """
+
+  pair_of_row: jax.Array
+  row_of_pair: jax.Array
+
+
+def _lay_out(choice: Choice, pairs: _Pairs, row_N, rows: int) -> _Layout:
+  """Puts pair n into row `row_N[n]` (none: >= `rows`)."""
   tokens, k = choice.experts.shape
   token_N, rank_N, _, _ = pairs
   pair_of_row = jnp.full(rows, tokens * k, jnp.int32)
   pair_of_row = pair_of_row.at[row_N].set(token_N * k + rank_N, mode='drop')
   row_of_pair = jnp.full((tokens, k), rows, jnp.int32)
-  row_of_pair = row_of_pair.at[token_N, rank_N].set(row_N)
-  token_of_row = pair_of_row // k
-  x_NxD = take_rows(x_TxD, token_of_row, row_of_pair)
-  with jax.named_scope('experts'):
-    y_NxD = apply(x_NxD)
-  y_TKxD = take_rows(y_NxD, row_of_pair.reshape(-1), pair_of_row[:, None])
-  return y_TKxD.reshape(tokens, k, -1)
+  return _Layout(pair_of_row, row_of_pair.at[token_N, rank_N].set(row_N))
 
 
-def _mix(y_TxKxD, choice):
-  y_TxD = jnp.einsum('tkd,tk->td', y_TxKxD.astype(jnp.float32), choice.gates)
-  return y_TxD.astype(y_TxKxD.dtype)
+def _to_rows(x_TxD: jax.Array, layout: _Layout) -> jax.Array:
+  k = layout.row_of_pair.shape[1]
+  return take_rows(x_TxD, layout.pair_of_row // k, layout.row_of_pair)
+
+
+def _to_pairs(y_NxD: jax.Array, layout: _Layout) -> jax.Array:
+  """Returns [T, K, D]; 0 for a pair without a row."""
+  shape = (*layout.row_of_pair.shape, y_NxD.shape[1])
+  row_TK = layout.row_of_pair.reshape(-1)
+  return take_rows(y_NxD, row_TK, layout.pair_of_row[:, None]).reshape(shape)
 
 
 def _split_over(axis_name: str | None) -> int:
@@ -190,8 +198,12 @@ def grouped(
       x_NxD, choice.load, apply, most=most, axis_name=axis_name
     )
 
-  y_TxKxD = _apply(x_TxD, choice, pairs, row_N, rows, apply_anywhere)
-  return Mixed(_mix(y_TxKxD, choice), jnp.int32(0))
+  layout = _lay_out(choice, pairs, row_N, rows)
+  with jax.named_scope('experts'):
+    y_NxD = apply_anywhere(_to_rows(x_TxD, layout))
+  y_TxKxD = _to_pairs(y_NxD, layout).astype(jnp.float32)
+  y_TxD = jnp.einsum('tkd,tk->td', y_TxKxD, choice.gates)
+  return Mixed(y_TxD.astype(x_TxD.dtype), jnp.int32(0))
 
 
 @jax.named_scope('dispatch')
@@ -222,11 +234,10 @@ def capacity(
   queues = choice.load.shape[0] * groups
   pairs = _sort_pairs(choice, mask_T, groups)
   row_N = _row_of_pair(pairs, queues, capacity)
-  rows = queues * capacity
-  apply = _in_buffers(weights, rows, axis_name)
-  y_TxKxD = _apply(x_TxD, choice, pairs, row_N, rows, apply)
-  dropped = (pairs.queue_N < queues) & (row_N == rows)
-  return Mixed(_mix(y_TxKxD, choice), jnp.sum(dropped, dtype=jnp.int32))
+  layout = _lay_out(choice, pairs, row_N, queues * capacity)
+  y_TxKxD = _apply_in_buffers(x_TxD, choice, weights, layout, axis_name)
+  dropped = (pairs.queue_N < queues) & (row_N == queues * capacity)
+  return Mixed(_sum(y_TxKxD), jnp.sum(dropped, dtype=jnp.int32))
 
 
 @jax.named_scope('dispatch')
@@ -256,20 +267,21 @@ def in_rounds(
   """
   queues = choice.load.shape[0]
   pairs = _sort_pairs(choice, mask_T)
-  rows = queues * capacity
-  apply = _in_buffers(weights, rows, axis_names[-1])
 
   def add_round(i, y_TxKxD):
     later = pairs._replace(place_N=pairs.place_N - i * capacity)
     row_N = _row_of_pair(later, queues, capacity)
+    layout = _lay_out(choice, pairs, row_N, queues * capacity)
     # Of each pair, all rounds but its own add zeros.
-    return y_TxKxD + _apply(x_TxD, choice, pairs, row_N, rows, apply)
+    return y_TxKxD + _apply_in_buffers(
+      x_TxD, choice, weights, layout, axis_names[-1]
+    )
 
   shape = (*choice.experts.shape, x_TxD.shape[1])
   rounds = lax.pmax(-(-jnp.max(choice.load) // capacity), axis_names)
   y_TxKxD = jnp.zeros_like(x_TxD, shape=shape)  # Varies as the tokens do.
   y_TxKxD = lax.fori_loop(0, rounds, add_round, y_TxKxD)
-  return Mixed(_mix(y_TxKxD, choice), jnp.int32(0))
+  return Mixed(_sum(y_TxKxD), jnp.int32(0))
 
 
 def _row_of_pair(pairs: _Pairs, queues: int, capacity: int) -> jax.Array:
@@ -281,22 +293,37 @@ def _row_of_pair(pairs: _Pairs, queues: int, capacity: int) -> jax.Array:
   )
 
 
-def _in_buffers(weights: ExpertWeights, rows: int, axis_name: str | None):
-  """Returns what applies the experts to buffers of equal sizes, [N, D]."""
+def _apply_in_buffers(x_TxD, choice, weights, layout: _Layout, axis_name):
+  """Applies the experts to buffers of equal sizes: y times its gate, [T, K, D].
 
-  def apply(x_ExCxD):
+  The gates travel with the tokens, so that the backward pass does not need what
+  came back: recomputing a layer skips that exchange.
+  """
+  gates_TKx1 = choice.gates.reshape(-1, 1)
+  gates_Nx1 = take_rows(
+    gates_TKx1, layout.pair_of_row, layout.row_of_pair.reshape(-1, 1)
+  )
+
+  def apply(x_ExCxD, gates_ExCx1):
     gate_ExCxF = jnp.einsum('ecd,edf->ecf', x_ExCxD, weights.gate_ExDxF)
     up_ExCxF = jnp.einsum('ecd,edf->ecf', x_ExCxD, weights.up_ExDxF)
     hidden_ExCxF = jax.nn.silu(gate_ExCxF) * up_ExCxF
-    return jnp.einsum('ecf,efd->ecd', hidden_ExCxF, weights.down_ExFxD)
+    y_ExCxD = jnp.einsum('ecf,efd->ecd', hidden_ExCxF, weights.down_ExFxD)
+    return (y_ExCxD * gates_ExCx1).astype(x_ExCxD.dtype)
 
-  def apply_anywhere(x_NxD):
-    devices = _split_over(axis_name)
-    experts = devices * len(weights.gate_ExDxF)
-    x_ExCxD = x_NxD.reshape(experts, rows // experts, -1)
+  devices = _split_over(axis_name)
+  x_NxD = _to_rows(x_TxD, layout)
+  with jax.named_scope('experts'):
+    rows = tuple(
+      x.reshape(devices * len(weights.gate_ExDxF), -1, x.shape[1])
+      for x in (x_NxD, gates_Nx1)
+    )
     if devices == 1:
-      return apply(x_ExCxD).reshape(rows, -1)
-    y_ExCxD = exchange.static(x_ExCxD, apply, axis_name=axis_name)
-    return y_ExCxD.reshape(rows, -1)
+      y_ExCxD = apply(*rows)
+    else:
+      y_ExCxD = exchange.static(rows, apply, axis_name=axis_name)
+  return _to_pairs(y_ExCxD.reshape(x_NxD.shape), layout)
 
-  return apply_anywhere
+
+def _sum(y_TxKxD: jax.Array) -> jax.Array:
+  return jnp.sum(y_TxKxD.astype(jnp.float32), axis=1).astype(y_TxKxD.dtype)

@@ -3,7 +3,8 @@
 All of this runs inside `jax.shard_map`, on the tokens of one device. The
 collectives of an MoE layer, all over the mesh axis `expert`, are
 
-    static     2 all-to-all of [E, C, D] forward, 2 backward;
+    static     2 all-to-all of [E, C, D] forward, 2 backward, and 1 each way of
+               gates, float32 [E, C];
     ragged     1 all-gather of loads, int32 [E], and 2 ragged all-to-all of the
                chosen rows forward; 2 ragged all-to-all backward. On CPU each
                is 2 all-to-all: padded rows and where they go.
@@ -32,24 +33,24 @@ from moe_jax.options import Refused
 
 
 def static(
-  rows_ExCxD: jax.Array,
-  apply: Callable[[jax.Array], jax.Array],
+  rows: tuple[jax.Array, ...],
+  apply: Callable[..., jax.Array],
   *,
   axis_name: str,
 ) -> jax.Array:
   """Applies the experts to C rows for each, from every device.
 
   Args:
-    rows_ExCxD: this device's rows for all experts of the axis.
-    apply: `rows [L, P C, D] -> [L, P C, D]`, this device's experts.
+    rows: arrays [E, C, ...], this device's rows for all experts of the axis.
+    apply: `(*rows [L, P C, ...]) -> [L, P C, D]`, this device's experts.
     axis_name: mesh axis over which experts are split, in order.
 
   Returns:
     [E, C, D], what the experts made of this device's rows.
   """
   there = functools.partial(lax.all_to_all, axis_name=axis_name, tiled=True)
-  rows_LxMxD = there(rows_ExCxD, split_axis=0, concat_axis=1)
-  return there(apply(rows_LxMxD), split_axis=1, concat_axis=0)
+  received = (there(x, split_axis=0, concat_axis=1) for x in rows)
+  return there(apply(*received), split_axis=1, concat_axis=0)
 
 
 def ragged(

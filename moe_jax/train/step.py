@@ -8,10 +8,12 @@ from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import optax
 
 from moe_jax import nn
 from moe_jax.config import Config
+from moe_jax.parallel import mesh as meshes
 from moe_jax.train.batches import Batch
 from moe_jax.train.optimizer import make_schedule
 from moe_jax.train.state import Training, TrainState
@@ -41,21 +43,19 @@ def make_train_step(
     `squares` of `gradient` and `parameters`.
   """
   schedule = make_schedule(config)
-  gradients = jax.grad(
-    functools.partial(_losses, training.graphdef, config.accumulation),
-    has_aux=True,
+  gradients = functools.partial(
+    _gradients, training.graphdef, config.accumulation
   )
+  mesh = training.abstract.step.sharding.mesh
+  # Parameters that are split have gradients too large to be kept whole.
+  if config.accumulation > 1 and mesh.size > 1 and not config.mesh.fsdp:
+    gradients = _summed_once(gradients, training.abstract.params, mesh)
 
   def train_step(state, batch):
     tokens = batch.inputs.size if batch.mask is None else jnp.sum(batch.mask)
     tokens = jnp.maximum(tokens, 1)
-
-    def of_microbatch(router, batch):
-      gradient, (sums, router) = gradients(state.params, router, batch, tokens)
-      return (gradient, sums), router
-
-    (gradient, sums), router = add_up(
-      of_microbatch, state.router, batch, config.accumulation
+    (gradient, sums), router = gradients(
+      state.params, state.router, batch, tokens
     )
     gradient_squares = squares(gradient)
     gradient_norm = jnp.sqrt(sum(map(jnp.sum, gradient_squares.values())))
@@ -93,12 +93,64 @@ def make_train_step(
   )
 
 
-def _losses(graphdef, microbatches, params, router, batch, tokens):
+def _summed_once(gradients, params, mesh):
+  """Returns `gradients` that are summed over devices at the end of a step.
+
+  The compiler would sum them after every microbatch. So each device computes
+  its own, of the loss over all.
+  """
+  specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
+
+  def over_copies(function, tree):
+    """Calls a function of each leaf and the axes that it is not split over."""
+    return jax.tree.map(
+      lambda leaf, spec: function(
+        leaf, tuple(axis for axis in meshes.AXES if axis not in spec)
+      ),
+      tree,
+      specs,
+    )
+
+  def of_device(params, router, batch, tokens):
+    own = over_copies(functools.partial(lax.pcast, to='varying'), params)
+    (gradient, sums), router = gradients(
+      own, router, batch, tokens, axis_name=meshes.AXES
+    )
+    return (over_copies(lax.psum, gradient), sums), router
+
+  same = P()
+  return jax.shard_map(
+    of_device,
+    mesh=mesh,
+    in_specs=(specs, same, meshes.BATCH, same),
+    out_specs=((specs, same), same),
+  )
+
+
+def _gradients(
+  graphdef, microbatches, params, router, batch, tokens, axis_name=None
+):
+  """Adds up the gradients and sums of microbatches; routers move in each."""
+  losses = functools.partial(_losses, graphdef, microbatches, axis_name)
+
+  def of_microbatch(router, batch):
+    gradient, (sums, router) = jax.grad(losses, has_aux=True)(
+      params, router, batch, tokens
+    )
+    return (gradient, sums), router
+
+  return add_up(of_microbatch, router, batch, microbatches)
+
+
+def _losses(graphdef, microbatches, axis_name, params, router, batch, tokens):
   """Returns the loss of a microbatch; its sums and the routers after it."""
   model = nnx.merge(graphdef, params, router, copy=True)
   logits, outputs = model(batch.inputs, batch.mask, train=True)
+  loss = jnp.sum(cross_entropy(logits, batch)) / tokens
+  if axis_name is not None:
+    loss = lax.psum(loss, axis_name)
   sums = {
-    'loss': jnp.sum(cross_entropy(logits, batch)) / tokens,
+    'loss': loss,
     'auxiliary_loss': jnp.sum(outputs.loss) / microbatches,
     'router': outputs.sums,
   }
