@@ -53,7 +53,7 @@ else
 	$(MAKE) test VENV=.venv-newer PYTHON=$(PYTHON_NEWER) TESTS='$(NEWER)'
 	grep -hE '^(libtpu|jax-cuda12)' requirements-tpu.txt requirements-cuda.txt \
 	    | .venv-newer/bin/pip install --quiet --no-deps -r /dev/stdin
-	.venv-newer/bin/python -m pytest -q tests/launch/test_plan.py
+	.venv-newer/bin/python -m pytest -q tests/launch/test_compiled.py tests/launch/test_plan.py
 endif
 
 check: setup audit

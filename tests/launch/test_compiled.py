@@ -1,0 +1,158 @@
+"""What compilers make of an MoE layer: its FLOPs, its arrays, its collectives.
+
+They need no chips, but they are not in requirements-dev.txt: `make test-newer`
+installs them.
+"""
+
+import collections
+import importlib.util
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from launch import hlo
+from tests.launch.compiled_layer import (
+  BATCH,
+  DATA,
+  EXPERT,
+  EXPERTS,
+  HIDDEN,
+  ITERATIONS,
+  SEQUENCE,
+  WIDTH,
+  K,
+)
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAIRS = BATCH * SEQUENCE * K // (DATA * EXPERT)  # Of one device.
+LOCAL = EXPERTS // EXPERT
+# What multiplies groups of rows, and does not say how.
+KERNELS = ('"tpu_custom_call"', '"__gpu$xla.gpu.triton"')
+# Index arithmetic of the TPU's compiler.
+OTHER_CALLS = (
+  *('AllocateBuffer', 'AssumeGatherIndicesInBound', 'ConcatBitcast'),
+  'GatherScatterIndicesBitpacked',
+)
+
+pytestmark = pytest.mark.long
+
+
+def compiler(name):
+  missing = importlib.util.find_spec(name) is None
+  return pytest.mark.skipif(missing, reason=f'{name}: make test-newer has it')
+
+
+@pytest.fixture(
+  scope='module',
+  params=[
+    pytest.param(('v5e:2x4', 'dropless'), marks=compiler('libtpu')),
+    pytest.param(('v5e:2x4', 'rounded'), marks=compiler('libtpu')),
+    pytest.param(('h100:8', 'dropless'), marks=compiler('jax_cuda12_plugin')),
+    pytest.param(('h100:8', 'rounded'), marks=compiler('jax_cuda12_plugin')),
+  ],
+  ids='-'.join,
+)
+def layer(request, tmp_path_factory):
+  """Whether it rounds, its program and its FLOPs."""
+  directory = tmp_path_factory.mktemp('layer')
+  command = ['-m', 'tests.launch.compiled_layer', *request.param, directory]
+  done = subprocess.run(
+    [sys.executable, *command], cwd=ROOT, capture_output=True, text=True
+  )
+  assert not done.returncode, done.stderr
+  program = hlo.parse((directory / 'program.txt').read_text())
+  flops = json.loads((directory / 'flops.json').read_text())
+  return request.param[1] == 'rounded', program, flops
+
+
+def sizes(shape):
+  """Returns the sides of each array of a shape."""
+  return [
+    [int(side) for side in sides.split(',') if side]
+    for sides in re.findall(r'[a-z]\d*\[([\d,]*)\]', shape)
+  ]
+
+
+def product_flops(program, visit):
+  """Counts what a matrix product costs; 0 for all else."""
+  instruction = visit.instruction
+  shapes = [
+    program.computations[visit.computation][name].shape
+    for name in instruction.operands
+  ]
+  result, attributes = sizes(instruction.shape)[0], instruction.attributes
+  if instruction.opcode == 'dot':
+    axes = re.search(r'lhs_contracting_dims=\{([\d,]+)\}', attributes)[1]
+    left = sizes(shapes[0])[0]
+    summed = math.prod(left[int(axis)] for axis in axes.split(','))
+  elif instruction.opcode == 'convolution':
+    # On TPU, so are products written. A batch is a window that takes one.
+    assert 'window=' not in attributes or 'lhs_dilate=' in attributes
+    kernel = re.search(r'dim_labels=\w+_(\w+)->', attributes)[1]
+    summed = sizes(shapes[1])[0][kernel.index('i')]
+  elif any(kernel in attributes for kernel in KERNELS):
+    flat = [
+      array
+      for shape in (*shapes, instruction.shape)
+      for array in sizes(shape)
+      if len(array) == 2
+    ]
+    if not flat:  # Where groups begin.
+      return 0
+    (rows, inner), (_, outer) = flat
+    return 2 * rows * inner * outer
+  else:
+    calls = re.search(r'custom_call_target="(\S+)"', attributes)
+    assert calls is None or calls[1] in OTHER_CALLS, calls[1]
+    return 0
+  return 2 * math.prod(result) * summed
+
+
+def test_flops_are_those_of_the_jaxpr(layer):
+  _, program, flops = layer
+  counted = sum(
+    visit.count * product_flops(program, visit) for visit in hlo.visits(program)
+  )
+  assert flops['jaxpr'] / 1.2 < counted < 1.2 * flops['jaxpr']
+  if flops['compiler']:  # It knows what its kernels do.
+    assert flops['compiler'] < 1.2 * flops['jaxpr']
+
+
+def test_nothing_is_as_large_as_a_mask(layer):
+  """No array of all tokens or rows and all experts, not even in a fusion."""
+  rounded, program, _ = layer
+  room = PAIRS if rounded else EXPERT * PAIRS
+  # Gate and up are one product on GPUs.
+  largest = max(room * HIDDEN, 2 * LOCAL * WIDTH * HIDDEN)
+  for computation in program.computations.values():
+    for instruction in computation.values():
+      for array in sizes(instruction.shape):
+        assert math.prod(array) < 1.1 * largest, instruction
+
+
+def test_nothing_else_is_communicated(layer):
+  rounded, program, _ = layer
+  found = collections.Counter()
+  for each in hlo.collectives(program):
+    found[each.kind, each.bytes, len(each.group)] += each.count
+  # There and back, forward and backward.
+  row = 2 * WIDTH
+  kind = 'all-to-all' if rounded else 'ragged-all-to-all'
+  spare = 0 if rounded else 256 * row
+  assert found.pop((kind, PAIRS * row + spare, EXPERT)) == 4
+  # Each pass of an order statistic, four of 32 bits.
+  assert found.pop(('all-reduce', 15 * EXPERTS * 4, 8)) == ITERATIONS * 8
+  assert found.pop(('all-reduce', WIDTH * EXPERTS * 4, 8)) == 1  # The router's.
+  if not rounded:  # Loads; TPUs gather them by adding to zeros.
+    loads = EXPERT * EXPERTS * 4
+    kinds = [kind for kind in found if kind[1:] == (loads, EXPERT)]
+    assert [found.pop(kind) for kind in kinds] == [1]
+  # Gradients of three weights; some are sent together.
+  assert {(kind, group) for kind, _, group in found} == {('all-reduce', DATA)}
+  total = sum(size * count for (_, size, _), count in found.items())
+  assert total == 3 * LOCAL * WIDTH * HIDDEN * 4
