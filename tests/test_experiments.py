@@ -3,10 +3,9 @@
 import pathlib
 
 from flax import nnx
-import jax
 import pytest
 
-from moe_jax import config
+from moe_jax import config, nn
 from moe_jax import main as command_line
 from moe_jax.train import state as states
 
@@ -30,12 +29,22 @@ def test_methods_differ_in_the_balancer_alone(path):
 
 
 @pytest.mark.parametrize(
-  ('name', 'millions'), [('paper_16e', 302.7), ('paper_64e', 1133.4)]
+  ('name', 'total', 'active'),
+  [
+    ('paper_16e', 0.3027, 0.0951),
+    ('paper_64e', 1.1334, 0.1645),
+    ('pods/moe_7b', 6.9479, 1.3108),
+    ('pods/moe_30b', 30.2705, 3.0914),
+    ('pods/moe_106b', 104.8894, 9.3851),
+    ('giant_256e', 234.9653, 10.2848),
+  ],
 )
-def test_paper_sizes(name, millions):
+def test_sizes(name, total, active):
+  """In billions of parameters, all and those that a token uses."""
   options = command_line.load_experiment(f'experiments/{name}.py:bip')
+  options.mesh.fsdp = False  # It needs a mesh.
   frozen = config.freeze(options)
   model = nnx.eval_shape(lambda: states.make_model(frozen))
-  params = nnx.state(model, nnx.Param)
-  count = sum(leaf.size for leaf in jax.tree.leaves(params))
-  assert round(count / 1e6, 1) == millions
+  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  counts = nn.parameter_counts(frozen.model, params)
+  assert [round(count / 1e9, 4) for count in counts] == [total, active]

@@ -1,10 +1,10 @@
-"""106 B parameters, 12 B for a token: a model for 8 nodes of 8 H100.
+"""105 B parameters, 9.4 B for a token: a model for 8 nodes of 8 H100.
 
-Sizes are those of GLM-4.5-Air, all of whose layers are MoE layers here: 46 of
-width 4096, 128 experts of 1408, 8 for a token, one shared; 32 query heads of
-128 on 8 key/value heads. A step has 1,048,576 tokens, 16,384 for each of 64
-GPUs, which have 16 experts of each layer. Parameters and moments are split over
-all of them.
+Sizes are those of GLM-4.5-Air, which has 106 B: 46 layers of width 4096, 128
+experts of 1408, 8 for a token, one shared. All layers are MoE layers here, with
+32 query heads of 128 on 8 key/value heads in place of 96. A step has 1,048,576
+tokens, 16,384 for each of 64 GPUs, which have 16 experts of each layer.
+Parameters and moments are split over all of them.
 
   python -m launch.plan --config=experiments/pods/moe_106b.py:bip \\
       --topology=h100:8x8

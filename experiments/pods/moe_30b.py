@@ -1,4 +1,4 @@
-"""30 B parameters, 3.4 B for a token: for 32 H100 or a v5e:16x16.
+"""30 B parameters, 3.1 B for a token: for 32 H100 or a v5e:16x16.
 
 Sizes are those of Qwen3-30B-A3B: 48 layers of width 2048, 128 experts of 768, 8
 for a token, 32 query heads of 128 on 4; one shared expert is ours. A step has
