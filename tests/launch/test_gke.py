@@ -1,10 +1,13 @@
 """The manifests: of the right form, and consistent with each other."""
 
+import inspect
 import pathlib
 import re
 import string
 
+import jax
 from jax._src.clusters import cloud_tpu_cluster
+from jaxlib import xla_client
 from kubeflow_trainer_api import models
 import pytest
 import yaml
@@ -93,6 +96,18 @@ def test_pods_run_the_one_command(name):
 
 def environment(container: dict) -> dict[str, str]:
   return {entry['name']: entry.get('value') for entry in container['env']}
+
+
+@pytest.mark.parametrize('name', ['tpu', 'gpu'])
+def test_jax_knows_what_the_environment_sets(name):
+  (manifest,) = manifests(name)
+  (job,) = manifest['spec']['replicatedJobs']
+  (container,) = job['template']['spec']['template']['spec']['containers']
+  read = inspect.getsource(processes) + inspect.getsource(xla_client)
+  for variable in environment(container):
+    if variable.startswith(('JAX_', 'XLA_')):
+      is_option = variable.lower() in jax.config.values
+      assert is_option or f"'{variable}'" in read, variable
 
 
 @pytest.mark.parametrize('name', ['tpu', 'gpu'])
