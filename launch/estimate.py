@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Iterator, Sequence
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -25,6 +26,8 @@ _SCOPES = {
   'experts': 'experts',
   'ragged-dot': 'experts',
   'dispatch': 'dispatch',
+  # `jax.nn.dot_product_attention` maps over sequences; projections do not.
+  'attention.*vmap': 'scores',
   'attention': 'attention',
   'optimizer': 'optimizer',
 }
@@ -80,11 +83,7 @@ def train_step(
   config: Config, topology: ahead.Topology, devices: list[Any]
 ) -> dict[str, Any]:
   """Compiles the train step and estimates what it costs, as `estimate`."""
-  mesh = state_lib.make_mesh(config, devices)
-  training = state_lib.make_training(config, mesh)
-  tokens = _abstract(mesh, config.batch_size, config.sequence_length)
-  step = step_lib.make_train_step(config, training)
-  traced = step.trace(training.abstract, batches.Batch(tokens, tokens))
+  mesh, training, traced = trace(config, devices)
   compiled = ahead.compile_step(traced.lower(), topology)
   total, active = nn.parameter_counts(config.model, training.abstract.params)
   result = {
@@ -97,13 +96,25 @@ def train_step(
     },
   }
   if compiled.text:
-    result |= _times(config, topology, mesh, compiled.text)
+    result |= times(config, topology, mesh, compiled.text)
     peak = mesh.size * topology.hardware.peak
     result['mfu'] = [
       result['flops']['useful'] / (seconds * peak)
       for seconds in reversed(result['step_seconds'])
     ]
   return result
+
+
+def trace(
+  config: Config, devices: list[Any]
+) -> tuple[Mesh, state_lib.Training, jax.stages.Traced]:
+  """Traces the train step; returns the mesh and the model as well."""
+  mesh = state_lib.make_mesh(config, devices)
+  training = state_lib.make_training(config, mesh)
+  tokens = _abstract(mesh, config.batch_size, config.sequence_length)
+  step = step_lib.make_train_step(config, training)
+  traced = step.trace(training.abstract, batches.Batch(tokens, tokens))
+  return mesh, training, traced
 
 
 def evaluation_step(
@@ -133,7 +144,7 @@ def evaluation_step(
     },
   }
   if compiled.text:
-    result |= _times(config, topology, mesh, compiled.text)
+    result |= times(config, topology, mesh, compiled.text)
   return result
 
 
@@ -253,11 +264,14 @@ def _kept_bytes(jaxpr: core.Jaxpr, config: Config, mesh: Mesh) -> float:
 
 
 def _part(op_name: str) -> str:
-  found = (part for word, part in _SCOPES.items() if word in op_name)
+  found = (part for scope, part in _SCOPES.items() if re.search(scope, op_name))
   return next(found, 'rest')
 
 
-def _times(config, topology, mesh, text) -> dict[str, Any]:
+def times(
+  config: Config, topology: ahead.Topology, mesh: Mesh, text: str
+) -> dict[str, Any]:
+  """Estimates the times of a compiled step from its text."""
   chip, program = topology.hardware, hlo.parse(text)
   costs = cost.compute(program, chip, _rows(config, mesh))
   parts, known = collections.Counter(), 0.0

@@ -1,0 +1,65 @@
+"""The comparison with MaxText's measurements: its arithmetic, by hand."""
+
+import pytest
+
+from experiments.maxtext import compare, deep_708b, wide_754b
+from moe_jax import config as config_lib
+
+
+@pytest.mark.parametrize(
+  ('experiment', 'active', 'mfu', 'seconds'),
+  [
+    # 3 x (2 x 1.23e11 + 56 x 4 x 8192 x 32768) x 8192 FLOPs, 918e12 a second.
+    (wide_754b, 1.23e11, 0.498, 16.4),
+    (deep_708b, 9.96e10, 0.431, 13.6),
+  ],
+)
+def test_measured_steps(experiment, active, mfu, seconds):
+  config = config_lib.freeze(experiment.get_config())
+  ideal = compare.flops(config, active) / (256 * 918e12)
+  found = compare.beside({'experts': 9.0, 'collectives': 1.0}, ideal, mfu)
+  assert found['measured_seconds'] == pytest.approx(seconds, abs=0.1)
+  assert found['estimated_seconds'] == [9.0, 10.0]
+  assert found['estimated_mfu'][1] == pytest.approx(ideal / 9)
+  assert found['error'][1] == pytest.approx(10 / found['measured_seconds'] - 1)
+
+
+def test_attention_that_stores_no_scores():
+  config = config_lib.freeze(wide_754b.get_config())
+  # 9 products, of each token with half of 8192 others in 128 heads of 256.
+  flops = 9 * 2 * 4096 * 128 * 256 * 8192 * 56
+  assert compare.attention_seconds(config, 256, 1e15) == pytest.approx(
+    flops / 0.7e15
+  )
+
+
+def test_few_layers_stand_for_many():
+  loop = 'while(), backend_config={"known_trip_count":{"n":"4"}}'
+  assert '"n":"56"' in compare.with_layers(loop, 56)
+  with pytest.raises(ValueError, match='no loop over 4 layers'):
+    compare.with_layers('while()', 56)
+  times = {
+    'compute_seconds': {'experts': 5.0, 'optimizer': 1.0, 'scores': 7.0},
+    'collectives': [{'seconds': 2.0}, {'seconds': 0.5}],
+  }
+  assert compare.replaced(times, layers=56, scores=3.0) == {
+    'experts': 5.0,
+    'optimizer': 14.0,
+    'scores': 3.0,
+    'collectives': 2.5,
+  }
+
+
+def test_tables_and_ratios():
+  rows = [
+    {'model': model, 'capacity_factor': factor}
+    | compare.beside({'experts': 8.0 * factor, 'collectives': 2.0}, 5.0, mfu)
+    for model, factor, mfu in compare.MEASURED
+  ]
+  assert compare.ratios(rows) == {
+    'measured': [pytest.approx(0.498 / 0.381)],
+    'estimated': [1.5, 1.4],
+  }
+  assert compare.markdown(rows).splitlines()[2] == (
+    '| wide_754b | 1.0 | 10.0 | 49.8 | 8.0 .. 10.0 | 62.5 .. 50.0 | -20 .. -0 |'
+  )
