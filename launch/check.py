@@ -39,7 +39,7 @@ from typing import Any
 import pandas
 
 from launch import ahead
-from launch.hardware import CHIPS, human
+from launch.hardware import human
 from moe_jax.options import one_line
 
 _DEFAULT = (
@@ -75,13 +75,11 @@ def main(argv: Sequence[str]) -> int:
     if not out.parent.is_dir():
       raise ValueError(f'--out={out}: {out.parent} is no directory')
     from moe_jax import config as config_lib
-    from moe_jax.parallel import mesh as meshes
     from moe_jax.train import state
 
     config = config_lib.freeze(options)
     devices, cpu = _devices()
-    sides = config.mesh.data, config.mesh.expert
-    mesh = meshes.make_mesh(*sides, devices=devices)
+    mesh = state.make_mesh(config, devices)
     state.make_training(config, mesh)  # Refuses what does not divide.
   except (ValueError, OSError) as error:
     print(f'error: {one_line(error)}', file=sys.stderr)
@@ -141,11 +139,9 @@ def check(config, mesh, cpu) -> dict[str, Any]:
   parts = check_times.parts(config, mesh)
   told['timings'] += [timed(*each) for each in parts.items()]
   told['peak_bytes'] = max(peaks) if all(peaks) else None
-  told['mfu'] = None
-  if 'mfu' in plan and told['timings'][0]['passed']:
-    peak = len(devices) * CHIPS[KINDS[devices[0].device_kind]].peak
-    seconds = told['timings'][0]['median']
-    told['mfu'] = plan['flops']['useful'] / (seconds * peak)
+  # The planner's peak and useful FLOPs, in another time.
+  ratio = told['timings'][0].get('ratio')
+  told['mfu'] = plan['mfu'][0] / ratio if ratio else None
   print(_summary(told))
   return told
 
@@ -154,7 +150,7 @@ def _facts(devices: Sequence[Any]) -> dict[str, Any]:
   versions = {
     package.name: package.version
     for package in importlib.metadata.distributions()
-    if package.name.startswith(('jax', 'libtpu'))
+    if str(package.name).startswith(('jax', 'libtpu'))
   }
   return {
     'machine': f'{platform.node()}, {platform.platform()}',
@@ -196,7 +192,7 @@ def _plan(config, devices: Sequence[Any]) -> dict[str, Any]:
       sides = [max(side) - min(side) + 1 for side in places]
       sides = sides[: 3 if KINDS[kind] == 'v5p' else 2]
     name = f'{KINDS[kind]}:{"x".join(map(str, sides))}'
-    return estimate.estimate(config, ahead.parse_topology(name), devices)
+    return estimate.train_step(config, ahead.parse_topology(name), devices)
   except Exception as error:
     return {'reason': f'{type(error).__name__}: {one_line(error)[:500]}'}
 

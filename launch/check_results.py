@@ -14,7 +14,7 @@ which is of float32. A rounding is off by at most u, as a rule by less than half
 of it, and roundings do not know of each other, so errors grow as the square
 root of their number: what is right stays well below. Products in TF32 or by one
 pass of bfloat16 do not, in float32: that is compared at the highest precision.
-Inputs are multiples of what bfloat16 can hold, so that no cast changes them.
+Inputs are rounded to the dtype beforehand, so that no cast changes them.
 
 Shape letters: B batch, S sequence, T tokens, D model, F hidden, E experts,
 K chosen, N rows.
@@ -139,8 +139,8 @@ def choices(mesh: Mesh, name: str) -> Finding:
 
 
 @functools.cache
-def _problem(cpu: jax.Device, sequences: int):
-  """Returns a layer's operands by name, its y and gradients in float64."""
+def _problem(cpu: jax.Device, dtype: str, sequences: int):
+  """Returns a layer's weights, x, mask, dy, and y and gradients in float64."""
   random, shape = np.random.default_rng(0), (sequences, 64, WIDTH)
   sides, scale = (WIDTH, HIDDEN), WIDTH**-0.5
   weights = {
@@ -149,8 +149,8 @@ def _problem(cpu: jax.Device, sequences: int):
     'up': scale * random.normal(size=(EXPERTS, *sides)),
     'down': scale * random.normal(size=(EXPERTS, *sides[::-1])),
   }
-  weights = jax.tree.map(_short, weights)
-  x_BxSxD, dy_BxSxD = (_short(random.normal(size=shape)) for _ in range(2))
+  operands = weights, random.normal(size=shape), random.normal(size=shape)
+  operands = jax.tree.map(lambda x: _rounded(x, dtype), operands)
 
   def gates(router, x_BxSxD):
     scores = jax.nn.softmax(x_BxSxD @ router)
@@ -170,10 +170,11 @@ def _problem(cpu: jax.Device, sequences: int):
     return jnp.einsum('ebsd,bse->bsd', y, gates_BxSxE), clear_BxS
 
   with jax.enable_x64(True), jax.default_device(cpu):
-    wide = jax.tree.map(np.float64, (weights, x_BxSxD, dy_BxSxD))
+    wide = jax.tree.map(np.float64, operands)
     y, pullback, clear_BxS = jax.vjp(jax.jit(dense), *wide[:2], has_aux=True)
     expected = jax.device_get(_named(y, *pullback(wide[2])))
   # Of two scores that are nearly equal, roundings choose: masked as padding.
+  weights, x_BxSxD, dy_BxSxD = operands
   return weights, x_BxSxD, np.asarray(clear_BxS), dy_BxSxD, expected
 
 
@@ -198,7 +199,7 @@ def layer(
     rngs=nnx.Rngs(0),
   )
   graphdef, _, state = nnx.split(made, nnx.Param, nn.RouterState)
-  weights, *rows, expected = _problem(cpu, math.lcm(8, mesh.size))
+  weights, *rows, expected = _problem(cpu, dtype, math.lcm(8, mesh.size))
 
   def run(weights, x_BxSxD, mask_BxS, dy_BxSxD):
     def apply(weights, x_BxSxD):
@@ -219,7 +220,9 @@ def products(device: jax.Device, dtype: str) -> Finding:
   random, spare = np.random.default_rng(0), grouped_matmul.TILE
   rows, groups = LOADS.sum() + spare, len(LOADS)
   shapes = ((rows, WIDTH), (groups, WIDTH, HIDDEN), (rows, HIDDEN))
-  x_NxD, w_ExDxF, dy_NxF = (_short(random.normal(size=s)) for s in shapes)
+  x_NxD, w_ExDxF, dy_NxF = (
+    _rounded(random.normal(size=shape), dtype) for shape in shapes
+  )
   x_NxD[-spare:] = dy_NxF[-spare:] = 0
   y, dx, dw = (np.zeros(shapes[i]) for i in (2, 0, 1))
   for group, end in enumerate(np.cumsum(LOADS)):
@@ -244,9 +247,9 @@ def _named(y, dweights, dx) -> dict[str, Any]:
   return {'y': y, 'dx': dx} | {f'd{name}': dweights[name] for name in dweights}
 
 
-def _short(x: np.ndarray) -> np.ndarray:
-  """Rounds to bfloat16; returns float32."""
-  return x.astype(jnp.bfloat16).astype(np.float32)
+def _rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+  """Rounds to the dtype; returns float32."""
+  return x.astype(jnp.dtype(dtype)).astype(np.float32)
 
 
 def _jit(run: Callable, dtype: str, device: jax.Device) -> Callable:
