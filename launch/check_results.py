@@ -71,10 +71,11 @@ def comparisons(
   """Returns all comparisons by name: on one device and on a mesh of all."""
   found = {}
   for part in (devices[:1], devices)[: len(devices)]:
-    # Both axes of the mesh are split where there are devices for that.
     expert = math.gcd(len(part), EXPERTS)
-    mesh = meshes.make_mesh(-1, expert // 2 or 1, devices=part)
-    where = f'{len(part)} device{"s"[: len(part) - 1]}'
+    # Where there are devices for that, both axes are split.
+    expert = expert // 2 if expert > 2 else expert
+    mesh = meshes.make_mesh(-1, expert, devices=part)
+    where = '1 device' if mesh.size == 1 else f'{mesh.size} devices'
     for rule in RULES:
       name = f'q and choices of {rule}, {where}'
       found[name] = functools.partial(choices, mesh, rule)
@@ -134,8 +135,11 @@ def choices(mesh: Mesh, name: str) -> Finding:
   experts_TxK = np.argsort(-adjusted_TxE, axis=1, kind='stable')[:, :K]
   gates_TxK = np.take_along_axis(scores_TxE, experts_TxK, axis=1)
   expected = {'q': q_E, 'experts': experts_TxK, 'gates': gates_TxK}
-  same = zip(expected, actual, strict=True)
-  return _worst({n: np.sum(~(x == expected[n])) for n, x in same}, 0)
+  wrong = {
+    name: np.sum(~(ours == expected[name]))
+    for name, ours in zip(expected, actual, strict=True)
+  }
+  return _worst(wrong, 0)
 
 
 @functools.cache
@@ -230,15 +234,16 @@ def products(device: jax.Device, dtype: str) -> Finding:
     x, w, dy = map(np.float64, (x_NxD[part], w_ExDxF[group], dy_NxF[part]))
     y[part], dx[part], dw[group] = x @ w, dy @ w.T, x.T @ dy
 
-  def run(x_NxD, w_ExDxF, dy_NxF):
+  def run(x_NxD, w_ExDxF, dy_NxF, load_E):
     y_NxF, pullback = jax.vjp(
-      lambda x, w: grouped_matmul.grouped_matmul(x, w, LOADS), x_NxD, w_ExDxF
+      lambda x, w: grouped_matmul.grouped_matmul(x, w, load_E), x_NxD, w_ExDxF
     )
     dx, dw = pullback(dy_NxF)
     return _named(y_NxF, {'w': dw}, dx)
 
   operands = [x.astype(jnp.dtype(dtype)) for x in (x_NxD, w_ExDxF, dy_NxF)]
-  actual = _jit(run, dtype, device)(*jax.device_put(operands, device))
+  operands = jax.device_put([*operands, LOADS], device)
+  actual = _jit(run, dtype, device)(*operands)
   expected = _named(y, {'w': dw}, dx)
   return _compare(actual, expected, dtype, roundings=1, terms=HIDDEN)
 
