@@ -113,7 +113,9 @@ def trace(
   training = state_lib.make_training(config, mesh)
   tokens = _abstract(mesh, config.batch_size, config.sequence_length)
   step = step_lib.make_train_step(config, training)
-  traced = step.trace(training.abstract, batches.Batch(tokens, tokens))
+  # On one device, jax does not see by the mesh what GPU kernels are made for.
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    traced = step.trace(training.abstract, batches.Batch(tokens, tokens))
   return mesh, training, traced
 
 
@@ -131,7 +133,8 @@ def evaluation_step(
   )
   state = training.abstract
   batch = batches.Batch(tokens, tokens, mask)
-  lowered = step.lower(state.params, state.router, batch)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    lowered = step.lower(state.params, state.router, batch)
   compiled = ahead.compile_step(lowered, topology)
   optimizer = state_lib.bytes_per_device(state.optimizer)
   needed = optimizer + compiled.argument_bytes + compiled.temporary_bytes
