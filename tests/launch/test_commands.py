@@ -18,6 +18,7 @@ import yaml
 
 from experiments import compare
 from launch import ahead, plan
+from launch import check as check_lib
 from moe_jax import config
 from moe_jax import main as command_line
 from moe_jax.train import state as states
@@ -34,7 +35,7 @@ DOCUMENTS = [
     'launch/gke/*.yaml',
     'docs/pages/*.md',
     'experiments/*.py',
-    'experiments/pods/*.py',
+    'experiments/*/*.py',
     'moe_jax/main.py',
   )
   for path in sorted(ROOT.glob(pattern))
@@ -212,6 +213,11 @@ def check(command: Command) -> None:
       if values.mesh:
         options.mesh.data, options.mesh.expert = plan._mesh(values.mesh)
       check_config(options, topology(command.flags))
+    case 'launch.check':
+      if not flag(argv, 'config', ''):
+        argv[1:1] = check_lib._DEFAULT
+      options, _ = command_line.parse(argv, others={'out': ''})
+      check_config(options, command.devices)
     case 'experiments.compare':
       _, values = command_line.parse(argv, others=compare._FLAGS)
       for method in values.methods.split(','):
@@ -267,7 +273,8 @@ def test_commands_are_found():
     for path in DOCUMENTS
   }
   modules = {c.module for of_path in found.values() for c in of_path}
-  assert modules >= {'moe_jax.main', 'launch.plan', 'experiments.compare'}
+  programs = {'moe_jax.main', 'experiments.compare'}
+  assert modules >= programs | {'launch.plan', 'launch.check'}
   assert len(found['README.md']) >= 4
   assert len(found['launch/README.md']) >= 12
   sizes = {c.devices for c in found['launch/README.md']}
