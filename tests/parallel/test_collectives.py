@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 import pathlib
 
 import jax
@@ -88,11 +89,8 @@ def test_dropless(data, expert):
 @on_meshes
 def test_static_capacity(data, expert):
   _, found = compiled(data, expert, capacity_factor=1.0)
-  tokens = SEQUENCE  # One sequence on each device.
-  buffers = tokens * K * WIDTH * 4
   assert solving(found) == LAYERS * ITERATIONS * PASSES
-  assert count(found, 'all-to-all') == LAYERS * 4 * (expert > 1)
-  assert count(found, 'all-to-all', buffers) == LAYERS * 4 * (expert > 1)
+  assert_static_exchange(found, expert)
   assert_nothing_else(found, {'all-reduce', 'all-to-all'})
 
 
@@ -107,16 +105,25 @@ def test_shards_solve_without_communication(data, expert):
     balancer__scope='shard',
     model__round_to_capacity=True,
   )
-  buffers = SEQUENCE * K * WIDTH * 4  # Capacity factor 1.0.
   assert solving(found) == 0
-  assert count(found, 'all-to-all') == LAYERS * 4 * (expert > 1)
-  assert count(found, 'all-to-all', buffers) == LAYERS * 4 * (expert > 1)
+  assert_static_exchange(found, expert)
   assert_nothing_else(found, {'all-reduce', 'all-to-all'})
   assert_gradients(found, training)
   # Inside of the router's loops there is nothing at all.
   for each in found:
     inside = each.op_name.partition('/router/')[2]
     assert 'while' not in inside, each
+
+
+def assert_static_exchange(found, expert, rows=4, gates=2):
+  """Rows and gates travel so many times, at capacity factor 1."""
+  pairs = SEQUENCE * K  # One sequence on each device.
+  sent = [(rows, pairs * WIDTH * 4), (gates, pairs * 4)]
+  for times, size in sent:
+    times *= LAYERS * (expert > 1)
+    assert count(found, 'all-to-all', size) == times
+  total = LAYERS * (expert > 1) * (rows + gates)
+  assert count(found, 'all-to-all') == total
 
 
 def assert_nothing_else(found, kinds):
@@ -147,6 +154,29 @@ def assert_gradients(found, training, solve_bytes=None):
 def test_remat_does_not_solve_again():
   _, found = compiled(2, 4, model__remat=True)
   assert solving(found) == LAYERS * ITERATIONS * PASSES
+
+
+@pytest.mark.long
+def test_remat_sends_no_rows_back_again():
+  """There and back, there again, and there and back for the gradient."""
+  _, found = compiled(2, 4, model__remat=True, capacity_factor=1.0)
+  assert_static_exchange(found, 4, rows=5, gates=3)
+
+
+def test_gradients_are_summed_once_a_step():
+  """Not once a microbatch, of which there are four."""
+  training, found = compiled(
+    2, 4, batch=32, method='loss_free', accumulation=4, capacity_factor=1.0
+  )
+  gradients = 0
+  for leaf in jax.tree.leaves(training.abstract.params):
+    gradients += 4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
+  total = sum(
+    each.count * each.bytes for each in found if each.kind == 'all-reduce'
+  )
+  per_layer = 10 * EXPERTS * 4  # A few numbers for each expert, each time.
+  assert gradients <= total <= gradients + 4 * (LAYERS * per_layer + 200)
+  assert gradients > 10 * 4 * (LAYERS * per_layer + 200)
 
 
 @pytest.mark.long

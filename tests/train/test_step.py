@@ -198,6 +198,25 @@ def test_remat_changes_bfloat16_by_its_rounding(method, tmp_path):
   assert_close(actual['train/loss'], expected['train/loss'], rtol=2**-8, atol=0)
 
 
+@pytest.mark.parametrize(
+  'method',
+  ['loss_free', pytest.param('loss_controlled', marks=pytest.mark.long)],
+)
+def test_accumulation_on_a_mesh_equals_one_device(method, tmp_path):
+  """There, each device adds up gradients of its own, see `_summed_once`."""
+  config = tiny.tiny_config(tmp_path, method, batch_size=32, accumulation=2)
+  _, _, whole, expected = run_steps(config, count=2)
+  mesh = MeshConfig(data=2, expert=4)
+  config = dataclasses.replace(config, mesh=mesh)
+  _, _, state, history = run_steps(config, count=2)
+  assert_close(state.params, whole.params, rtol=1e-3, atol=1e-4)
+  for name in ('train/loss', 'train/aux_loss', 'train/gradient_norm'):
+    assert_close(history[0][name], expected[0][name], rtol=1e-5)
+  np.testing.assert_array_equal(
+    history[0]['router/load/layer'], expected[0]['router/load/layer']
+  )
+
+
 @pytest.mark.long
 def test_q_of_loss_free_moves_once_a_step(tmp_path):
   config = tiny.tiny_config(tmp_path, 'loss_free', accumulation=4)
