@@ -148,10 +148,12 @@ def test_nothing_else_is_communicated(layer):
   # Each pass of an order statistic, four of 32 bits.
   assert found.pop(('all-reduce', 15 * EXPERTS * 4, 8)) == ITERATIONS * 8
   assert found.pop(('all-reduce', WIDTH * EXPERTS * 4, 8)) == 1  # The router's.
-  if not rounded:  # Loads; TPUs gather them by adding to zeros.
+  if rounded:  # Gates, and their gradients.
+    assert found.pop((kind, PAIRS * 4, EXPERT)) == 2
+  else:  # Loads; TPUs gather them by adding to zeros.
     loads = EXPERT * EXPERTS * 4
-    kinds = [kind for kind in found if kind[1:] == (loads, EXPERT)]
-    assert [found.pop(kind) for kind in kinds] == [1]
+    gathers = [each for each in found if each[1:] == (loads, EXPERT)]
+    assert [found.pop(each) for each in gathers] == [1]
   # Gradients of three weights; some are sent together.
   assert {(kind, group) for kind, _, group in found} == {('all-reduce', DATA)}
   total = sum(size * count for (_, size, _), count in found.items())
