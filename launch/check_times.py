@@ -106,10 +106,11 @@ def planned(config: Config, plan: Mapping[str, Any]) -> dict[str, float]:
     for row in plan['collectives']
     if row['kind'].endswith('all-to-all')
   ]
+  attention = compute.get('attention', 0.0) + compute.get('scores', 0.0)
   found = {
     'solve': plan['routing']['seconds'] / moe_layers,
     'grouped products': compute.get('experts', 0.0) / moe_layers,
-    'attention': compute.get('attention', 0.0) / layers,
+    'attention': attention / layers,
     'exchange': sum(exchanged) / moe_layers,
   }
   if config.capacity_factor or config.model.round_to_capacity:
@@ -200,7 +201,7 @@ def _exchange(config, mesh, tokens):
   room = math.ceil(room * tokens * model.experts_per_token / model.experts)
   shape = (mesh.size * model.experts, room, model.width)
   run = jax.shard_map(
-    lambda x: exchange.static(x, lambda rows: rows, axis_name='expert'),
+    lambda x: exchange.static((x,), lambda rows: rows, axis_name='expert'),
     mesh=mesh,
     in_specs=meshes.BATCH,
     out_specs=meshes.BATCH,

@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 from launch import check, check_results, check_times
+from moe_jax import config
+from moe_jax.main import load_experiment
 from moe_jax.parallel import dispatch, exchange, grouped_matmul
 from moe_jax.routing import selection
+from moe_jax.train import state
 
 SMALL = (
   '--config=experiments/demo.py:bip',
@@ -179,6 +182,47 @@ def test_failures_are_named_and_the_rest_goes_on(monkeypatch, tmp_path, capsys):
   assert 'RESOURCE_EXHAUSTED' in told['timings'][0]['reason']
   assert told['timings'][1]['passed']
   assert '1 of 3 checks passed' in printed.out
+
+
+def test_parts_of_a_plan_are_those_of_a_layer_and_microbatch():
+  options = load_experiment(SMALL[0].partition('=')[2])
+  options.update(accumulation=2)
+  options.model.update(layers=5, dense_layers=1)
+  plan = {
+    'compute_seconds': {'experts': 8.0, 'attention': 6.0, 'scores': 4.0},
+    'routing': {'seconds': 16.0},
+    'collectives': [
+      {'kind': 'all-reduce', 'seconds': 100.0},
+      {'kind': 'all-to-all', 'seconds': 3.0},
+      {'kind': 'ragged-all-to-all', 'seconds': 5.0},
+    ],
+    'step_seconds': [20.0, 30.0],
+  }
+  parts = {
+    'train step': 30.0,
+    'solve': 2.0,
+    'grouped products': 1.0,
+    'attention': 1.0,
+    'exchange': 1.0,
+  }
+  assert check_times.planned(config.freeze(options), plan) == parts
+  options.capacity_factor = 1.0  # Then there are no grouped products.
+  del parts['grouped products']
+  assert check_times.planned(config.freeze(options), plan) == parts
+  del plan['step_seconds']  # It does not fit.
+  assert check_times.planned(config.freeze(options), plan) == {}
+
+
+def test_all_parts_run():
+  options = load_experiment(SMALL[0].partition('=')[2])
+  options.update(batch_size=8, sequence_length=16)
+  options.model.update(width=16, hidden=16, heads=2, kv_heads=1, layers=1)
+  options.mesh.expert = 4
+  small = config.freeze(options)
+  mesh = state.make_mesh(small, jax.devices())
+  for make in check_times.parts(small, mesh).values():
+    timing = check_times.measure(make(), None)
+    assert 0 < timing.least <= timing.median <= timing.most
 
 
 def test_refusals(monkeypatch, capsys):
