@@ -36,6 +36,7 @@ import numpy as np
 from moe_jax import nn, routing
 from moe_jax.parallel import grouped_matmul
 from moe_jax.parallel import mesh as meshes
+from moe_jax.parallel.compilers import compiler_options
 
 WIDTH, HIDDEN, EXPERTS, K = 256, 384, 16, 4
 DTYPES = ('float32', 'bfloat16')
@@ -259,7 +260,7 @@ def _rounded(x: np.ndarray, dtype: str) -> np.ndarray:
 
 def _jit(run: Callable, dtype: str, device: jax.Device) -> Callable:
   """Compiles as the trainer does, but float32 at the highest precision."""
-  options = grouped_matmul.compiler_options(device.platform)
+  options = compiler_options(device.platform)
   compiled = jax.jit(run, compiler_options=options)
   precision = 'highest' if dtype == 'float32' else None
   return jax.default_matmul_precision(precision)(compiled)

@@ -24,11 +24,8 @@ from moe_jax.config import Config
 from moe_jax.nn.attention import Attention
 from moe_jax.parallel import exchange
 from moe_jax.parallel import mesh as meshes
-from moe_jax.parallel.grouped_matmul import (
-  TILE,
-  compiler_options,
-  grouped_matmul,
-)
+from moe_jax.parallel.compilers import compiler_options
+from moe_jax.parallel.grouped_matmul import TILE, grouped_matmul
 from moe_jax.train import batches
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib

@@ -37,7 +37,7 @@ import numpy as np
 from experiments.benchmarks.routing import milliseconds, random_scores
 from moe_jax import routing
 from moe_jax.parallel import dispatch
-from moe_jax.parallel.grouped_matmul import compiler_options
+from moe_jax.parallel.compilers import compiler_options
 
 try:
   import torch

@@ -20,17 +20,6 @@ TILE = 256
 _STEP = 32
 
 
-def compiler_options(platform: str) -> dict[str, bool]:
-  """Returns what `jax.jit(compiler_options=...)` needs for `grouped_matmul`.
-
-  Args:
-    platform: 'cpu', 'gpu' or 'tpu', of the devices compiled for.
-  """
-  if platform == 'tpu':
-    return {'xla_tpu_enable_ragged_dot_kernel': True}
-  return {}
-
-
 def check_compiler(platform: str) -> None:
   """Raises ValueError where gradients would have E times their FLOPs.
 
@@ -49,7 +38,7 @@ def grouped_matmul(
   What `lax.ragged_dot` does, on each backend without E times its work: on CPU
   by a loop over experts and tiles; on NVIDIA GPUs by a Triton kernel; on TPU by
   the kernel that `lax.ragged_dot` becomes if the program is compiled with
-  `compiler_options`, and by E times the work if not.
+  `compilers.compiler_options`, and by E times the work if not.
 
   In a `jax.shard_map`, rows may vary over more mesh axes than weights do; the
   gradient of the weights is then summed over these axes, in their dtype. To sum

@@ -1,6 +1,6 @@
 """Grouped matrix products on TPU, by XLA's kernel for `lax.ragged_dot`.
 
-The kernel wants `grouped_matmul.compiler_options`; without, all of this is a
+The kernel wants `compilers.compiler_options`; without, all of this is a
 dense product with E times the work. So is `outer` by compilers that
 `check_compiler` refuses. Other backends ignore the tiling.
 

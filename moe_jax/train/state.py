@@ -16,7 +16,8 @@ import pandas
 from moe_jax import nn
 from moe_jax.config import Config
 from moe_jax.parallel import mesh as meshes
-from moe_jax.parallel.grouped_matmul import check_compiler, compiler_options
+from moe_jax.parallel.compilers import compiler_options
+from moe_jax.parallel.grouped_matmul import check_compiler
 from moe_jax.train.optimizer import make_optimizer
 
 

@@ -1,7 +1,8 @@
 """Compiles an MoE layer, forward and backward, for chips that are not here.
 
-  python -m tests.launch.compiled_layer TOPOLOGY dropless|rounded DIRECTORY
+  python -m tests.launch.compiled_layer TOPOLOGY LAYER DIRECTORY
 
+of LAYER dropless, rounded or shared, which is rounded with a shared expert,
 leaves DIRECTORY/program.txt, one device's program, and DIRECTORY/flops.json,
 FLOPs of one device: `jaxpr`, those of the JAX program; `compiler`, those that
 the compiler counts; null where it does not. Dropless, both are those of rooms
@@ -22,7 +23,7 @@ WIDTH, HIDDEN, EXPERTS, K = 512, 1408, 64, 8
 ITERATIONS = 4
 
 
-def main(topology, rounded, directory):
+def main(topology, layer, directory):
   ahead.prepare(os.environ)
   from flax import nnx
   import jax
@@ -33,7 +34,7 @@ def main(topology, rounded, directory):
   from launch import cost
   from moe_jax import nn, routing
   from moe_jax.parallel import mesh as meshes
-  from moe_jax.parallel.grouped_matmul import compiler_options
+  from moe_jax.parallel.compilers import compiler_options
 
   devices = ahead.devices(ahead.parse_topology(topology))
   mesh = meshes.make_mesh(DATA, EXPERT, devices=devices)
@@ -42,9 +43,9 @@ def main(topology, rounded, directory):
     hidden=HIDDEN,
     experts=EXPERTS,
     experts_per_token=K,
-    shared_experts=0,
+    shared_experts=int(layer == 'shared'),
     dtype='bfloat16',
-    round_to_capacity=rounded,
+    round_to_capacity=layer != 'dropless',
   )
 
   def split():
@@ -84,4 +85,4 @@ def main(topology, rounded, directory):
 
 
 if __name__ == '__main__':
-  main(sys.argv[1], sys.argv[2] == 'rounded', sys.argv[3])
+  main(*sys.argv[1:])

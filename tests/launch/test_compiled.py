@@ -47,25 +47,32 @@ def compiler(name):
   return pytest.mark.skipif(missing, reason=f'{name}: make test-newer has it')
 
 
+libtpu, cuda = compiler('libtpu'), compiler('jax_cuda12_plugin')
+
+
+def compile_layer(topology, name, directory):
+  command = ['-m', 'tests.launch.compiled_layer', topology, name, directory]
+  done = subprocess.run(
+    [sys.executable, *command], cwd=ROOT, capture_output=True, text=True
+  )
+  assert not done.returncode, done.stderr
+  return hlo.parse((directory / 'program.txt').read_text())
+
+
 @pytest.fixture(
   scope='module',
   params=[
-    pytest.param(('v5e:2x4', 'dropless'), marks=compiler('libtpu')),
-    pytest.param(('v5e:2x4', 'rounded'), marks=compiler('libtpu')),
-    pytest.param(('h100:8', 'dropless'), marks=compiler('jax_cuda12_plugin')),
-    pytest.param(('h100:8', 'rounded'), marks=compiler('jax_cuda12_plugin')),
+    pytest.param(('v5e:2x4', 'dropless'), marks=libtpu),
+    pytest.param(('v5e:2x4', 'rounded'), marks=libtpu),
+    pytest.param(('h100:8', 'dropless'), marks=cuda),
+    pytest.param(('h100:8', 'rounded'), marks=cuda),
   ],
   ids='-'.join,
 )
 def layer(request, tmp_path_factory):
   """Whether it rounds, its program and its FLOPs."""
   directory = tmp_path_factory.mktemp('layer')
-  command = ['-m', 'tests.launch.compiled_layer', *request.param, directory]
-  done = subprocess.run(
-    [sys.executable, *command], cwd=ROOT, capture_output=True, text=True
-  )
-  assert not done.returncode, done.stderr
-  program = hlo.parse((directory / 'program.txt').read_text())
+  program = compile_layer(*request.param, directory)
   flops = json.loads((directory / 'flops.json').read_text())
   return request.param[1] == 'rounded', program, flops
 
@@ -145,6 +152,8 @@ def test_nothing_else_is_communicated(layer):
   kind = 'all-to-all' if rounded else 'ragged-all-to-all'
   spare = 0 if rounded else 256 * row
   assert found.pop((kind, PAIRS * row + spare, EXPERT)) == 4
+  if rounded:  # Gates, there, and their gradients back.
+    assert found.pop((kind, PAIRS * 4, EXPERT)) == 2
   # Each pass of an order statistic, four of 32 bits.
   assert found.pop(('all-reduce', 15 * EXPERTS * 4, 8)) == ITERATIONS * 8
   assert found.pop(('all-reduce', WIDTH * EXPERTS * 4, 8)) == 1  # The router's.
@@ -158,3 +167,37 @@ def test_nothing_else_is_communicated(layer):
   assert {(kind, group) for kind, _, group in found} == {('all-reduce', DATA)}
   total = sum(size * count for (_, size, _), count in found.items())
   assert total == 3 * LOCAL * WIDTH * HIDDEN * 4
+
+
+@pytest.mark.parametrize(
+  'topology',
+  [pytest.param('v5e:2x4', marks=libtpu), pytest.param('h100:8', marks=cuda)],
+)
+def test_products_are_computed_while_rows_travel(topology, tmp_path):
+  """Between start and done; the shared expert's are among them."""
+  program = compile_layer(topology, 'shared', tmp_path)
+  waiting, meanwhile = {}, []
+  for name, computation in program.computations.items():
+    for instruction in computation.values():
+      if instruction.opcode == 'all-to-all-start':
+        waiting[instruction.name] = []
+      elif instruction.opcode == 'all-to-all-done':
+        meanwhile.append(waiting.pop(instruction.operands[0]))
+      else:
+        for products in waiting.values():
+          products += products_of(program, name, instruction)
+  assert len(meanwhile) == 6  # Four of rows, two of gates.
+  assert sum(map(bool, meanwhile)) >= 4, meanwhile
+  assert any('shard_map' not in name for name in sum(meanwhile, [])), meanwhile
+
+
+def products_of(program, computation, instruction):
+  """Tells where an instruction's products, or its fusion's, come from."""
+  parts = [(computation, instruction)]
+  for name in hlo.called(instruction):
+    parts += [(name, part) for part in program.computations[name].values()]
+  return [
+    part.op_name
+    for name, part in parts
+    if product_flops(program, hlo.Visit(part, name, 1, False))
+  ]

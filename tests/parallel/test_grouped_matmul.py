@@ -18,7 +18,6 @@ from moe_jax.parallel import grouped_matmul_gpu
 from moe_jax.parallel.grouped_matmul import (
   TILE,
   check_compiler,
-  compiler_options,
   grouped_matmul,
 )
 
@@ -257,11 +256,6 @@ def test_tiles_on_tpu(rows, width, hidden, forward, gradients):
   forward = {forward} - {None}
   assert tilings(lambda r, w, dy, load: grouped_matmul(r, w, load)) == forward
   assert tilings(backward) == gradients
-
-
-def test_only_tpu_needs_compiler_options():
-  assert not compiler_options('cpu') and not compiler_options('gpu')
-  assert compiler_options('tpu') == {'xla_tpu_enable_ragged_dot_kernel': True}
 
 
 @pytest.mark.parametrize('version', ['0.0.42.1', None])
