@@ -49,7 +49,7 @@ class MoE(nnx.Module):
     rngs: for the initial weights.
 
   Raises:
-    ValueError: the capacity is impossible.
+    ValueError: the capacity is impossible, or the mesh does not suit.
   """
 
   def __init__(
@@ -63,6 +63,7 @@ class MoE(nnx.Module):
     rngs: nnx.Rngs,
   ):
     config.check_capacity_factor(capacity_factor)
+    _check_mesh(config, balancer, mesh, fsdp)
     self.config, self.balancer = config, balancer
     self.capacity_factor, self.mesh, self.fsdp = capacity_factor, mesh, fsdp
     self.dropless = False
@@ -104,7 +105,8 @@ class MoE(nnx.Module):
       [B, S, D] of the input's dtype, and what the router did.
 
     Raises:
-      ValueError: the batch does not divide over the mesh or into the shards.
+      ValueError: there are no tokens, or the batch does not divide over the
+        mesh or, in training, into the shards.
     """
     if mask_BxS is not None:
       x_BxSxD = jnp.where(mask_BxS[..., None], x_BxSxD, 0)
@@ -142,8 +144,12 @@ class MoE(nnx.Module):
   def _on_mesh(self, train, shape_BxSxD):
     """Returns `_apply` for arrays of all devices."""
     devices = 1 if self.mesh is None else self.mesh.size
-    shards = self.config.shards or devices
+    shards = (self.config.shards if train else 0) or devices
     batch, sequence, _ = shape_BxSxD
+    if not batch * sequence:
+      raise ValueError(
+        f'x_BxSxD: shape {shape_BxSxD} has no tokens; B and S must be 1 or more'
+      )
     manual = jax.sharding.get_abstract_mesh().manual_axes
     inside = set(meshes.AXES) <= set(manual)  # A shard_map of the caller's.
     batch *= devices if inside else 1
@@ -246,6 +252,32 @@ class MoE(nnx.Module):
         *arguments, capacity=room * groups, axis_names=meshes.AXES
       )
     return dispatch.grouped(*arguments, axis_name=axis_name)
+
+
+def _check_mesh(config, balancer, mesh, fsdp) -> None:
+  """Raises ValueError where weights or prices cannot be on the mesh."""
+  if mesh is None:
+    if fsdp:
+      raise ValueError('fsdp=True: needs a mesh over which to split weights')
+    return
+  if missing := set(meshes.AXES) - set(mesh.axis_names):
+    raise ValueError(
+      f'mesh: has axes {mesh.axis_names}, but not {sorted(missing)}; see '
+      'moe_jax.parallel.mesh.make_mesh'
+    )
+  expert = mesh.shape['expert']
+  if config.experts % expert:
+    fits = [n for n in range(1, expert) if config.experts % n == 0]
+    raise ValueError(
+      f'experts={config.experts}: cannot be split over the {expert} devices of '
+      f'mesh axis expert; {", ".join(map(str, fits))} would do'
+    )
+  fixed = balancer.per_shard and mesh.size > 1
+  if fixed and config.shards not in (0, mesh.size):
+    raise ValueError(
+      f'shards={config.shards}: must be 0 or {mesh.size}, the number of '
+      'devices, where each shard has prices of its own'
+    )
 
 
 def _for_use(weights, specs, dtype) -> dispatch.ExpertWeights:

@@ -133,8 +133,10 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
   """Raises ValueError where something does not divide evenly."""
   model, expert = config.model, mesh.shape['expert']
   if model.experts % expert:
+    fits = [str(n) for n in range(1, expert) if model.experts % n == 0]
     raise ValueError(
-      f'mesh.expert={expert}: must divide model.experts={model.experts}'
+      f'mesh.expert={expert}: must divide model.experts={model.experts}, as '
+      f'{", ".join(fits)} do'
     )
   microbatch = config.batch_size // config.accumulation
   shards = shards_of(config, mesh)
@@ -153,17 +155,25 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
     raise ValueError(
       f'batch_size={config.batch_size}: batch_size / accumulation = '
       f'{microbatch} must be a multiple of {shards}, the parts that the mesh '
-      'and model.shards split it into'
+      f'and model.shards split it into{_such_as(config, shards)}'
     )
-  pairs = (
-    microbatch // shards * config.sequence_length * model.experts_per_token
-  )
+  sequence_pairs = config.sequence_length * model.experts_per_token
+  pairs = microbatch // shards * sequence_pairs
   if model.round_to_capacity and expert > 1 and pairs % model.experts:
+    least = model.experts // math.gcd(model.experts, sequence_pairs)
     raise ValueError(
       f'model.round_to_capacity=True: a shard has {pairs} pairs of token and '
       f'expert, which model.experts={model.experts} must divide where '
       f'mesh.expert={expert}, so that all devices exchange equal amounts'
+      f'{_such_as(config, shards * least)}'
     )
+
+
+def _such_as(config: Config, multiple: int) -> str:
+  """Names a batch size whose microbatches are a multiple of something."""
+  multiple *= config.accumulation
+  size = -(-config.batch_size // multiple) * multiple
+  return f', as it is with batch_size={size}'
 
 
 def _shardings(abstract, params, optimizer, mesh, fsdp) -> TrainState:

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from moe_jax import nn, routing
+from moe_jax.parallel import mesh as meshes
 
 WIDTH, EXPERTS, K = 16, 8, 2
 
@@ -425,3 +426,55 @@ def test_config_errors_name_option_value_and_what_would_work(overrides, words):
 def test_a_capacity_that_no_layer_can_have_is_refused(factor):
   with pytest.raises(ValueError, match=f'capacity_factor={factor}: .* 0 or mo'):
     _layer(routing.unbalanced(), capacity_factor=factor)
+
+
+@pytest.mark.parametrize(
+  ('options', 'balancer', 'mesh', 'words'),
+  [
+    (
+      {'experts': 6},
+      routing.bip(),
+      (1, 4),
+      '^experts=6: .* 4 devices of mesh axis expert; 1, 2, 3 would do',
+    ),
+    (
+      {'shards': 8},
+      routing.midpoint(2, scope='shard'),
+      (4, 1),
+      '^shards=8: must be 0 or 4, .* prices of its own',
+    ),
+    ({}, routing.bip(), None, '^fsdp=True: needs a mesh'),
+  ],
+)
+def test_what_a_mesh_cannot_hold_is_refused(options, balancer, mesh, words):
+  with pytest.raises(ValueError, match=words):
+    nn.MoE(
+      _config(**options),
+      balancer,
+      mesh=mesh and meshes.make_mesh(*mesh, devices=jax.devices()[:4]),
+      fsdp=mesh is None,
+      rngs=nnx.Rngs(0),
+    )
+
+
+def test_a_mesh_with_other_axes_is_refused():
+  mesh = jax.make_mesh((8,), ('x',))
+  with pytest.raises(ValueError, match=r"axes \('x',\), but not .*data.*make_"):
+    nn.MoE(_config(), routing.bip(), mesh=mesh, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize('shape', [(2, 0, WIDTH), (0, 3, WIDTH)])
+def test_a_call_without_tokens_is_refused(shape):
+  with pytest.raises(ValueError, match='has no tokens'):
+    _layer(routing.bip())(jnp.zeros(shape), train=True)
+
+
+def test_shards_are_of_training_alone():
+  """So that what was trained with eight of them decodes token by token."""
+  x = jnp.ones((1, 1, WIDTH))
+  layer = _layer(routing.bip(), shards=8)
+  np.testing.assert_array_equal(
+    layer(x, train=False)[0], _layer(routing.bip())(x, train=False)[0]
+  )
+  with pytest.raises(ValueError, match='shards=8: must divide the 1 tokens'):
+    layer(x, train=True)

@@ -342,3 +342,26 @@ def test_the_compiler_is_checked_for_dropless_training_only(
     state_lib.make_training(dataclasses.replace(config, **static), mesh)
   with pytest.raises(ValueError, match='refused for cpu'):
     state_lib.make_training(config, mesh)
+
+
+@pytest.mark.parametrize(
+  ('options', 'words'),
+  [
+    ({'batch_size': 12}, 'must be a multiple of 8.*with batch_size=16$'),
+    (
+      {'batch_size': 24, 'accumulation': 2},
+      'must be a multiple of 8.*with batch_size=32$',
+    ),
+    ({'model.experts': 6}, 'must divide model.experts=6, as 1, 2, 3 do$'),
+    (
+      {'model.round_to_capacity': True, 'model.experts': 64},
+      'a shard has 32 pairs .*with batch_size=16$',
+    ),
+  ],
+)
+def test_what_does_not_fit_names_what_does(options, words, tmp_path):
+  sizes = {'mesh.data': 2, 'mesh.expert': 4, **options}
+  config = tiny.tiny_config(tmp_path, **sizes)
+  mesh = jax.sharding.AbstractMesh((2, 4), meshes.AXES)
+  with pytest.raises(ValueError, match=words):
+    state_lib.check_mesh(config, mesh)
