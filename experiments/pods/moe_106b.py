@@ -2,8 +2,8 @@
 
 Sizes are those of GLM-4.5-Air, which has 106 B: 46 layers of width 4096, 128
 experts of 1408, 8 for a token, one shared. All layers are MoE layers here, with
-32 query heads of 128 on 8 key/value heads in place of 96. A step has 1,048,576
-tokens, 16,384 for each of 64 GPUs, which have 16 experts of each layer.
+32 query heads of 128 on 8 key/value heads in place of 96. A step has 524,288
+tokens, 8,192 for each of 64 GPUs, which have 16 experts of each layer.
 Parameters and moments are split over all of them.
 
   python -m launch.plan --config=experiments/pods/moe_106b.py:bip \\
@@ -18,7 +18,7 @@ from experiments.pods import pretraining
 def get_config(method: str = 'bip') -> ConfigDict:
   """Returns the options under one method."""
   options = pretraining(method, expert=8, fsdp=True)
-  options.batch_size = 256
+  options.batch_size = 128
   options.model.update(
     layers=46,
     width=4096,

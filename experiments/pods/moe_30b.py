@@ -2,14 +2,14 @@
 
 Sizes are those of Qwen3-30B-A3B: 48 layers of width 2048, 128 experts of 768, 8
 for a token, 32 query heads of 128 on 4; one shared expert is ours. A step has
-1,048,576 tokens: 32,768 for each of 32 GPUs, which have 16 experts of each
-layer, or 4,096 for each of 256 TPU chips, which have 8. Parameters and moments
-are split over all devices.
+524,288 tokens, 16,384 for each of 32 GPUs, which have 16 experts of each layer.
+On a v5e:16x16 it has twice as many, 4,096 for each of 256 chips with 8 experts.
+Parameters and moments are split over all devices.
 
   python -m launch.plan --config=experiments/pods/moe_30b.py:bip \\
       --topology=h100:8x4
   python -m launch.plan --config=experiments/pods/moe_30b.py:bip \\
-      --topology=v5e:16x16 --config.mesh.expert=16
+      --topology=v5e:16x16 --config.mesh.expert=16 --config.batch_size=256
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ from experiments.pods import pretraining
 def get_config(method: str = 'bip') -> ConfigDict:
   """Returns the options under one method."""
   options = pretraining(method, expert=8, fsdp=True)
-  options.batch_size = 256
+  options.batch_size = 128
   options.model.update(
     layers=48,
     width=2048,
