@@ -13,7 +13,7 @@ ALLOWED = {
   'parallel': {'routing', 'options', 'jax_privates'},
   'options': set(),
   'jax_privates': set(),
-  'nn': {'routing', 'parallel', 'options'},
+  'nn': {'routing', 'parallel', 'options', 'jax_privates'},
   'data': {'options'},
   'runs': {'options', 'jax_privates'},
   'config': {'routing', 'data', 'nn', 'options'},
