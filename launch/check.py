@@ -205,7 +205,7 @@ def _summary(told: dict[str, Any]) -> str:
   table[times] *= 1e3
   table = table.rename(columns={time: f'{time} ms' for time in times})
   plan, mfu, peak = told['plan'], told['mfu'], told['peak_bytes']
-  passed = sum(row['passed'] for row in told['checks'])
+  passed = [row['passed'] for row in told['checks'] + told['timings']]
   lines = [
     '\n' + table.to_string(float_format='{:.3f}'.format, na_rep='-'),
     f'MFU {f"{mfu:.1%}" if mfu else "unknown"}, planned '
@@ -213,7 +213,7 @@ def _summary(told: dict[str, Any]) -> str:
     f'peak memory {human(peak) if peak else "unknown"}, planned '
     + (human(plan['memory']['needed']) if 'memory' in plan else 'unknown'),
     f'no plan: {plan["reason"]}' if 'reason' in plan else '',
-    f'{passed} of {len(told["checks"])} checks passed',
+    f'{sum(passed)} of {len(passed)} checks and timings passed',
   ]
   return '\n'.join(filter(None, lines))
 

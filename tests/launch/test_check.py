@@ -75,7 +75,7 @@ def test_one_device(tmp_path):
   told = json.loads(out.read_text())
   assert told['devices'] == 1 and len(told['checks']) == 3 + 4 + 2 + 1
   assert told['mfu'] is None and 'does not know cpu' in told['plan']['reason']
-  assert '10 of 10 checks passed' in result.stdout
+  assert '14 of 14 checks and timings passed' in result.stdout
   assert 'MFU unknown, planned unknown' in result.stdout
 
 
@@ -181,7 +181,7 @@ def test_failures_are_named_and_the_rest_goes_on(monkeypatch, tmp_path, capsys):
   assert told['checks'][1]['error'] == 'nan'
   assert 'RESOURCE_EXHAUSTED' in told['timings'][0]['reason']
   assert told['timings'][1]['passed']
-  assert '1 of 3 checks passed' in printed.out
+  assert '2 of 5 checks and timings passed' in printed.out
 
 
 def test_parts_of_a_plan_are_those_of_a_layer_and_microbatch():
