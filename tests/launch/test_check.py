@@ -131,7 +131,7 @@ BROKEN = {
     'static',
     lambda real: (
       lambda rows, apply, **options: real(
-        jnp.roll(rows, 1, axis=0), apply, **options
+        jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), rows), apply, **options
       )
     ),
     'static layer, bfloat16, 8 devices',
