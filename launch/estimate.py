@@ -42,7 +42,8 @@ ASSUMPTIONS = (
   "where loads are even; the optimizer's state stays in memory meanwhile",
   'MFU: (6 x parameters used by a token + 6 x layers x sequence x width of all '
   'heads) FLOPs a token, over the peak; recomputation is not useful work',
-  'expected step: from all collectives hidden behind computation to none',
+  'expected step: from all collectives hidden behind computation that the '
+  'compiled program does not wait for at once, to none',
   "imbalance: all of the experts' computation grows by it, also what passes "
   'over rooms of fixed size: an upper bound',
   'loops whose length the program does not tell turn once',
@@ -283,13 +284,16 @@ def times(
     known += item.seconds if item.known else 0
   places = ahead.places(mesh, topology)
   groups = collections.defaultdict(lambda: [0, 0, 0.0])
+  waited = 0.0
   for call in hlo.collectives(program):
     part = 'experts' if call.kind in _EXCHANGE else _part(call.op_name)
     size = topology.slices if call.between_slices else len(call.group)
+    seconds = hardware.seconds(call, chip, places, topology.shape) * call.count
     row = groups[part, call.kind, size or mesh.size]
     row[0] += call.count
     row[1] += call.count * call.bytes
-    row[2] += call.count * hardware.seconds(call, chip, places, topology.shape)
+    row[2] += seconds
+    waited += 0 if call.asynchronous else seconds
   collective = sum(row[2] for row in groups.values())
   compute = sum(parts.values())
   routing = parts['router'] + sum(
@@ -316,6 +320,9 @@ def times(
       'share': routing / (compute + collective),
     },
     'unknown_loops': hlo.unknown_loops(program),
-    # The longest of both, and their sum.
-    'step_seconds': [max(compute, collective), compute + collective],
+    'waited_seconds': waited,
+    'step_seconds': [
+      max(compute + waited, collective),
+      compute + collective,
+    ],
   }

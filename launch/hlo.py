@@ -26,6 +26,8 @@ KINDS = (
   'ragged-all-to-all',
   'reduce-scatter',
 )
+# Of what a scheduled program does, that which can take long.
+_COMPUTES = ('convolution', 'custom-call', 'dot', 'fusion', 'while')
 
 
 class Instruction(NamedTuple):
@@ -95,6 +97,8 @@ class Collective(NamedTuple):
       communicates; () for all devices.
     between_slices: whether a device exchanges this with those at its place in
       all other TPU slices.
+    asynchronous: whether the program computes something before it waits for
+      the result.
   """
 
   kind: str
@@ -103,6 +107,7 @@ class Collective(NamedTuple):
   op_name: str
   group: tuple[int, ...]
   between_slices: bool = False
+  asynchronous: bool = False
 
 
 def parse(text: str) -> Program:
@@ -263,6 +268,7 @@ def collectives(text: str | Program) -> list[Collective]:
       visit.instruction.op_name,
       groups.first(visit.instruction.attributes),
       visit.instruction.opcode == 'recv',
+      _asynchronous(program, visit),
     )
     for visit in visits(program)
     if (kind := _kind(visit.instruction)) and not _continues(program, visit)
@@ -293,6 +299,22 @@ def _continues(program: Program, visit: Visit) -> bool:
   return 'chain_id=' in visit.instruction.attributes and not any(
     '"AsyncCollectiveStart"' in other.attributes for other in computation
   )
+
+
+def _asynchronous(program: Program, visit: Visit) -> bool:
+  start = visit.instruction
+  if visit.fused:
+    return 'chain_id=' in start.attributes
+  # A scheduled program is written in the order in which it runs.
+  parts = list(program.computations[visit.computation].values())
+  parts = parts[parts.index(start) + 1 :]
+  ends = [
+    place
+    for place, part in enumerate(parts)
+    if part.opcode.endswith('-done') and start.name in part.operands
+  ]
+  between = parts[: ends[0]] if ends else []
+  return any(part.opcode in _COMPUTES for part in between)
 
 
 def _payload(

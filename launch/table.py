@@ -21,7 +21,8 @@ def estimates(plans: dict[str, dict[str, Any]]) -> str:
   rows = []
   for name, plan in plans.items():
     config, memory, mesh = plan['config'], plan['memory'], plan['mesh']
-    low, high = (1e3 * seconds for seconds in plan['step_seconds'])
+    evaluation = plan['evaluation']
+    needed = (each['memory']['needed'] / 1e9 for each in (plan, evaluation))
     mfu = sorted(100 * part for part in plan['mfu'])
     rows.append(
       (
@@ -29,8 +30,10 @@ def estimates(plans: dict[str, dict[str, Any]]) -> str:
         f'{mesh["data"]}, {mesh["expert"]}',
         f'{config["batch_size"]} / {config["accumulation"]}',
         _room(config),
-        f'{memory["needed"] / 1e9:.1f} of {memory["limit"] / 1e9:.1f}',
-        f'{low:.0f} .. {high:.0f}',
+        ', '.join(f'{size:.1f}' for size in needed)
+        + f' of {memory["limit"] / 1e9:.1f}',
+        _range(plan),
+        _range(evaluation),
         f'{mfu[1]:.1f} .. {mfu[0]:.1f}',
         _routing(plan),
       )
@@ -41,8 +44,9 @@ def estimates(plans: dict[str, dict[str, Any]]) -> str:
       'mesh: data, expert',
       'batch / accumulation',
       'capacity',
-      'HBM a chip, GB',
+      'HBM a chip, GB: training, evaluation',
       'step, ms',
+      'evaluation, ms',
       'MFU, %',
       'routing, ms (%)',
     ),
@@ -82,10 +86,16 @@ def balancing(plans: dict[str, dict[str, Any]]) -> str:
 
 
 def _room(config: dict[str, Any]) -> str:
-  if config['capacity_factor']:
-    return f'{config["capacity_factor"]:g}'
+  rounded = config['model'].get('round_to_capacity', False)
+  if config['capacity_factor'] or rounded:
+    return 'rounded' if rounded else f'{config["capacity_factor"]:g}'
   padded = not config['model'].get('ragged_exchange', True)
   return 'dropless, padded' if padded else 'dropless'
+
+
+def _range(plan: dict[str, Any]) -> str:
+  low, high = (1e3 * seconds for seconds in plan['step_seconds'])
+  return f'{low:.0f} .. {high:.0f}'
 
 
 def _routing(plan: dict[str, Any]) -> str:

@@ -79,8 +79,11 @@ def replaced(
   parts = dict(times['compute_seconds'])
   parts['optimizer'] *= layers / LAYERS
   parts['scores'] = scores
-  sent = sum(row['seconds'] for row in times['collectives'])
-  return parts | {'collectives': sent}
+  sent, waited = (
+    sum(row['seconds'] for row in times['collectives']),
+    times['waited_seconds'],
+  )
+  return parts | {'waited': waited, 'overlapped': sent - waited}
 
 
 def compare(file: str, capacity_factor: float, mfu: float) -> dict[str, Any]:
@@ -132,13 +135,13 @@ def beside(
   """Sets an estimate beside a measurement.
 
   Args:
-    parts: seconds, 'collectives' among them.
+    parts: seconds; 'waited' are collectives that nothing hides, 'overlapped'
+      those that something may.
     ideal: seconds of the useful FLOPs at the peak.
     mfu: measured.
   """
-  sent = parts['collectives']
-  compute = sum(parts.values()) - sent
-  low, high = max(compute, sent), compute + sent
+  high, overlapped = sum(parts.values()), parts['overlapped']
+  low = max(high - overlapped, parts['waited'] + overlapped)
   return {
     'parts': dict(parts),
     'measured_mfu': mfu,

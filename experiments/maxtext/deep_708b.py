@@ -3,8 +3,7 @@
 It reaches 43.1 % MFU with capacity factor 1.0, see wide_754b.py, from which it
 differs in layers, heads and the width of its experts.
 
-  python -m launch.plan --config=experiments/maxtext/deep_708b.py:unbalanced \\
-      --topology=v6e:16x16 --config.model.layers=4
+  python -m experiments.maxtext.compare --out=FILE.json
 """
 
 from ml_collections import ConfigDict

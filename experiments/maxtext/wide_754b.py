@@ -6,8 +6,7 @@ capacity factor 1.0 and 38.1 % with 1.5. It is here to be planned, so that
 launch/plan.py is held against a measurement; nobody trains it with this code.
 What differs, and how it compares, is in experiments/results/plans/README.md.
 
-  python -m launch.plan --config=experiments/maxtext/wide_754b.py:unbalanced \\
-      --topology=v6e:16x16 --config.model.layers=4
+  python -m experiments.maxtext.compare --out=FILE.json
 """
 
 from ml_collections import ConfigDict

@@ -20,13 +20,25 @@ MODULE = pathlib.Path(__file__).with_name('module.hlo').read_text()
 def test_each_way_of_writing_a_collective_counts_once():
   # The loop turns 7 times through the branch with two all-reduces.
   assert hlo.collectives(MODULE) == [
-    ('all-reduce', 7, 32, '', (0, 1), False),
-    ('all-reduce', 7, 32, '', (0, 1), False),
-    ('all-gather', 1, 32, 'jit(step)/begin', (0, 2, 4, 6), False),
-    ('all-reduce', 1, 40, '', (), False),
-    ('all-gather', 1, 32, '', (0, 1, 2, 3), False),
-    ('collective-permute', 1, 32, '', (3, 5), False),
+    ('all-reduce', 7, 32, '', (0, 1), False, False),
+    ('all-reduce', 7, 32, '', (0, 1), False, False),
+    ('all-gather', 1, 32, 'jit(step)/begin', (0, 2, 4, 6), False, False),
+    ('all-reduce', 1, 40, '', (), False, False),
+    # Spread over fusions that compute something else.
+    ('all-gather', 1, 32, '', (0, 1, 2, 3), False, True),
+    ('collective-permute', 1, 32, '', (3, 5), False, False),
   ]
+
+
+def test_what_is_computed_before_the_end_of_a_collective_hides_it():
+  end = '  %ended.9 ='
+  work = '  %work.9 = f32[8]{0} fusion(%x.9), kind=kLoop, calls=%add.1\n'
+  (gather,) = (
+    call
+    for call in hlo.collectives(MODULE.replace(end, work + end))
+    if call.op_name
+  )
+  assert gather.asynchronous
 
 
 def test_of_a_conditional_the_branch_that_communicates_most_counts():
@@ -71,7 +83,9 @@ replica_groups={{0,1}}
 }
 """
   there, back = hlo.collectives(ragged)
-  assert there == back == ('ragged-all-to-all', 1, 4 * 8 * 4, '', (0, 1), False)
+  assert (
+    there[:5] == back[:5] == ('ragged-all-to-all', 1, 4 * 8 * 4, '', (0, 1))
+  )
 
 
 def test_what_tpu_slices_exchange_counts_once():
@@ -90,7 +104,9 @@ _xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %y = f32[4,8]{1,0} get-tuple-element(%received), index=0
 }
 """
-  assert hlo.collectives(program) == [('all-reduce', 1, 128, '', (), True)]
+  assert hlo.collectives(program) == [
+    ('all-reduce', 1, 128, '', (), True, False)
+  ]
 
 
 def test_refuses_what_is_not_a_program():
@@ -124,7 +140,7 @@ def test_counts_collectives_of_a_compiled_program():
   )
   calls = hlo.collectives(step.lower(x).compile().as_text())
   total = collections.Counter()
-  for kind, count, size, op_name, group, _ in calls:
+  for kind, count, size, op_name, group, *_ in calls:
     assert re.search('psum|all_to_all|all_gather', op_name)
     total[kind, size, group] += count
   assert total == {

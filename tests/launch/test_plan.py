@@ -188,11 +188,14 @@ def test_estimates_a_step(tmp_path):
   assert memory['parameters'] == 4 * (dense + experts // 4)
   assert memory['optimizer'] == pytest.approx(2 * memory['parameters'], abs=99)
   low, high = found['step_seconds']
-  assert 0 < found['compute_seconds']['experts'] < low < high
+  # CPUs wait for every collective at once: nothing hides.
+  assert 0 < found['compute_seconds']['experts'] < low
+  assert low == pytest.approx(high)
   exchange = [
     row['count'] for row in found['collectives'] if row['kind'] == 'all-to-all'
   ]
-  assert exchange == [4]  # There and back, forward and backward.
+  # Rows and gates there, rows back; forward and backward.
+  assert exchange == [6]
   assert 0 < found['routing']['share'] < 1
   evaluation = found['evaluation']
   # It runs beside what training keeps, the moments among it.
@@ -322,13 +325,16 @@ def test_refuses_a_compiler_that_makes_gradients_dense(monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(('layers', 'fits'), [(1, True), (4000, False)])
-def test_plans_a_slice(layers, fits, tmp_path):
+@pytest.mark.parametrize(
+  ('layers', 'slices', 'fits'), [(1, 1, True), (1, 2, True), (4000, 1, False)]
+)
+def test_plans_slices(layers, slices, fits, tmp_path):
   pytest.importorskip('libtpu')
   arguments = [
     '--config=experiments/demo.py:bip',
     '--topology=v5e:2x2',
-    '--mesh=2,2',
+    '--mesh=-1,2',
+    f'--slices={slices}',
     '--balance=1',
     f'--config.model.layers={layers}',
     f'--out={tmp_path / "plan.json"}',
@@ -347,3 +353,5 @@ def test_plans_a_slice(layers, fits, tmp_path):
   if fits:
     assert found['balancing']['collectives'] > 0
     assert found['compute_known'] > 0
+    assert found['evaluation']['step_seconds'][0] > 0
+    assert found['mesh']['data'] == 2 * slices
