@@ -45,7 +45,7 @@ PLANS = {
   ),
   'moe_30b.v5e_16x16': (
     'experiments/pods/moe_30b.py:bip --topology=v5e:16x16 '
-    '--config.mesh.expert=16'
+    '--config.mesh.expert=16 --config.batch_size=256'
   ),
   'moe_106b.h100_8x8': 'experiments/pods/moe_106b.py:bip --topology=h100:8x8',
   'giant_256e.v5p_8x8x8': (
