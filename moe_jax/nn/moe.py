@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import jax_privates, routing
+from moe_jax import routing
 from moe_jax.nn import router
 from moe_jax.nn.config import MoEConfig
 from moe_jax.nn.feed_forward import SwiGLU, linear_init
@@ -281,17 +281,11 @@ def _check_mesh(config, balancer, mesh, fsdp) -> None:
 
 
 def _for_use(weights, specs, dtype) -> dispatch.ExpertWeights:
-  """Casts the experts' weights; on a mesh, gathers those of this device.
-
-  Where the caller gave each device a copy, each has a gradient of its own.
-  """
+  """Casts the experts' weights; on a mesh, gathers those of this device."""
   if specs is None:
     return jax.tree.map(lambda weight: weight.astype(dtype), weights)
-
-  def prepare(weight, spec):
-    varies = 'data' in jax_privates.varying_axes(weight)
-    if varies and 'data' not in spec:
-      return weight.astype(dtype)
-    return meshes.gather_experts(weight, spec, dtype)
-
-  return jax.tree.map(prepare, weights, specs)
+  return jax.tree.map(
+    lambda weight, spec: meshes.gather_experts(weight, spec, dtype),
+    weights,
+    specs,
+  )

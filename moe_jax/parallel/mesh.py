@@ -13,6 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from moe_jax import jax_privates
+
 # Tokens are split over both axes, experts over the second.
 AXES = ('data', 'expert')
 BATCH = P(AXES)
@@ -144,18 +146,27 @@ def _gather_dense_backward(mesh, spec, residuals, dweight):
 gather_dense.defvjp(_gather_dense_forward, _gather_dense_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather_experts(
   weight_LxDxF: jax.Array, spec: P, dtype: jnp.dtype
 ) -> jax.Array:
   """Gathers this device's experts over `data`, inside `jax.shard_map`.
 
   Args:
-    weight_LxDxF: float32, split over `data` where `spec` says so.
+    weight_LxDxF: float32, split over `data` where `spec` says so. If it varies
+      over `data` all the same, each device has a copy of its own, of which the
+      gradient is its own as well.
     spec: of `expert_spec`.
     dtype: what the weights are cast to before they travel. Gradients are cast
       back before they are summed.
   """
+  varies = 'data' in jax_privates.varying_axes(weight_LxDxF)
+  if varies and 'data' not in spec:
+    return weight_LxDxF.astype(dtype)
+  return _gather_experts(weight_LxDxF, spec, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_experts(weight_LxDxF, spec, dtype):
   weight_LxDxF = weight_LxDxF.astype(dtype)
   if 'data' in spec:
     return lax.all_gather(
@@ -165,7 +176,7 @@ def gather_experts(
 
 
 def _gather_experts_forward(weight_LxDxF, spec, dtype):
-  return gather_experts(weight_LxDxF, spec, dtype), None
+  return _gather_experts(weight_LxDxF, spec, dtype), None
 
 
 def _gather_experts_backward(spec, dtype, residuals, dweight_LxDxF):
@@ -178,4 +189,4 @@ def _gather_experts_backward(spec, dtype, residuals, dweight_LxDxF):
   return (dweight_LxDxF,)
 
 
-gather_experts.defvjp(_gather_experts_forward, _gather_experts_backward)
+_gather_experts.defvjp(_gather_experts_forward, _gather_experts_backward)
