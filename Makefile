@@ -11,7 +11,7 @@ PYTHON_NEWER ?= $(shell for python in python3.12 python3.13 python3.14 \
     $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
     && echo $$python && break; done)
 
-NEWER := $(addprefix tests/,nn parallel train routing data runs test_main.py test_jax_privates.py)
+NEWER := $(addprefix tests/,nn parallel train routing data runs test_main.py test_jax_privates.py test_requirements.py)
 
 # On Linux CPUs, huge pages save most page faults: a step of paper_16e took 11.7
 # instead of 13.9 s. Other systems ignore this.
