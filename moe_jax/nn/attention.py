@@ -52,10 +52,34 @@ def rotate(
   return turned.reshape(x_BxSxHxW.shape).astype(x_BxSxHxW.dtype)
 
 
-@jax.checkpoint  # Keeps no [B, H, S, S] array for the backward pass.
+# Queries are taken in blocks of at least so many, and in so many blocks at
+# most, as each is compiled by itself.
+_LEAST, _BLOCKS = 256, 16
+
+
 def _attend(query_BxSxHxW, key_BxSxGxW, value_BxSxGxW):
+  """Attends from each block of queries to the keys up to its end alone.
+
+  With many blocks that is half of the scores; the rest would be masked.
+  """
+  sequence = query_BxSxHxW.shape[1]
+  size = max(_LEAST, -(-sequence // _BLOCKS))
+  attend = jax.checkpoint(_attend_last)  # Scores are not kept.
+  blocks = []
+  for start in range(0, sequence, size):
+    end = min(start + size, sequence)
+    keys = key_BxSxGxW[:, :end], value_BxSxGxW[:, :end]
+    blocks.append(attend(query_BxSxHxW[:, start:end], *keys, end))
+  return jnp.concatenate(blocks, axis=1)
+
+
+def _attend_last(query_BxSxHxW, key_BxCxGxW, value_BxCxGxW, length):
+  """Attends from the last S of so many tokens, to all up to each of them."""
+  sequence, room = query_BxSxHxW.shape[1], key_BxCxGxW.shape[1]
+  position_S = length - sequence + jnp.arange(sequence)
+  mask_SxC = jnp.arange(room) <= position_S[:, None]
   return jax.nn.dot_product_attention(
-    query_BxSxHxW, key_BxSxGxW, value_BxSxGxW, is_causal=True
+    query_BxSxHxW, key_BxCxGxW, value_BxCxGxW, mask=mask_SxC[None, None]
   )
 
 
@@ -95,7 +119,7 @@ class Attention(nnx.Module):
       y = _attend(query, key, value)
     else:
       cache = _add(cache, key, value)
-      y = _attend_to_cache(query, cache)
+      y = _attend_last(query, *cache)
     return self.out(y.reshape(*x_BxSxD.shape[:2], -1)), cache
 
 
@@ -105,13 +129,3 @@ def _add(cache: KeyValueCache, key, value) -> KeyValueCache:
 
   length = cache.length + key.shape[1]
   return KeyValueCache(add(cache.key, key), add(cache.value, value), length)
-
-
-def _attend_to_cache(query_BxSxHxW, cache: KeyValueCache):
-  """Attends from the last S tokens of the cache to all up to each of them."""
-  sequence, room = query_BxSxHxW.shape[1], cache.key.shape[1]
-  position_S = cache.length - sequence + jnp.arange(sequence)
-  mask_SxC = jnp.arange(room) <= position_S[:, None]
-  return jax.nn.dot_product_attention(
-    query_BxSxHxW, cache.key, cache.value, mask=mask_SxC[None, None]
-  )

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from moe_jax import nn, routing
+from moe_jax.nn import attention
 
 # q as `bip` has it, with the observation of `loss_free`.
 COUNTING = routing.bip(2)._replace(observe=routing.loss_free().observe)
@@ -249,13 +250,13 @@ def _count(**overrides):
 def test_parameters_of_the_paper():
   """MiniMind by the names and sizes that its paper gives."""
   d, f, layers, experts = 512, 1408, 8, 16
-  attention = d * d * 2 + d * (2 * 64) * 2
-  layer = attention + (experts + 1) * 3 * d * f + d * experts + 2 * d
+  projections = d * d * 2 + d * (2 * 64) * 2
+  layer = projections + (experts + 1) * 3 * d * f + d * experts + 2 * d
   assert _count() == layers * layer + 6400 * d + d
   assert round(_count() / 1e6, 1) == 302.7
   assert round(_count(experts=64, experts_per_token=8) / 1e9, 1) == 1.1
   # Heads four times as wide: all four matrices of attention are.
-  assert _count(head_size=256) - _count() == layers * 3 * attention
+  assert _count(head_size=256) - _count() == layers * 3 * projections
 
 
 @pytest.mark.parametrize(
@@ -277,3 +278,29 @@ def test_config_errors_name_option_value_and_what_would_work(overrides, words):
   with pytest.raises(ValueError) as error:
     _model(**overrides)
   assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize('sequence', [16, 17, 40])
+def test_attention_in_blocks_equals_attention_to_all(sequence, monkeypatch):
+  """Also its gradients, where the last block is shorter."""
+  monkeypatch.setattr(attention, '_LEAST', 8)
+  monkeypatch.setattr(attention, '_BLOCKS', 4)
+  random = np.random.default_rng(0)
+  query, weight = random.normal(size=(2, 2, sequence, 4, 6)).astype('float32')
+  key, value = random.normal(size=(2, 2, sequence, 2, 6)).astype('float32')
+
+  def loss(attend, *arguments):
+    return jnp.sum(weight * attend(*arguments))
+
+  def gradients(attend):
+    of_all = jax.value_and_grad(functools.partial(loss, attend), (0, 1, 2))
+    return jax.device_get(of_all(query, key, value))
+
+  expected = gradients(
+    functools.partial(jax.nn.dot_product_attention, is_causal=True)
+  )
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+    gradients(attention._attend),
+    expected,
+  )
