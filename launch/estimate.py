@@ -97,7 +97,7 @@ def train_step(
     },
   }
   if compiled.text:
-    result |= times(config, topology, mesh, compiled.text)
+    result |= times(config, topology, mesh, hlo.parse(compiled.text))
     peak = mesh.size * topology.hardware.peak
     result['mfu'] = [
       result['flops']['useful'] / (seconds * peak)
@@ -148,7 +148,7 @@ def evaluation_step(
     },
   }
   if compiled.text:
-    result |= times(config, topology, mesh, compiled.text)
+    result |= times(config, topology, mesh, hlo.parse(compiled.text))
   return result
 
 
@@ -273,10 +273,10 @@ def _part(op_name: str) -> str:
 
 
 def times(
-  config: Config, topology: ahead.Topology, mesh: Mesh, text: str
+  config: Config, topology: ahead.Topology, mesh: Mesh, program: hlo.Program
 ) -> dict[str, Any]:
-  """Estimates the times of a compiled step from its text."""
-  chip, program = topology.hardware, hlo.parse(text)
+  """Estimates the times of a compiled step."""
+  chip = topology.hardware
   costs = cost.compute(program, chip, _rows(config, mesh))
   parts, known = collections.Counter(), 0.0
   for item in costs:

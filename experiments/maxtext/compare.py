@@ -25,7 +25,7 @@ import pathlib
 import sys
 from typing import Any
 
-from launch import ahead, table
+from launch import ahead, hlo, table
 
 LAYERS, SEQUENCE = 4, 2048
 # What the compiler's cycles make of a product of 8192 x 8192 bfloat16 matrices,
@@ -58,12 +58,23 @@ def attention_seconds(config, chips: int, peak: float) -> float:
   return 9 * product * tokens * model.layers / (peak * EFFICIENCY)
 
 
-def with_layers(text: str, layers: int) -> str:
+def with_layers(program: hlo.Program, layers: int) -> hlo.Program:
   """Lets the loops over layers of a compiled program turn more often."""
-  turns = '"known_trip_count":{{"n":"{}"}}'.format
-  if turns(LAYERS) not in text:
-    raise ValueError(f'text: no loop over {LAYERS} layers')
-  return text.replace(turns(LAYERS), turns(layers))
+
+  def longer(instruction):
+    if instruction.opcode == 'while':
+      if hlo.trip_count(program, instruction) == LAYERS:
+        turns = f', "known_trip_count":{{"n":"{layers}"}}'
+        attributes = instruction.attributes + turns
+        return instruction._replace(attributes=attributes)
+    return instruction
+
+  return program._replace(
+    computations={
+      name: {part: longer(value) for part, value in computation.items()}
+      for name, computation in program.computations.items()
+    }
+  )
 
 
 def replaced(
@@ -111,9 +122,10 @@ def compare(file: str, capacity_factor: float, mfu: float) -> dict[str, Any]:
   )
   topology = ahead.parse_topology('v6e:16x16')
   mesh, training, traced = estimate.trace(few, ahead.devices(topology))
-  text = ahead.compile_step(traced.lower(), topology).text
+  program = hlo.parse(ahead.compile_step(traced.lower(), topology).text)
   layers, peak = config.model.layers, topology.hardware.peak
-  times = estimate.times(few, topology, mesh, with_layers(text, layers))
+  program = with_layers(program, layers)
+  times = estimate.times(few, topology, mesh, program)
   parts = replaced(
     times, layers, attention_seconds(config, topology.size, peak)
   )

@@ -3,7 +3,9 @@
 import pytest
 
 from experiments.maxtext import compare, deep_708b, wide_754b
+from launch import hlo
 from moe_jax import config as config_lib
+from tests.launch.test_hlo import MODULE
 
 
 @pytest.mark.parametrize(
@@ -36,10 +38,12 @@ def test_attention_that_stores_no_scores():
 
 
 def test_few_layers_stand_for_many():
-  loop = 'while(), backend_config={"known_trip_count":{"n":"4"}}'
-  assert '"n":"56"' in compare.with_layers(loop, 56)
-  with pytest.raises(ValueError, match='no loop over 4 layers'):
-    compare.with_layers('while()', 56)
+  program = hlo.parse(MODULE.replace('constant(7)', 'constant(4)'))
+  assert hlo.collectives(program)[0].count == 4
+  calls = hlo.collectives(compare.with_layers(program, 56))
+  assert [call.count for call in calls] == [56, 56, 1, 1, 1, 1]
+  # The loop of another length is none over layers.
+  assert compare.with_layers(hlo.parse(MODULE), 56) == hlo.parse(MODULE)
   times = {
     'compute_seconds': {'experts': 5.0, 'optimizer': 1.0, 'scores': 7.0},
     'collectives': [{'seconds': 2.0}, {'seconds': 0.5}],
