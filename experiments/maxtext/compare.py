@@ -9,10 +9,10 @@ table in Markdown. How the two differ, and how that is bridged:
   chip has room for with all layers. 4 are compiled; then loops over layers are
   taken to turn as often as the model has layers, and the optimizer's time to
   grow as they do.
-- Attention: MaxText's never stores scores (splash attention), ours does, and
-  at 8,192 tokens has no room for them. Sequences of 2,048 are compiled, as many
-  tokens a chip; their scores are then replaced by the FLOPs of blockwise causal
-  attention at 8,192, at the efficiency of the compiler's large products.
+- Attention: MaxText's never stores scores (splash attention), ours those of a
+  block of queries. Sequences of 2,048 are compiled, as many tokens a chip;
+  their scores are then replaced by the FLOPs of causal attention at 8,192 that
+  stores none, at the efficiency of the compiler's large products.
 - Recomputation: MaxText offloads queries, keys, values and the attention's
   output to the host and recomputes the rest, ours all but choices.
 - Dispatch: MaxText multiplies by one-hot masks, ours gathers rows.
