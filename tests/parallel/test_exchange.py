@@ -210,6 +210,16 @@ def test_a_layer_on_a_mesh_equals_one_device(layer, shape):
   assert_equal_step(layer_step(layer, make_mesh(*shape)), expected(layer))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize('layer', ['dropless', 'rounding'])
+def test_devices_may_come_in_any_order(layer):
+  """As a torus or several slices have them."""
+  devices = np.array(jax.devices())[[6, 1, 3, 0, 7, 2, 5, 4]]
+  mesh = meshes.make_mesh(2, 4, devices=list(devices))
+  assert list(mesh.devices.flat) == list(devices)
+  assert_equal_step(layer_step(layer, mesh), expected(layer))
+
+
 @pytest.mark.parametrize(
   'layer', ['dropless', pytest.param('capacity', marks=pytest.mark.long)]
 )
