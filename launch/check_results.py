@@ -260,7 +260,7 @@ def _rounded(x: np.ndarray, dtype: str) -> np.ndarray:
 
 def _jit(run: Callable, dtype: str, device: jax.Device) -> Callable:
   """Compiles as the trainer does, but float32 at the highest precision."""
-  options = compiler_options(device.platform)
+  options = compiler_options([device])
   compiled = jax.jit(run, compiler_options=options)
   precision = 'highest' if dtype == 'float32' else None
   return jax.default_matmul_precision(precision)(compiled)

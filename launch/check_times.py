@@ -144,7 +144,7 @@ def _both(function: Callable, *operands) -> Callable[[], Any]:
     y, pullback = jax.vjp(function, *operands)
     return y, pullback(jnp.ones_like(y))
 
-  options = compiler_options(jax.default_backend())
+  options = compiler_options(jax.devices())
   run = jax.jit(both, compiler_options=options)
   return lambda: run(*operands)
 

@@ -157,7 +157,7 @@ def jax_line(function: Callable[..., jax.Array], problem: Problem) -> Line:
     return y, pullback(dy)
 
   jit = functools.partial(
-    jax.jit, compiler_options=compiler_options(jax.default_backend())
+    jax.jit, compiler_options=compiler_options(jax.devices())
   )
   dy = jnp.ones_like(jax.eval_shape(function, *problem))
   forward = jit(function).lower(*problem).compile()

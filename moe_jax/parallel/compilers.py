@@ -1,6 +1,8 @@
 """What the compilers are told, and why."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import jax
 
 _OPTIONS: Mapping[str, Mapping[str, bool]] = {
   'tpu': {
@@ -18,10 +20,17 @@ _OPTIONS: Mapping[str, Mapping[str, bool]] = {
 }
 
 
-def compiler_options(platform: str) -> dict[str, bool]:
+def compiler_options(devices: Sequence[jax.Device]) -> dict[str, bool]:
   """Returns what `jax.jit(compiler_options=...)` needs for MoE layers.
 
   Args:
-    platform: 'cpu', 'gpu' or 'tpu', of the devices compiled for.
+    devices: all that are compiled for.
   """
-  return dict(_OPTIONS.get(platform, {}))
+  options = dict(_OPTIONS.get(devices[0].platform, {}))
+  if 'v5 lite' in devices[0].device_kind and any(
+    max(device.coords) >= 8 for device in devices
+  ):
+    # Chips of v5e that lie in a side of 16 cannot reach all others by
+    # themselves, and the compiler refuses: 'not supported on limited ICI'.
+    del options['xla_tpu_enable_async_all_to_all']
+  return options

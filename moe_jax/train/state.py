@@ -99,9 +99,9 @@ def make_training(
       the compiler is too old for dropless training.
   """
   check_mesh(config, mesh)
-  platform = mesh.devices.flat[0].platform
+  devices = list(mesh.devices.flat)
   if not (config.capacity_factor or config.model.round_to_capacity):
-    check_compiler(platform)
+    check_compiler(devices[0].platform)
   optimizer = optimizer or make_optimizer(config)
 
   def split():
@@ -125,7 +125,7 @@ def make_training(
     abstract=jax.tree.map(
       lambda leaf, where: leaf.update(sharding=where), abstract, shardings
     ),
-    compiler_options=compiler_options(platform),
+    compiler_options=compiler_options(devices),
   )
 
 

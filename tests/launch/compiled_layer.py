@@ -67,7 +67,7 @@ def main(topology, layer, directory):
 
   gradients = jax.jit(
     jax.grad(loss, argnums=(0, 2)),
-    compiler_options=compiler_options(devices[0].platform),
+    compiler_options=compiler_options(devices),
   )
   traced = gradients.trace(
     jax.tree.map(place, params, specs),

@@ -1,0 +1,30 @@
+"""Options of the compilers: those that a slice can have."""
+
+import jax
+import pytest
+
+from moe_jax.parallel.compilers import compiler_options
+from tests.parallel.test_mesh import gpus, pod
+
+ASYNCHRONOUS = 'xla_tpu_enable_async_all_to_all'
+
+
+@pytest.mark.parametrize(
+  ('kind', 'sides', 'possible'),
+  [
+    ('TPU v5 lite', (4, 4), True),
+    ('TPU v5 lite', (8, 8), True),
+    # libtpu 0.0.50.1: 'not supported on limited ICI'.
+    ('TPU v5 lite', (8, 16), False),
+    ('TPU v5 lite', (16, 16), False),
+    ('TPU v6 lite', (16, 16), True),
+    ('TPU v5', (8, 8, 8), True),
+  ],
+)
+def test_exchanges_are_asynchronous_where_they_can(kind, sides, possible):
+  assert (ASYNCHRONOUS in compiler_options(pod(kind, sides))) == possible
+
+
+def test_each_platform_has_its_own():
+  assert not compiler_options(jax.devices())
+  assert all(name.startswith('xla_gpu') for name in compiler_options(gpus(1)))
