@@ -6,10 +6,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 # A Python for which there are later versions of jax; '' where none is found.
-PYTHON_NEWER ?= $(shell for python in python3.12 python3.13 python3.14 \
+ifndef PYTHON_NEWER
+ifneq ($(filter test-all test-newer,$(MAKECMDGOALS)),)
+PYTHON_NEWER := $(shell for python in python3.12 python3.13 python3.14 \
     $$(pyenv root 2>/dev/null)/versions/3.1[2-4].*/bin/python; do \
     $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
     && echo $$python && break; done)
+endif
+endif
 
 NEWER := $(addprefix tests/,nn parallel train routing data runs test_main.py test_jax_privates.py test_requirements.py)
 

@@ -215,13 +215,25 @@ def memory_limit(topology: Topology) -> float:
   return chip.hbm * (memory_fraction() if chip.node else 1)
 
 
+def output(path: str) -> pathlib.Path:
+  """Returns where results go, '' for nowhere.
+
+  Raises:
+    ValueError: no file can be written there.
+  """
+  out = pathlib.Path(path)
+  if path and (out.is_dir() or not out.parent.is_dir()):
+    raise ValueError(f'--out={out}: must be a file in a directory that exists')
+  return out
+
+
 def memory_fraction() -> float:
   """Reads what jax reads: the share of a GPU's memory that it takes.
 
   Raises:
     ValueError: it is no number above 0 and at most 1.
   """
-  text = os.environ.get('XLA_CLIENT_MEM_FRACTION', '0.75')
+  text = os.environ.get('XLA_CLIENT_MEM_FRACTION') or '0.75'
   try:
     fraction = float(text)
   except ValueError:

@@ -32,6 +32,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import sys
 import time
 from typing import Any
@@ -68,12 +69,10 @@ def main(argv: Sequence[str]) -> int:
   from moe_jax.main import parse
 
   try:
-    if not any(argument.startswith('--config=') for argument in argv):
+    if not any(re.match('--?config(=|$)', argument) for argument in argv):
       argv = [argv[0], *_DEFAULT, *argv[1:]]
     options, values = parse(argv, others={'out': ''})
-    out = pathlib.Path(values.out)
-    if not out.parent.is_dir():
-      raise ValueError(f'--out={out}: {out.parent} is no directory')
+    out = ahead.output(values.out)
     from moe_jax import config as config_lib
     from moe_jax.train import state
 

@@ -167,6 +167,8 @@ def candidates(
         config.mesh, data=topology.size // expert, expert=expert
       )
       for factor in capacity_factors:
+        if config.model.round_to_capacity and not factor:
+          continue  # The same as 1.
         yield dataclasses.replace(config, mesh=mesh, capacity_factor=factor)
 
 
@@ -185,14 +187,14 @@ def difference(plan: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def imbalance(
-  plan: dict[str, Any], max_violation: float, capacity_factor: float
+  plan: dict[str, Any], max_violation: float, config: Config
 ) -> dict[str, Any]:
   """Estimates what it costs that one expert has more to do than others.
 
   Args:
     plan: as `estimate` returns it.
     max_violation: load of the most loaded expert / mean load - 1.
-    capacity_factor: that of the config.
+    config: that of the plan. Rounded loads are even, whatever prices do.
 
   Returns:
     `seconds` more in a step, and their `share` of a step, in the worst case:
@@ -201,8 +203,10 @@ def imbalance(
     then buffers, and times, stay as they are.
   """
   more, dropped = 0.0, 0.0
-  if capacity_factor:
-    dropped = max(0.0, 1 - capacity_factor / (1 + max_violation))
+  if config.model.round_to_capacity:
+    pass
+  elif config.capacity_factor:
+    dropped = max(0.0, 1 - config.capacity_factor / (1 + max_violation))
   else:
     more = max_violation * plan['compute_seconds'].get('experts', 0.0)
   return {

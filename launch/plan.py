@@ -29,7 +29,6 @@ also where it does not fit; 2 refused (bad config or input).
 from collections.abc import Sequence
 import json
 import os
-import pathlib
 import shlex
 import sys
 from typing import Any
@@ -67,9 +66,7 @@ def main(argv: Sequence[str]) -> int:
     ahead.memory_fraction()  # Refused before anything is compiled.
     if values.mesh:
       options.mesh.data, options.mesh.expert = _mesh(values.mesh)
-    out = pathlib.Path(values.out)
-    if not out.parent.is_dir():
-      raise ValueError(f'--out={out}: {out.parent} is no directory')
+    out = ahead.output(values.out)
     ahead.check_installed(topology)
     # Later still, as a wrong flag is answered at once.
     from launch import estimate
@@ -138,9 +135,7 @@ def _plan(estimate, config, topology, balance, routing) -> dict[str, Any]:
       plan, estimate.train_step(plain, topology, devices)
     )
   if balance is not None and plan['fits']:
-    plan['imbalance'] = estimate.imbalance(
-      plan, balance, config.capacity_factor
-    )
+    plan['imbalance'] = estimate.imbalance(plan, balance, config)
   return plan
 
 

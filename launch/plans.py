@@ -96,6 +96,9 @@ def read() -> dict[str, dict]:
 
 def main(argv: Sequence[str]) -> int:
   """Runs the program; returns its exit code."""
+  if {'--help', '-h'} & set(argv):
+    print(__doc__)
+    return 0
   names = [arg for arg in argv[1:] if arg != '--missing']
   unknown = [name for name in names if name not in PLANS]
   if unknown:
@@ -109,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
     print(shlex.join(words), flush=True)
     words[words.index('python')] = sys.executable
     done = subprocess.run(['env', *words], cwd=ROOT, check=False)
-    codes.append(done.returncode)
+    codes.append(done.returncode if done.returncode >= 0 else 1)
   readme = ROOT / FOLDER / 'README.md'
   readme.write_text(written(readme.read_text(), read()))
   return max(codes)

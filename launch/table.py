@@ -89,8 +89,7 @@ def _room(config: dict[str, Any]) -> str:
   rounded = config['model'].get('round_to_capacity', False)
   if config['capacity_factor'] or rounded:
     return 'rounded' if rounded else f'{config["capacity_factor"]:g}'
-  padded = not config['model'].get('ragged_exchange', True)
-  return 'dropless, padded' if padded else 'dropless'
+  return 'dropless'
 
 
 def _range(plan: dict[str, Any]) -> str:
@@ -113,11 +112,14 @@ def main(paths: Sequence[str]) -> int:
       pathlib.Path(path).stem: json.loads(pathlib.Path(path).read_text())
       for path in paths
     }
+    tables = estimates(plans), balancing(plans)
+  except KeyError as error:
+    print(f'error: a plan has no {error}; make it anew', file=sys.stderr)
+    return 2
   except (OSError, ValueError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
-  print(estimates(plans), end='\n\n')
-  print(balancing(plans))
+  print(*tables, sep='\n\n')
   return 0
 
 

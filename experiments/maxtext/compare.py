@@ -21,7 +21,6 @@ table in Markdown. How the two differ, and how that is bridged:
 from collections.abc import Mapping, Sequence
 import json
 import os
-import pathlib
 import sys
 from typing import Any
 
@@ -64,8 +63,8 @@ def with_layers(program: hlo.Program, layers: int) -> hlo.Program:
   def longer(instruction):
     if instruction.opcode == 'while':
       if hlo.trip_count(program, instruction) == LAYERS:
-        turns = f', "known_trip_count":{{"n":"{layers}"}}'
-        attributes = instruction.attributes + turns
+        turns = f'"known_trip_count":{{"n":"{layers}"}}, '
+        attributes = turns + instruction.attributes
         return instruction._replace(attributes=attributes)
     return instruction
 
@@ -229,13 +228,14 @@ def main(argv: Sequence[str]) -> int:
     print(__doc__)
     return 2
   try:
+    out = ahead.output(paths[0])
     ahead.check_installed(ahead.parse_topology('v6e:16x16'))
     rows = [compare(*measured) for measured in MEASURED]
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   found = {'versions': ahead.versions(), 'rows': rows, 'ratio': ratios(rows)}
-  pathlib.Path(paths[0]).write_text(json.dumps(found, indent=1) + '\n')
+  out.write_text(json.dumps(found, indent=1) + '\n')
   print(markdown(rows))
   return 0
 

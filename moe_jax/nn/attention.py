@@ -65,11 +65,13 @@ def _attend(query_BxSxHxW, key_BxSxGxW, value_BxSxGxW):
   sequence = query_BxSxHxW.shape[1]
   size = max(_LEAST, -(-sequence // _BLOCKS))
   attend = jax.checkpoint(_attend_last)  # Scores are not kept.
-  blocks = []
+  dtype, blocks = query_BxSxHxW.dtype, []
+  # So that gradients of all blocks are summed in float32.
+  keys = [x.astype(jnp.float32) for x in (key_BxSxGxW, value_BxSxGxW)]
   for start in range(0, sequence, size):
     end = min(start + size, sequence)
-    keys = key_BxSxGxW[:, :end], value_BxSxGxW[:, :end]
-    blocks.append(attend(query_BxSxHxW[:, start:end], *keys, end))
+    seen = [x[:, :end].astype(dtype) for x in keys]
+    blocks.append(attend(query_BxSxHxW[:, start:end], *seen, end))
   return jnp.concatenate(blocks, axis=1)
 
 

@@ -195,6 +195,11 @@ class Decoder(nnx.Module):
     )
 
   def _predict(self, tokens_BxS, mask_BxS, cache, train):
+    if not tokens_BxS.size:
+      raise ValueError(
+        f'tokens_BxS: shape {tokens_BxS.shape} has no tokens; B and S must be '
+        '1 or more'
+      )
     table_VxD = self._gather(self.embedding.embedding)[...]
     table_VxD = table_VxD.astype(self.config.dtype)
     x_BxSxD = jnp.take(table_VxD, tokens_BxS, axis=0)

@@ -35,7 +35,8 @@ class MoE(nnx.Module):
   keeps the solved state and adds to the step's observation; `update_router`
   applies that once a step. With `train=False` q is frozen, and there is neither
   capacity nor rounding. Nor is there with `train=True` once a model was told so
-  by `model.set_attributes(dropless=True)`; on a mesh that has no gradient.
+  by `model.set_attributes(dropless=True)`. In either case, a layer on a mesh
+  that has a capacity or rounding has no gradient.
 
   Args:
     config: sizes and options.
@@ -142,7 +143,9 @@ class MoE(nnx.Module):
     self.observation.set_value(jax.tree.map(jnp.zeros_like, observation))
 
   def _on_mesh(self, train, shape_BxSxD):
-    """Returns `_apply` for arrays of all devices."""
+    """Returns `_apply` for arrays of all devices, or of one, where the caller
+    is inside a `jax.shard_map` over the mesh.
+    """
     devices = 1 if self.mesh is None else self.mesh.size
     shards = (self.config.shards if train else 0) or devices
     batch, sequence, _ = shape_BxSxD
@@ -267,7 +270,7 @@ def _check_mesh(config, balancer, mesh, fsdp) -> None:
     )
   expert = mesh.shape['expert']
   if config.experts % expert:
-    fits = [n for n in range(1, expert) if config.experts % n == 0]
+    fits = meshes.expert_sizes(config.experts, mesh)
     raise ValueError(
       f'experts={config.experts}: cannot be split over the {expert} devices of '
       f'mesh axis expert; {", ".join(map(str, fits))} would do'

@@ -254,7 +254,8 @@ def in_rounds(
 
   A round serves `capacity` tokens of each expert, and there are as many as the
   fullest expert of any device needs: one, if its load is no more than that.
-  For evaluation: it has no gradient.
+  For evaluation: it has no gradient, which a loop without a known end cannot
+  have.
 
   Args:
     x_TxD: tokens, of the dtype of the weights.
@@ -264,7 +265,11 @@ def in_rounds(
     capacity: tokens per expert in a round, C >= 1.
     axis_names: all axes of the mesh, inside `jax.shard_map`; experts are split
       over the last.
+
+  Raises:
+    ValueError: a gradient is asked for.
   """
+  x_TxD, weights = _without_gradient((x_TxD, weights))
   queues = choice.load.shape[0]
   pairs = _sort_pairs(choice, mask_T)
 
@@ -282,6 +287,21 @@ def in_rounds(
   y_TxKxD = jnp.zeros_like(x_TxD, shape=shape)  # Varies as the tokens do.
   y_TxKxD = lax.fori_loop(0, rounds, add_round, y_TxKxD)
   return Mixed(_sum(y_TxKxD), jnp.int32(0))
+
+
+@jax.custom_vjp
+def _without_gradient(arrays):
+  return arrays
+
+
+def _refuse_gradient(arrays):
+  raise ValueError(
+    'train=False: has no gradient on a mesh where there is a capacity or '
+    'rounding; take train=True, or a layer without them'
+  )
+
+
+_without_gradient.defvjp(_refuse_gradient, _refuse_gradient)
 
 
 def _row_of_pair(pairs: _Pairs, queues: int, capacity: int) -> jax.Array:

@@ -96,6 +96,12 @@ def _sizes(data: int, expert: int, count: int) -> tuple[int, int]:
   return (left if data == -1 else data), (left if expert == -1 else expert)
 
 
+def expert_sizes(experts: int, mesh: Mesh) -> list[int]:
+  """Lists by how many of the mesh's devices so many experts can be shared."""
+  common = math.gcd(experts, mesh.size)
+  return [size for size in range(1, common + 1) if common % size == 0]
+
+
 def expert_spec(shape: Sequence[int], mesh: Mesh, *, fsdp: bool) -> P:
   """Returns where a weight [E, in, out] of experts is.
 

@@ -133,10 +133,10 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
   """Raises ValueError where something does not divide evenly."""
   model, expert = config.model, mesh.shape['expert']
   if model.experts % expert:
-    fits = [str(n) for n in range(1, expert) if model.experts % n == 0]
+    fits = meshes.expert_sizes(model.experts, mesh)
     raise ValueError(
-      f'mesh.expert={expert}: must divide model.experts={model.experts}, as '
-      f'{", ".join(fits)} do'
+      f'mesh.expert={expert}: must divide model.experts={model.experts}; here '
+      f'{", ".join(map(str, fits))} would do'
     )
   microbatch = config.batch_size // config.accumulation
   shards = shards_of(config, mesh)

@@ -232,7 +232,7 @@ def test_refusals(monkeypatch, capsys):
     return line
 
   assert 'did you mean out' in refused('--ouf=x.json')
-  assert '/nowhere is no directory' in refused('--out=/nowhere/x.json')
+  assert 'must be a file in a directory' in refused('--out=/nowhere/x.json')
   assert 'model.widht' in refused('--config.model.widht=3')
   assert 'mesh.expert=3' in refused(*SMALL, '--config.mesh.expert=3')
   assert 'multiple of 8' in refused(*SMALL, '--config.batch_size=12')

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -224,8 +225,13 @@ def test_compares_plans_and_adds_imbalance():
     'collectives': 4,
     'bytes': 40,
   }
-  for capacity, seconds, dropped in ((0.0, 0.2, 0.0), (1.5, 0.0, 0.25)):
-    assert estimate.imbalance(planned(0.5, 7), 1.0, capacity) == {
+  for options, seconds, dropped in (
+    ({}, 0.2, 0.0),
+    ({'capacity_factor': 1.5}, 0.0, 0.25),
+    ({'model.round_to_capacity': True}, 0.0, 0.0),
+  ):
+    config = tiny.tiny_config(pathlib.Path('no_text'), **options)
+    assert estimate.imbalance(planned(0.5, 7), 1.0, config) == {
       'max_violation': 1.0,
       'seconds': seconds,
       'share': seconds / 0.5,
@@ -298,7 +304,10 @@ def test_sweep_prints_and_stores_what_it_tried(monkeypatch, capsys, tmp_path):
     ),
     (['--topology=v5e:4x4', '--machine=dgx'], 'it must be left out'),
     (['--topology=v5e:4x4', '--mesh=4'], '--mesh=4: must be like 16,16'),
-    (['--topology=v5e:4x4', '--out=no/where.json'], 'no is no directory'),
+    (
+      ['--topology=v5e:4x4', '--out=no/where.json'],
+      '--out=no/where.json: must be a file',
+    ),
     (['--balance=-1'], '--balance=-1: must be a number'),
     (['--topologie=v5e:4x4'], 'did you mean topology?'),
   ],

@@ -49,7 +49,7 @@ def test_a_row_by_hand():
       'accumulation': 2,
       'sequence_length': 128,
       'capacity_factor': 0.0,
-      'model': {'ragged_exchange': False},
+      'model': {'round_to_capacity': True},
     },
     'memory': {'needed': 1.26e9, 'limit': 16e9},
     'step_seconds': [0.01, 0.02],
@@ -64,7 +64,7 @@ def test_a_row_by_hand():
     ],
   }
   assert table.estimates({'p': plan}).splitlines()[-1] == (
-    '| p | 2, 4 | 16 / 2 | dropless, padded | 1.3, 0.5 of 16.0 | 10 .. 20 '
+    '| p | 2, 4 | 16 / 2 | rounded | 1.3, 0.5 of 16.0 | 10 .. 20 '
     '| 1000 .. 2000 | 50.0 .. 25.0 | 4.0 (20.0) |'
   )
   assert table.balancing({'p': plan}).splitlines()[-1] == (

@@ -280,6 +280,11 @@ def test_config_errors_name_option_value_and_what_would_work(overrides, words):
   assert all(word in str(error.value) for word in words), error.value
 
 
+def test_a_call_without_tokens_is_refused():
+  with pytest.raises(ValueError, match=r'shape \(2, 0\) has no tokens'):
+    _model()(jnp.zeros((2, 0), jnp.int32), train=False)
+
+
 @pytest.mark.parametrize('sequence', [16, 17, 40])
 def test_attention_in_blocks_equals_attention_to_all(sequence, monkeypatch):
   """Also its gradients, where the last block is shorter."""

@@ -435,7 +435,7 @@ def test_a_capacity_that_no_layer_can_have_is_refused(factor):
       {'experts': 6},
       routing.bip(),
       (1, 4),
-      '^experts=6: .* 4 devices of mesh axis expert; 1, 2, 3 would do',
+      '^experts=6: .* 4 devices of mesh axis expert; 1, 2 would do',
     ),
     (
       {'shards': 8},

@@ -301,6 +301,23 @@ def test_evaluation_in_the_buffers_of_training_drops_nothing(
   np.testing.assert_allclose(y, expected_y, atol=1e-5)
 
 
+def test_evaluation_in_rounds_has_no_gradient_and_says_so():
+  config = nn.MoEConfig(
+    width=WIDTH,
+    hidden=8,
+    experts=8,
+    experts_per_token=2,
+    round_to_capacity=True,
+  )
+  moe = nn.MoE(config, routing.bip(), mesh=make_mesh(4, 2), rngs=nnx.Rngs(0))
+
+  def loss(x):
+    return jnp.sum(moe(x, train=False)[0])
+
+  with pytest.raises(ValueError, match='^train=False: has no gradient'):
+    jax.grad(loss)(jnp.ones((8, 16, WIDTH)))
+
+
 def test_a_compiler_without_the_ragged_exchange_is_explained():
   """That of CPUs, for one; there, `ragged` never asks for it."""
 

@@ -352,7 +352,7 @@ def test_the_compiler_is_checked_for_dropless_training_only(
       {'batch_size': 24, 'accumulation': 2},
       'must be a multiple of 8.*with batch_size=32$',
     ),
-    ({'model.experts': 6}, 'must divide model.experts=6, as 1, 2, 3 do$'),
+    ({'model.experts': 6}, 'must divide model.experts=6; here 1, 2 would do$'),
     (
       {'model.round_to_capacity': True, 'model.experts': 64},
       'a shard has 32 pairs .*with batch_size=16$',
