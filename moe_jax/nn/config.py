@@ -81,10 +81,10 @@ class DecoderConfig(MoEConfig):
   """Added to the mean square in normalization."""
   remat: bool = option(False, change='named')
   """Whether the backward pass recomputes each layer from its input. Choices and
-  q are kept, not recomputed. In float32 results stay the same, but for last bits
-  where there is an auxiliary loss; in bfloat16 they may differ by its rounding,
-  as XLA keeps float32 between the operations that it fuses, unless XLA_FLAGS has
-  --xla_allow_excess_precision=false."""
+  q are kept, not recomputed. In float32 results stay the same, but for last
+  bits where there is an auxiliary loss; in bfloat16 they may differ by its
+  rounding, as XLA keeps float32 between the operations that it fuses, unless
+  XLA_FLAGS has --xla_allow_excess_precision=false."""
 
   def __post_init__(self):
     super().__post_init__()
