@@ -23,10 +23,10 @@ def expected(tmp_path_factory, text, cache):
 
 @pytest.fixture(scope='module')
 def stopped(tmp_path_factory, text, cache):
-  """The work directory of a run killed in step 10, of 12."""
+  """The work directory of a run killed in step 11, of 12."""
   place = tmp_path_factory.mktemp('stopped')
   trial = harness.Trial(place, text, cache, options=KEPT)
-  trial.stop_in('step', 9)
+  trial.stop_in('step', 10)  # That of step 9 is recorded.
   assert harness.saved_steps(trial.workdir) == [3, 6, 9]
   return trial.workdir
 
