@@ -13,8 +13,8 @@ _OPTIONS: Mapping[str, Mapping[str, bool]] = {
     'xla_tpu_enable_async_all_to_all': True,
   },
   'gpu': {
-    # Without it, ragged exchanges of dropless experts begin and end with
-    # nothing in between.
+    # More of the ragged exchanges of dropless experts have products between
+    # their start and their end.
     'xla_gpu_enable_latency_hiding_scheduler': True,
   },
 }

@@ -174,7 +174,7 @@ def test_every_rule_trains_with_everything_else(method, rounding, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize('method', ['bip', 'loss_controlled'])
 def test_remat_changes_float32_by_an_auxiliary_loss_alone(method, tmp_path):
-  """And then in last bits: XLA fuses its sums otherwise."""
+  """And then in last bits, from a cause that was not traced."""
   config = tiny.tiny_config(tmp_path, method)
   _, _, plain, _ = run_steps(config)
   _, _, state, _ = run_steps(with_remat(config))
