@@ -33,12 +33,6 @@ _SPARSECORE_OPTIONS = {
 }
 
 
-# The oldest compiler that makes a kernel of the weight gradient of grouped
-# products. Before, it was dense: as many times the work as a device has
-# experts.
-_LIBTPU = (0, 0, 50)
-
-
 class Topology(NamedTuple):
   """Slices of TPU pods, or nodes of GPUs.
 
@@ -136,26 +130,16 @@ def prepare(environment: MutableMapping[str, str]) -> None:
 
 
 def check_installed(topology: Topology) -> None:
-  """Raises ValueError if the compiler for a topology is missing or too old."""
-  gpus = bool(CHIPS[topology.chip].node)
+  """Raises ValueError if the compiler for a topology is missing."""
   packages, file = (
     (_CUDA, 'requirements-cuda.txt')
-    if gpus
+    if CHIPS[topology.chip].node
     else (('libtpu',), 'requirements-tpu.txt')
   )
-  found = [package for package in packages if package in versions()]
-  if not found:
+  if not set(packages) & set(versions()):
     raise ValueError(
       f'--topology={topology.name}: its compiler, {packages[0]}, is not '
       f'installed; pip install -r {file}'
-    )
-  version = versions()[found[0]]
-  numbers = tuple(map(int, re.findall(r'\d+', version)[:3]))
-  if not gpus and numbers < _LIBTPU:
-    raise ValueError(
-      f'--topology={topology.name}: libtpu {version} computes gradients of '
-      'dropless experts densely; take Python 3.12 or later and '
-      f'pip install -r {file}'
     )
 
 

@@ -1,5 +1,6 @@
 """The planner: its arithmetic by hand, its answers, and what it refuses."""
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ import pytest
 from launch import ahead, cost, estimate, hardware, hlo, plan
 from launch.hardware import CHIPS
 from moe_jax.parallel import mesh as meshes
+from tests.parallel.test_mesh import pod
 from tests.train import tiny
 
 TORUS = [(0, x, y) for x in range(16) for y in range(16)]
@@ -327,13 +329,18 @@ def test_says_what_to_install(monkeypatch, capsys):
   assert 'pip install -r requirements-cuda.txt' in capsys.readouterr().err
 
 
-def test_refuses_a_compiler_that_makes_gradients_dense(monkeypatch):
+def test_refuses_a_compiler_where_training_would(monkeypatch, capsys):
+  """What training refuses: tests/train/test_step.py."""
   topology = ahead.parse_topology('v5e:4x4')
-  monkeypatch.setattr(ahead, 'versions', lambda: {'libtpu': '0.0.42.1'})
-  with pytest.raises(ValueError, match='libtpu 0.0.42.1 .* take Python 3.12'):
-    ahead.check_installed(topology)
-  monkeypatch.setattr(ahead, 'versions', lambda: {'libtpu': '0.0.50.1'})
-  ahead.check_installed(topology)
+  installed = {'libtpu': '0.0.42.1'}
+  monkeypatch.setattr(importlib.metadata, 'version', installed.__getitem__)
+  monkeypatch.setattr(ahead, 'versions', lambda: installed)
+  monkeypatch.setattr(ahead, 'devices', lambda _: pod('TPU v5 lite', (4, 4)))
+  arguments = ['plan', '--config=experiments/demo.py:bip']
+  assert plan.main([*arguments, f'--topology={topology.name}']) == 2
+  error = capsys.readouterr().err
+  assert error.startswith('error: libtpu 0.0.42.1: ')
+  assert 'model.round_to_capacity=True' in error
 
 
 @pytest.mark.long
