@@ -255,3 +255,31 @@ def test_only_what_may_change_can_be_allowed(name, message):
 )
 def test_what_may_change(name, change):
   assert config.may_change(name) == change
+
+
+def test_losses_go_with_every_balancer():
+  """DeepSeek-V3's recipe, from flags."""
+  frozen = config.freeze(
+    {
+      'balancer': {'name': 'loss_free'},
+      'losses': {'sequence': 1e-4, 'z': 1e-3},
+    }
+  )
+  assert frozen.balancer_rule == routing.with_losses(
+    routing.loss_free(),
+    routing.auxiliary_loss(1e-4, over='sequence'),
+    routing.z_loss(1e-3),
+  )
+  losses = dataclasses.asdict(frozen.losses)
+  name = config.method_of(frozen.balancer, losses)
+  assert name == 'loss_free+sequence=0.0001+z=0.001'
+  plain = config.freeze({'balancer': {'name': 'loss_free'}})
+  assert plain.balancer_rule == routing.loss_free()
+
+
+def test_a_z_loss_of_an_older_config_is_kept():
+  options = config.to_dict(config.freeze({}))
+  options['model']['router_z_loss'] = 0.25
+  del options['losses']
+  assert config.upgrade(options)['losses']['z'] == 0.25
+  assert config.freeze(config.upgrade(options)).losses.z == 0.25

@@ -348,7 +348,6 @@ fitting_options = st.fixed_dictionaries(
         'shared_experts': choice([0, 1, 2]),
         'scoring': choice(['softmax', 'sigmoid']),
         'renormalize_gates': st.booleans(),
-        'router_z_loss': choice([0.0, 1e6]),
         'round_to_capacity': st.booleans(),
         'shards': choice([0, 0, 0, 8]),
         'dtype': choice(['float32', 'bfloat16']),

@@ -87,7 +87,9 @@ def make_problem(
 
 def grouped(experts_TxK, load_E, x_TxD, gates_TxK, weights):
   """Packs the rows of all experts."""
-  choice = routing.Choice(experts_TxK, gates_TxK, load_E)
+  choice = routing.Choice(
+    experts_TxK, gates_TxK, load_E, jnp.ones(gates_TxK.shape, bool)
+  )
   return dispatch.grouped(x_TxD, choice, weights).y
 
 
@@ -99,7 +101,9 @@ def ragged_dot(*problem):
 
 def capacity(experts_TxK, load_E, x_TxD, gates_TxK, weights, *, room):
   """Gives each expert a buffer for `room` tokens."""
-  choice = routing.Choice(experts_TxK, gates_TxK, load_E)
+  choice = routing.Choice(
+    experts_TxK, gates_TxK, load_E, jnp.ones(gates_TxK.shape, bool)
+  )
   return dispatch.capacity(x_TxD, choice, weights, capacity=room).y
 
 

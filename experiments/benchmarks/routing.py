@@ -83,8 +83,7 @@ def update(scores_TxE, q_E, k, balancer):
   """Runs a rule that moves q after the choice, without the choice itself."""
   state = balancer.init(scores_TxE.shape[1])._replace(q=q_E)
   first_TxK = jnp.broadcast_to(jnp.arange(k), (len(scores_TxE), k))
-  load_E = jnp.bincount(first_TxK.ravel(), length=scores_TxE.shape[1])
-  choice = routing.Choice(first_TxK, scores_TxE[:, :k], load_E)
+  choice = routing.replay(scores_TxE, first_TxK)
   seen = balancer.observe(state, q_E, scores_TxE, choice, k=k)
   return balancer.update(state, seen, k=k).q
 

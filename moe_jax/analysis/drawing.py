@@ -24,7 +24,7 @@ from moe_jax.analysis.results import Results
 # Okabe and Ito's, for the colour-blind.
 COLORS = '#0072B2 #E69F00 #000000 #CC79A7 #009E73 #56B4E9 #D55E00'.split()
 LINES = ('-', '--', '-.', ':')
-MARKERS = ('o', 's', '^', 'D', 'v', 'X', 'P', '*', '<', '>', 'p', 'h', 'd')
+MARKERS = ('o', 's', '^', 'D', 'v', 'X', 'P', '*', '<', '>', 'p', 'h', 'd', '8')
 # (colour, line, marker); a variant has the colour of what it varies.
 _METHODS = {
   'loss_controlled': (0, 0, 0),
@@ -40,6 +40,7 @@ _METHODS = {
   'quantile_histogram': (4, 1, 12),
   'unbalanced': (5, 1, 5),
   'sinkhorn': (6, 2, 6),
+  'threshold': (6, 0, 13),
 }
 _FILLS = ('full', 'none', 'left', 'right', 'top', 'bottom')
 CMAP = matplotlib.colormaps['cividis']  # light is much, also in greyscale

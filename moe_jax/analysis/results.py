@@ -66,7 +66,7 @@ class Results(Reader):
   @property
   def method(self) -> str:
     """The balancer's name in tables and figures."""
-    return method_of(self.config['balancer'])
+    return method_of(self.config['balancer'], self.config['losses'])
 
   @property
   def evaluation_sets(self) -> list[str]:

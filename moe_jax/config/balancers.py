@@ -16,6 +16,7 @@ BALANCERS = {
   'midpoint': routing.midpoint,
   'quantile': routing.quantile,
   'sinkhorn': routing.sinkhorn,
+  'threshold': routing.threshold,
   'unbalanced': routing.unbalanced,
 }
 
@@ -90,17 +91,27 @@ def filled(options: Mapping[str, Any]) -> dict[str, Any]:
   return {'name': name, **_defaults(name), **options}
 
 
-def method_of(options: Mapping[str, Any]) -> str:
+def method_of(
+  options: Mapping[str, Any], losses: Mapping[str, float] | None = None
+) -> str:
   """Returns the name of a balancer with its options, for tables and figures.
 
   Args:
     options: the group `balancer` of a config, of another version maybe.
+    losses: the group `losses`.
 
   Returns:
     The key of `METHODS` that stands for exactly these options; else the
     function and the arguments that are not its defaults, such as
-    `bip(iterations=6)`.
+    `bip(iterations=6)`. Losses follow, as in `loss_free+sequence=0.0001`.
   """
+  added = (
+    f'+{name}={weight}' for name, weight in (losses or {}).items() if weight
+  )
+  return _balancer_name(options) + ''.join(added)
+
+
+def _balancer_name(options: Mapping[str, Any]) -> str:
   for method, of_method in METHODS.items():
     if filled(of_method) == filled(options):
       return method

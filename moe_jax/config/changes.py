@@ -101,6 +101,8 @@ def upgrade(options: Mapping[str, Any]) -> dict[str, Any]:
   options['balancer'] = filled(options['balancer'])
   options.pop('method', None)  # It followed from the balancer's options.
   options['model'].pop('ragged_exchange', None)  # It changed no result.
+  if z := options['model'].pop('router_z_loss', 0.0):
+    options['losses'] = options['losses'] | {'z': z}
   if why_none_is_best(options):
     options['checkpoints_kept_best'] = 0  # It was accepted and did nothing.
   return options

@@ -1,6 +1,6 @@
 """Every option of a training run, as frozen dataclasses."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import math
@@ -31,6 +31,39 @@ class MeshConfig:
 
   def __post_init__(self):
     check_options(self, 'mesh.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossesConfig:
+  """Weights of losses on every router, added to the balancer's; 0.0 is off."""
+
+  sequence: float = option(0.0, least=0, most=1e6, change='named')
+  """Auxiliary loss over each sequence (DeepSeek-V3 has 1e-4)."""
+  batch: float = option(0.0, least=0, most=1e6, change='named')
+  """Auxiliary loss over each microbatch."""
+  step: float = option(0.0, least=0, most=1e6, change='named')
+  """Auxiliary loss over the optimizer step, all microbatches so far."""
+  similarity: float = option(0.0, least=0, most=1e6, change='named')
+  """Mean distance of the router's columns from orthonormal ones (SimBal)."""
+  z: float = option(0.0, least=0, most=1e6, change='named')
+  """Mean of logsumexp(logits)^2."""
+
+  def __post_init__(self):
+    check_options(self, 'losses.')
+
+  def make(self) -> list[Callable[..., Any]]:
+    """Returns the losses that are on."""
+    losses = [
+      (
+        self.sequence,
+        functools.partial(routing.auxiliary_loss, over='sequence'),
+      ),
+      (self.batch, functools.partial(routing.auxiliary_loss, over='batch')),
+      (self.step, functools.partial(routing.auxiliary_loss, over='step')),
+      (self.similarity, routing.similarity_loss),
+      (self.z, routing.z_loss),
+    ]
+    return [loss(weight) for weight, loss in losses if weight]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +123,7 @@ class Config:
     metadata={Option: Option(change='named')},
   )
   """Name of the balancer and the arguments of its function."""
+  losses: LossesConfig = LossesConfig()
   model: DecoderConfig = DecoderConfig()
   mesh: MeshConfig = MeshConfig()
   data: DataConfig = DataConfig()
@@ -130,8 +164,9 @@ class Config:
 
   @functools.cached_property
   def balancer_rule(self) -> routing.Balancer:
-    """The balancer that the options `balancer` describe."""
-    return make_balancer(self.balancer)
+    """The balancer that the options `balancer` and `losses` describe."""
+    balancer, losses = make_balancer(self.balancer), self.losses.make()
+    return routing.with_losses(balancer, *losses) if losses else balancer
 
 
 def why_none_is_best(options: Mapping[str, Any]) -> str:

@@ -11,14 +11,13 @@ from moe_jax.nn.layout import (
   parameter_specs,
   prices,
 )
-from moe_jax.nn.moe import ExpertParam, MoE, RouterState
+from moe_jax.nn.moe import MoE, RouterState, update_routers
 from moe_jax.nn.router import MoEOutput, router_metrics
 
 __all__ = [
   'Decoder',
   'DecoderCache',
   'DecoderConfig',
-  'ExpertParam',
   'MoE',
   'MoEConfig',
   'MoEOutput',
@@ -31,4 +30,5 @@ __all__ = [
   'parameter_specs',
   'prices',
   'router_metrics',
+  'update_routers',
 ]

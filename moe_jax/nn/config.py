@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from moe_jax import routing
 from moe_jax.options import check_options, option
 
 
@@ -19,12 +20,30 @@ class MoEConfig:
   """K, number of them that each token takes."""
   shared_experts: int = option(1, least=0, most=2**10)
   """Number of experts of width F that every token takes."""
-  scoring: str = option('softmax', among=('softmax', 'sigmoid'))
-  """Function from logits to scores."""
+  scoring: str = option('softmax', among=tuple(routing.SCORINGS))
+  """Function from the router's logits to scores."""
+  priced: str = option('scores', among=('scores', 'logits'))
+  """What the prices of experts are subtracted from. Gates are always scores."""
+  selection: str = option(
+    'choose',
+    among=('choose', 'choose_above', 'choose_by_experts', 'choose_evenly'),
+    change='named',
+  )
+  """How a token's experts follow from scores and prices: the best K, every
+  expert above its price, each expert's best tokens (sees the whole batch; a
+  reference), or even loads at random (the ceiling of benchmarks)."""
+  most_experts_per_token: int = option(0, least=0, most=2**14, change='named')
+  """Most experts of a token where tokens take different numbers, as with the
+  selections 'choose_above' and 'choose_by_experts'; 0 is twice
+  `experts_per_token`, or all experts if they are fewer."""
+  expert_groups: int = option(1, least=1, most=2**14, change='named')
+  """Equal, consecutive groups of experts, of which a token takes the best."""
+  groups_per_token: int = option(1, least=1, most=2**14, change='named')
+  """Number of groups whose experts compete for a token."""
   renormalize_gates: bool = option(True)
   """Whether a token's gates are divided by their sum."""
-  router_z_loss: float = option(0.0, least=0, most=1e6, change='named')
-  """Weight of mean(logsumexp(logits)^2), 0 for none."""
+  gate_scale: float = option(1.0, above=0, most=1e6)
+  """Factor of the gates, after any division by their sum."""
   round_to_capacity: bool = option(False, change='named')
   """Whether training routes are rounded so that no expert of a shard of n
   tokens, padding included, gets more than ceil(n K / E), and no token is
@@ -44,6 +63,42 @@ class MoEConfig:
         f'model.experts_per_token={self.experts_per_token}: must be at most '
         f'model.experts={self.experts}'
       )
+    if self.most_experts_per_token and not (
+      self.experts_per_token <= self.most_experts_per_token <= self.experts
+    ):
+      raise ValueError(
+        f'model.most_experts_per_token={self.most_experts_per_token}: must be '
+        f'0, or lie between model.experts_per_token={self.experts_per_token} '
+        f'and model.experts={self.experts}'
+      )
+    try:
+      routing.check_groups(
+        self.experts_per_token,
+        self.experts,
+        self.expert_groups,
+        self.groups_per_token,
+      )
+    except ValueError as error:
+      name = f'{error}'.partition('=')[0]
+      prefix = 'model.expert_' if name == 'groups' else 'model.'
+      raise ValueError(f'{prefix}{error}') from error
+    for option_name, holds in (
+      ('round_to_capacity=True', self.round_to_capacity),
+      (f'expert_groups={self.expert_groups}', self.expert_groups > 1),
+    ):
+      if holds and self.selection != 'choose':
+        raise ValueError(
+          f'model.{option_name}: goes with model.selection=choose only, not '
+          f'{self.selection}'
+        )
+
+  @property
+  def slots_per_token(self) -> int:
+    """Experts for which a token has slots: K, or the most where K varies."""
+    if self.selection not in ('choose_above', 'choose_by_experts'):
+      return self.experts_per_token
+    most = self.most_experts_per_token or 2 * self.experts_per_token
+    return min(most, self.experts)
 
   def check_capacity_factor(self, factor: float) -> None:
     """Raises ValueError where experts cannot have such room in training."""

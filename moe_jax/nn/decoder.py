@@ -17,7 +17,8 @@ from moe_jax import routing
 from moe_jax.nn.attention import Attention, KeyValueCache
 from moe_jax.nn.config import DecoderConfig
 from moe_jax.nn.feed_forward import SwiGLU, rms_norm
-from moe_jax.nn.moe import ExpertParam, MoE, RouterState
+from moe_jax.nn.layout import is_expert
+from moe_jax.nn.moe import MoE, RouterState
 from moe_jax.nn.router import MoEOutput
 from moe_jax.parallel import mesh as meshes
 
@@ -48,6 +49,7 @@ class Block(nnx.Module):
     x_BxSxD: jax.Array,
     mask_BxS: jax.Array | None,
     cache: KeyValueCache | None = None,
+    experts_BxSxK: jax.Array | None = None,
     *,
     train: bool,
   ) -> tuple[jax.Array, MoEOutput | None, KeyValueCache | None]:
@@ -55,7 +57,9 @@ class Block(nnx.Module):
     x_BxSxD += y_BxSxD
     y_BxSxD = self.feed_forward_norm(x_BxSxD)
     if isinstance(self.feed_forward, MoE):
-      y_BxSxD, output = self.feed_forward(y_BxSxD, mask_BxS, train=train)
+      y_BxSxD, output = self.feed_forward(
+        y_BxSxD, mask_BxS, experts_BxSxK, train=train
+      )
     else:
       y_BxSxD, output = self.feed_forward(y_BxSxD), None
     return x_BxSxD + y_BxSxD, output, cache
@@ -145,6 +149,7 @@ class Decoder(nnx.Module):
     self,
     tokens_BxS: jax.Array,
     mask_BxS: jax.Array | None = None,
+    experts_LxBxSxK: jax.Array | None = None,
     *,
     train: bool,
   ) -> tuple[jax.Array, MoEOutput]:
@@ -154,6 +159,8 @@ class Decoder(nnx.Module):
       tokens_BxS: int32 [batch, sequence].
       mask_BxS: bool; False for padding, which no router sees. Padding must
         come last in its sequence: attention is causal, not masked.
+      experts_LxBxSxK: int32, experts of each MoE layer to take instead of
+        choosing, see `MoE`.
       train: whether the routers' q may move.
 
     Returns:
@@ -161,7 +168,7 @@ class Decoder(nnx.Module):
       leading layer axis.
     """
     logits_BxSxV, outputs, _ = self._predict(
-      tokens_BxS, mask_BxS, DecoderCache(None, None), train
+      tokens_BxS, mask_BxS, experts_LxBxSxK, DecoderCache(None, None), train
     )
     return logits_BxSxV, outputs
 
@@ -177,8 +184,16 @@ class Decoder(nnx.Module):
 
     Returns:
       As `__call__`, of these tokens; and the cache with them.
+
+    Raises:
+      ValueError: experts choose tokens, which takes all of them at once.
     """
-    return self._predict(tokens_BxS, None, cache, train=False)
+    if self.config.selection == 'choose_by_experts':
+      raise ValueError(
+        'model.selection=choose_by_experts: cannot decode token by token, as '
+        'experts choose among all tokens of a batch'
+      )
+    return self._predict(tokens_BxS, None, None, cache, train=False)
 
   def init_cache(self, batch: int, room: int) -> DecoderCache:
     """Returns an empty cache for texts of up to `room` tokens."""
@@ -194,7 +209,7 @@ class Decoder(nnx.Module):
       empty(dense) if dense else None, empty(config.layers - dense)
     )
 
-  def _predict(self, tokens_BxS, mask_BxS, cache, train):
+  def _predict(self, tokens_BxS, mask_BxS, experts_LxBxSxK, cache, train):
     if not tokens_BxS.size:
       raise ValueError(
         f'tokens_BxS: shape {tokens_BxS.shape} has no tokens; B and S must be '
@@ -205,11 +220,11 @@ class Decoder(nnx.Module):
     x_BxSxD = jnp.take(table_VxD, tokens_BxS, axis=0)
     if self.dense_blocks is not None:
       x_BxSxD, _, dense = self._apply(
-        self.dense_blocks, x_BxSxD, mask_BxS, cache.dense, train
+        self.dense_blocks, x_BxSxD, mask_BxS, None, cache.dense, train
       )
       cache = cache._replace(dense=dense)
     x_BxSxD, outputs, moe = self._apply(
-      self.moe_blocks, x_BxSxD, mask_BxS, cache.moe, train
+      self.moe_blocks, x_BxSxD, mask_BxS, experts_LxBxSxK, cache.moe, train
     )
     x_BxSxD = self.norm(x_BxSxD)
     logits_BxSxV = jnp.einsum(
@@ -222,26 +237,28 @@ class Decoder(nnx.Module):
     if not self.fsdp:
       return params
 
-    def gather(variable):
-      if isinstance(variable, ExpertParam):
+    def gather(path, variable):
+      if is_expert(path):
         return variable
       spec = meshes.dense_spec(variable.shape, self.mesh, fsdp=True)
       value = meshes.gather_dense(variable[...], self.mesh, spec)
       return variable.replace(value)
 
-    return jax.tree.map(
+    return jax.tree.map_with_path(
       gather, params, is_leaf=lambda node: isinstance(node, nnx.Variable)
     )
 
-  def _apply(self, blocks, x_BxSxD, mask_BxS, cache, train):
+  def _apply(self, blocks, x_BxSxD, mask_BxS, experts, cache, train):
     """Scans over stacked blocks; this is where their router state changes."""
     graphdef, params, routers = nnx.split(blocks, nnx.Param, RouterState)
 
     def layer(x_BxSxD, variables):
-      params, routers, cache = variables
+      params, routers, experts_BxSxK, cache = variables
       params = self._gather(params)
       block = nnx.merge(graphdef, params, routers, copy=True)
-      x_BxSxD, output, cache = block(x_BxSxD, mask_BxS, cache, train=train)
+      x_BxSxD, output, cache = block(
+        x_BxSxD, mask_BxS, cache, experts_BxSxK, train=train
+      )
       return x_BxSxD, (nnx.state(block, RouterState), output, cache)
 
     if self.config.remat:
@@ -250,12 +267,8 @@ class Decoder(nnx.Module):
         policy=jax.checkpoint_policies.save_only_these_names('q', 'experts'),
       )
     x_BxSxD, (routers, outputs, cache) = lax.scan(
-      layer, x_BxSxD, (params, routers, cache)
+      layer, x_BxSxD, (params, routers, experts, cache)
     )
     if train:
       nnx.update(blocks, routers)
     return x_BxSxD, outputs, cache
-
-  def update_router(self) -> None:
-    """Moves every layer's router by the step's observations, once a step."""
-    self.moe_blocks.feed_forward.update_router()

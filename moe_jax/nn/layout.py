@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.nn.config import DecoderConfig
-from moe_jax.nn.moe import ExpertParam
 from moe_jax.parallel import mesh as meshes
 
 
@@ -24,6 +23,16 @@ def is_stacked(part: str) -> bool:
     part: first name on the path of a parameter.
   """
   return part in ('dense_blocks', 'moe_blocks')
+
+
+def is_expert(path: tuple) -> bool:
+  """Tells whether a weight has one matrix per expert.
+
+  Args:
+    path: of the parameter, whatever part of the model it starts at.
+  """
+  # The dense layers' parts of these names have a kernel below them.
+  return bool(path) and path[-1].key in ('gate', 'up', 'down')
 
 
 def moe_layers(tree: Mapping[str, Any]) -> Any:
@@ -93,8 +102,7 @@ def parameter_specs(params: nnx.State, mesh: Mesh, *, fsdp: bool) -> nnx.State:
 
   def specs(path, variable):
     stacked = is_stacked(path[0].key)
-    is_expert = isinstance(variable, ExpertParam)
-    rule = meshes.expert_spec if is_expert else meshes.dense_spec
+    rule = meshes.expert_spec if is_expert(path) else meshes.dense_spec
     spec = rule(variable.shape[stacked:], mesh, fsdp=fsdp)
     return variable.replace(P(*(None,) * stacked, *spec))
 

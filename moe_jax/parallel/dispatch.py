@@ -79,13 +79,13 @@ take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
 class _Pairs(NamedTuple):
-  """All (token, chosen expert) pairs, by expert, group, choice rank, token.
+  """All pairs of a token and one of its slots, by expert, group, rank, token.
 
   Attributes:
     token_N: int32.
     rank_N: int32, which of the choices of the token it is.
-    queue_N: int32, expert * groups + group; masked pairs, which come last, have
-      E * groups.
+    queue_N: int32, expert * groups + group; pairs that are masked or not
+      active, which come last, have E * groups.
     place_N: int32, in its queue.
   """
 
@@ -106,8 +106,10 @@ def _sort_pairs(
   queues = choice.load.shape[0] * groups
   group_T = jnp.arange(tokens, dtype=jnp.int32) // (tokens // groups)
   queue_TxK = choice.experts * groups + group_T[:, None]
+  valid_TxK = choice.active
   if mask_T is not None:
-    queue_TxK = jnp.where(mask_T[:, None], queue_TxK, queues)
+    valid_TxK &= mask_T[:, None]
+  queue_TxK = jnp.where(valid_TxK, queue_TxK, queues)
   queue_KT = queue_TxK.T.reshape(-1)
   order = jnp.argsort(queue_KT, stable=True).astype(jnp.int32)
   queue_N = queue_KT[order]

@@ -4,6 +4,7 @@ import collections
 from collections.abc import Callable, Sequence
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -15,8 +16,20 @@ import numpy as np
 
 from moe_jax import jax_privates
 
-# Tokens are split over both axes, experts over the second.
-AXES = ('data', 'expert')
+
+class Axes(NamedTuple):
+  """Names of the mesh's axes: tokens are split over both.
+
+  Attributes:
+    data: copies of the model.
+    expert: experts are split over it.
+  """
+
+  data: str = 'data'
+  expert: str = 'expert'
+
+
+AXES = Axes()
 BATCH = P(AXES)
 
 
@@ -102,13 +115,15 @@ def expert_sizes(experts: int, mesh: Mesh) -> list[int]:
   return [size for size in range(1, common + 1) if common % size == 0]
 
 
-def expert_spec(shape: Sequence[int], mesh: Mesh, *, fsdp: bool) -> P:
+def expert_spec(
+  shape: Sequence[int], mesh: Mesh, *, fsdp: bool, axes: Axes = AXES
+) -> P:
   """Returns where a weight [E, in, out] of experts is.
 
   Experts are split over `expert`; with `fsdp`, one side of each matrix is split
   over `data`.
   """
-  return P('expert', *_matrix_spec(shape[1:], mesh, fsdp))
+  return P(axes.expert, *_matrix_spec(shape[1:], mesh, fsdp, axes.data))
 
 
 def dense_spec(shape: Sequence[int], mesh: Mesh, *, fsdp: bool) -> P:
@@ -116,16 +131,18 @@ def dense_spec(shape: Sequence[int], mesh: Mesh, *, fsdp: bool) -> P:
 
   With `fsdp`, one side of a matrix [in, out] is split over `data`.
   """
-  return P(*_matrix_spec(shape, mesh, fsdp)) if len(shape) == 2 else P()
+  return (
+    P(*_matrix_spec(shape, mesh, fsdp, AXES.data)) if len(shape) == 2 else P()
+  )
 
 
-def _matrix_spec(shape, mesh, fsdp) -> tuple[str | None, str | None]:
+def _matrix_spec(shape, mesh, fsdp, axis) -> tuple[str | None, str | None]:
   """Splits the first side that divides evenly."""
-  size = mesh.shape['data'] if fsdp else 1
+  size = mesh.shape[axis] if fsdp else 1
   if size > 1 and shape[0] % size == 0:
-    return ('data', None)
+    return (axis, None)
   if size > 1 and shape[1] % size == 0:
-    return (None, 'data')
+    return (None, axis)
   return (None, None)
 
 
@@ -153,7 +170,7 @@ gather_dense.defvjp(_gather_dense_forward, _gather_dense_backward)
 
 
 def gather_experts(
-  weight_LxDxF: jax.Array, spec: P, dtype: jnp.dtype
+  weight_LxDxF: jax.Array, spec: P, dtype: jnp.dtype, axis: str = AXES.data
 ) -> jax.Array:
   """Gathers this device's experts over `data`, inside `jax.shard_map`.
 
@@ -164,33 +181,32 @@ def gather_experts(
     spec: of `expert_spec`.
     dtype: what the weights are cast to before they travel. Gradients are cast
       back before they are summed.
+    axis: name of `data`.
   """
-  varies = 'data' in jax_privates.varying_axes(weight_LxDxF)
-  if varies and 'data' not in spec:
+  varies = axis in jax_privates.varying_axes(weight_LxDxF)
+  if varies and axis not in spec:
     return weight_LxDxF.astype(dtype)
-  return _gather_experts(weight_LxDxF, spec, dtype)
+  return _gather_experts(weight_LxDxF, spec, dtype, axis)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather_experts(weight_LxDxF, spec, dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_experts(weight_LxDxF, spec, dtype, axis):
   weight_LxDxF = weight_LxDxF.astype(dtype)
-  if 'data' in spec:
-    return lax.all_gather(
-      weight_LxDxF, 'data', axis=spec.index('data'), tiled=True
-    )
-  return lax.pcast(weight_LxDxF, 'data', to='varying')
+  if axis in spec:
+    return lax.all_gather(weight_LxDxF, axis, axis=spec.index(axis), tiled=True)
+  return lax.pcast(weight_LxDxF, axis, to='varying')
 
 
-def _gather_experts_forward(weight_LxDxF, spec, dtype):
-  return _gather_experts(weight_LxDxF, spec, dtype), None
+def _gather_experts_forward(weight_LxDxF, spec, dtype, axis):
+  return _gather_experts(weight_LxDxF, spec, dtype, axis), None
 
 
-def _gather_experts_backward(spec, dtype, residuals, dweight_LxDxF):
+def _gather_experts_backward(spec, dtype, axis, residuals, dweight_LxDxF):
   dweight_LxDxF = dweight_LxDxF.astype(jnp.float32)
-  if 'data' not in spec:
-    return (lax.psum(dweight_LxDxF, 'data'),)
+  if axis not in spec:
+    return (lax.psum(dweight_LxDxF, axis),)
   dweight_LxDxF = lax.psum_scatter(
-    dweight_LxDxF, 'data', scatter_dimension=spec.index('data'), tiled=True
+    dweight_LxDxF, axis, scatter_dimension=spec.index(axis), tiled=True
   )
   return (dweight_LxDxF,)
 

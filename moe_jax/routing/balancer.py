@@ -4,6 +4,7 @@ Shape letters: T tokens, B batch, S sequence, E experts.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,49 @@ class State(NamedTuple):
   """The least state a balancer has: float32 [E], the price of each expert."""
 
   q: jax.Array
+
+
+class LossInputs(NamedTuple):
+  """All that a loss may look at, of one microbatch.
+
+  Attributes:
+    logits_BxSxE: of the router, float32.
+    scores_BxSxE: of the router, float32.
+    choice: of the balancer's prices, before any rounding, T = B S.
+    mask_BxS: bool, False for padding; None where there is none.
+    router_DxE: the router's weight, float32.
+    step_load_E: int32, choices of each expert in this optimizer step so far,
+      this microbatch included, on all devices.
+    k: experts per token; on average, where tokens take different numbers.
+    axis_name: mesh axes over which the batch is split, inside `jax.shard_map`.
+  """
+
+  logits_BxSxE: jax.Array
+  scores_BxSxE: jax.Array
+  choice: Choice
+  mask_BxS: jax.Array | None
+  router_DxE: jax.Array
+  step_load_E: jax.Array
+  k: int
+  axis_name: str | tuple[str, ...] | None = None
+
+
+class bound(functools.partial):  # Used like a function.
+  """`functools.partial` that equals another of the same parts.
+
+  Balancers made of these and of a module's functions are equal if they were
+  made alike, so that a model is compiled once; and they can be pickled.
+  """
+
+  def __eq__(self, other):
+    return type(other) is bound and self._parts == other._parts
+
+  def __hash__(self):
+    return hash(self._parts)
+
+  @property
+  def _parts(self):
+    return self.func, self.args, tuple(sorted(self.keywords.items()))
 
 
 # The parts of a rule that does nothing at that point.
@@ -44,9 +88,14 @@ def keep_state(state, observation, *, k):
   return state
 
 
-def no_loss(scores_BxSxE, choice, *, k, mask_BxS=None, axis_name=None):
+def no_loss(inputs: LossInputs) -> jax.Array:
   """For rules that add nothing to the training loss."""
   return jnp.float32(0.0)
+
+
+def current_price(state) -> jax.Array:
+  """A frozen router chooses by the state's q."""
+  return state.q
 
 
 class Balancer(NamedTuple):
@@ -55,7 +104,8 @@ class Balancer(NamedTuple):
   A rule gives the parts in which it differs from plain top-k with q = 0.
 
   Attributes:
-    init: `(experts) -> state`, a pytree with a field `q`, float32 [E].
+    init: `(experts) -> state`, a pytree with a field `q`, float32 [E]. No two
+      of its leaves share a buffer, so that it can be donated.
     solve: `(state, scores_TxE, *, k, mask_T=None, axis_name=None) ->
       (q_E, state)`. q_E prices the choice of these very tokens.
     observe: `(state, q_E, scores_TxE, choice, *, k, mask_T=None,
@@ -63,21 +113,45 @@ class Balancer(NamedTuple):
       over `axis_name`.
     update: `(state, observation, *, k) -> state`, once per optimizer step,
       with the sum of the step's observations.
-    loss: `(scores_BxSxE, choice, *, k, mask_BxS=None, axis_name=None) ->
-      scalar`, added to the training loss; the only part with a gradient.
+    loss: `(LossInputs) -> scalar`, added to the training loss; the only part
+      with a gradient.
+    price: `(state) -> q_E`, by which a frozen router chooses, in evaluation and
+      generation.
     additive: whether observations add up over microbatches. Callers refuse to
       accumulate several for a rule that says False.
     per_shard: whether each shard has prices of its own, so that a choice
       depends on how tokens are spread over shards.
+    bounded_scores: whether the rule takes scores in [0, 1] only.
   """
 
   init: Callable[[int], Any] = zero_prices
   solve: Callable[..., tuple[jax.Array, Any]] = keep_prices
   observe: Callable[..., Any] = observe_nothing
   update: Callable[..., Any] = keep_state
-  loss: Callable[..., jax.Array] = no_loss
+  loss: Callable[[LossInputs], jax.Array] = no_loss
+  price: Callable[[Any], jax.Array] = current_price
   additive: bool = True
   per_shard: bool = False
+  bounded_scores: bool = False
+
+
+def with_losses(
+  balancer: Balancer, *losses: Callable[[LossInputs], jax.Array]
+) -> Balancer:
+  """Returns the balancer with losses added to its own.
+
+  `with_losses(loss_free(), auxiliary_loss(1e-4))` is DeepSeek-V3's recipe
+  (arXiv 2412.19437, section 2.1.2).
+
+  Args:
+    balancer: any rule.
+    *losses: such as `auxiliary_loss(...)`, or functions of one's own.
+  """
+  return balancer._replace(loss=bound(_sum_of, (balancer.loss, *losses)))
+
+
+def _sum_of(losses, inputs: LossInputs) -> jax.Array:
+  return sum((loss(inputs) for loss in losses), jnp.float32(0.0))
 
 
 def zero_observation(balancer: Balancer, experts: int, k: int) -> Any:
@@ -165,3 +239,10 @@ def check_at_least(least: int, **options: float) -> None:
   for name, value in options.items():
     if value < least:
       raise ValueError(f'{name}={value}: must be {least} or more')
+
+
+def check_fraction(**options: float) -> None:
+  """Raises ValueError for an option that is not in [0, 1)."""
+  for name, value in options.items():
+    if not 0 <= value < 1:
+      raise ValueError(f'{name}={value}: must be 0 or more and less than 1')

@@ -1,6 +1,5 @@
 """Dual iterations of the assignment program: BIP and the midpoint rule."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -142,69 +141,110 @@ def bip(
   base.check_at_least(0, iterations=iterations)
   base.check_known(_CUTOFFS, cutoff=cutoff)
   base.check_known(_SCOPES, scope=scope)
-  iterate = functools.partial(
-    dual_iterations, iterations=iterations, clip=clip, cutoff=cutoff
+  improve = base.bound(
+    _improve, iterations=iterations, clip=clip, cutoff=cutoff
   )
-
-  def improve(q_E, scores_TxE, *, k, mask_T=None, axis_name=None):
-    solved_E = iterate(scores_TxE, q_E, k=k, mask_T=mask_T, axis_name=axis_name)
-    return solved_E if clip else base.centred(solved_E, unless=q_E)
-
   if scope == 'shard':
-    return _by_shard(improve, lag)
-  return _lagged(improve) if lag else _chained(improve)
-
-
-def _chained(improve) -> base.Balancer:
-  """One q for all tokens, handed on from microbatch to microbatch."""
-
-  def solve(state, scores_TxE, *, k, mask_T=None, axis_name=None):
-    q_E = improve(state.q, scores_TxE, k=k, mask_T=mask_T, axis_name=axis_name)
-    return q_E, base.State(q_E)
-
-  return base.Balancer(solve=solve)
-
-
-def _lagged(improve) -> base.Balancer:
-  """The q of the step before, while the next one is solved for."""
-
-  def init(experts):
-    q_E = jnp.zeros(experts, jnp.float32)
-    return LaggedState(q_E, q_E)
-
-  def solve(state, scores_TxE, *, k, mask_T=None, axis_name=None):
-    pending_E = improve(
-      state.pending, scores_TxE, k=k, mask_T=mask_T, axis_name=axis_name
+    return base.Balancer(
+      solve=base.bound(_solve_shard, improve, lag),
+      observe=base.bound(_observe_shard, improve, lag),
+      update=_update_shard,
+      per_shard=True,
     )
-    return state.q, LaggedState(state.q, pending_E)
+  if lag:
+    return base.Balancer(
+      init=_init_lagged,
+      solve=base.bound(_solve_lagged, improve),
+      update=_update_lagged,
+    )
+  return base.Balancer(solve=base.bound(_solve_chained, improve))
 
-  def update(state, observation, *, k):
-    return LaggedState(state.pending, state.pending)
 
-  return base.Balancer(init=init, solve=solve, update=update)
-
-
-def _by_shard(improve, lag: bool) -> base.Balancer:
-  """A q for each shard and microbatch; the state moves to their mean."""
-
-  def solve(state, scores_TxE, *, k, mask_T=None, axis_name=None):
-    if lag:
-      return state.q, state
-    return improve(state.q, scores_TxE, k=k, mask_T=mask_T), state
-
-  def observe(
-    state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
-  ):
-    if lag:
-      q_E = improve(state.q, scores_TxE, k=k, mask_T=mask_T)
-    return base.observe_prices(q_E, choice, axis_name)
-
-  def update(state, observation, *, k):
-    return base.State(base.mean_price(observation, otherwise=state.q))
-
-  return base.Balancer(
-    solve=solve, observe=observe, update=update, per_shard=True
+def _improve(
+  q_E,
+  scores_TxE,
+  *,
+  k,
+  iterations,
+  clip,
+  cutoff,
+  mask_T=None,
+  axis_name=None,
+):
+  solved_E = dual_iterations(
+    scores_TxE,
+    q_E,
+    k=k,
+    iterations=iterations,
+    clip=clip,
+    cutoff=cutoff,
+    mask_T=mask_T,
+    axis_name=axis_name,
   )
+  return solved_E if clip else base.centred(solved_E, unless=q_E)
+
+
+# One q for all tokens, handed on from microbatch to microbatch.
+
+
+def _solve_chained(
+  improve, state, scores_TxE, *, k, mask_T=None, axis_name=None
+):
+  q_E = improve(state.q, scores_TxE, k=k, mask_T=mask_T, axis_name=axis_name)
+  return q_E, base.State(q_E)
+
+
+# The q of the step before, while the next one is solved for.
+
+
+def _init_lagged(experts):
+  return LaggedState(*(jnp.zeros(experts, jnp.float32) for _ in range(2)))
+
+
+def _solve_lagged(
+  improve, state, scores_TxE, *, k, mask_T=None, axis_name=None
+):
+  pending_E = improve(
+    state.pending, scores_TxE, k=k, mask_T=mask_T, axis_name=axis_name
+  )
+  return state.q, LaggedState(state.q, pending_E)
+
+
+def _update_lagged(state, observation, *, k):
+  # A copy: outside of compiled code, two leaves would share a buffer.
+  return LaggedState(jnp.copy(state.pending), state.pending)
+
+
+# A q for each shard and microbatch; the state moves to their mean.
+
+
+def _solve_shard(
+  improve, lag, state, scores_TxE, *, k, mask_T=None, axis_name=None
+):
+  if lag:
+    return state.q, state
+  return improve(state.q, scores_TxE, k=k, mask_T=mask_T), state
+
+
+def _observe_shard(
+  improve,
+  lag,
+  state,
+  q_E,
+  scores_TxE,
+  choice,
+  *,
+  k,
+  mask_T=None,
+  axis_name=None,
+):
+  if lag:
+    q_E = improve(state.q, scores_TxE, k=k, mask_T=mask_T)
+  return base.observe_prices(q_E, choice, axis_name)
+
+
+def _update_shard(state, observation, *, k):
+  return base.State(base.mean_price(observation, otherwise=state.q))
 
 
 def midpoint(

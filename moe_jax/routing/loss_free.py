@@ -28,28 +28,29 @@ def loss_free(
   base.check_at_least(0, rate=rate)
   base.check_known(_RULES, rule=rule)
 
-  def observe(
-    state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
-  ):
-    return total(choice.load, axis_name)
+  update = base.bound(_update, rate=rate, rule=rule, centre=centre)
+  return base.Balancer(observe=_observe, update=update)
 
-  def update(state, load_E, *, k):
-    # total / E, rounded down and up; the total may not fit into an int32.
-    experts = load_E.shape[0]
-    rest = jnp.sum(load_E % experts)
-    least = jnp.sum(load_E // experts) + rest // experts
-    most = least + (rest % experts > 0)
-    if rule == 'sign':
-      # Against the mean in integers: exact for any load.
-      over_E = (load_E > least) - 1 * (load_E < most)
-      move_E = rate * over_E
-    else:
-      # Not divided by the mean expert by expert: XLA may do that as a product
-      # with its inverse, in some programs and not in others.
-      mean = least + (rest % experts) / experts
-      factor = rate / jnp.where(mean > 0, mean, 1.0)
-      move_E = (load_E - mean) * factor
-    q_E = state.q + base.rounded(move_E).astype(jnp.float32)
-    return base.State(base.centred(q_E, unless=state.q) if centre else q_E)
 
-  return base.Balancer(observe=observe, update=update)
+def _observe(state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None):
+  return total(choice.load, axis_name)
+
+
+def _update(state, load_E, *, k, rate, rule, centre):
+  # total / E, rounded down and up; the total may not fit into an int32.
+  experts = load_E.shape[0]
+  rest = jnp.sum(load_E % experts)
+  least = jnp.sum(load_E // experts) + rest // experts
+  most = least + (rest % experts > 0)
+  if rule == 'sign':
+    # Against the mean in integers: exact for any load.
+    over_E = (load_E > least) - 1 * (load_E < most)
+    move_E = rate * over_E
+  else:
+    # Not divided by the mean expert by expert: XLA may do that as a product
+    # with its inverse, in some programs and not in others.
+    mean = least + (rest % experts) / experts
+    factor = rate / jnp.where(mean > 0, mean, 1.0)
+    move_E = (load_E - mean) * factor
+  q_E = state.q + base.rounded(move_E).astype(jnp.float32)
+  return base.State(base.centred(q_E, unless=state.q) if centre else q_E)

@@ -64,15 +64,9 @@ def assign_stream(
     The choice, whose gates are raw scores and whose load nothing limits (see
     `within_capacity`), and the state after the last arrival.
   """
-  experts = scores_NxE.shape[-1]
-  state = rule.init(experts) if state is None else state
+  state = rule.init(scores_NxE.shape[-1]) if state is None else state
   state, experts_NxK = lax.scan(rule.step, state, scores_NxE)
-  gates_NxK = jnp.take_along_axis(scores_NxE, experts_NxK, axis=-1)
-  load_E = jnp.bincount(experts_NxK.ravel(), length=experts)
-  choice = selection.Choice(
-    experts_NxK, gates_NxK.astype(jnp.float32), load_E.astype(jnp.int32)
-  )
-  return choice, state
+  return selection.replay(scores_NxE, experts_NxK), state
 
 
 def online_exact(

@@ -197,7 +197,7 @@ def _by_blocks(select, x_TxE: jax.Array, block: int) -> jax.Array:
   """
   tokens, experts = x_TxE.shape
   one_cpu = jax.default_backend() == 'cpu' and jax.device_count() == 1
-  if not one_cpu or tokens % block:
+  if not one_cpu or not tokens or tokens % block:
     return select(jnp.transpose(x_TxE)).T
   blocks = x_TxE.reshape(-1, block, experts)
   return lax.map(lambda x: select(x.T).T, blocks).reshape(tokens, -1)

@@ -3,7 +3,6 @@
 Shape letters: T tokens, E experts, N bins, R and C rows and columns of bins.
 """
 
-import functools
 import math
 
 import jax
@@ -41,54 +40,63 @@ def quantile(
     Su, kexue.fm/archives/11619 (2026); the histogram: Kimi K3 report (2026),
     section 2.3.3 and appendices C and D.
   """
-  if not 0 <= ema < 1:
-    raise ValueError(f'ema={ema}: must be 0 or more and less than 1')
+  base.check_fraction(ema=ema)
   base.check_known(_ESTIMATORS, estimator=estimator)
   base.check_at_least(2, bins=bins)
 
   if estimator == 'histogram':
-    return _by_histogram(ema, bins)
-  return _exact(ema)
+    return base.Balancer(
+      observe=base.bound(_observe_histogram, bins=bins),
+      update=base.bound(_update_by_histogram, ema=ema),
+      bounded_scores=True,
+    )
+  return base.Balancer(
+    observe=_observe_price,
+    update=base.bound(_update_by_price, ema=ema),
+    additive=False,
+  )
 
 
-def _exact(ema: float) -> base.Balancer:
-  iterate = functools.partial(dual_iterations, iterations=1, clip=False)
-
-  def observe(
-    state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
-  ):
-    q_E = iterate(scores_TxE, q_E, k=k, mask_T=mask_T, axis_name=axis_name)
-    # All shards hold the same q, which is their mean. Shards without a token
-    # must not keep the others from it.
-    prices = base.observe_prices(q_E, choice, None)
-    if axis_name is None:
-      return prices
-    return prices._replace(total=q_E, count=lax.pmax(prices.count, axis_name))
-
-  def update(state, prices, *, k):
-    # Known in a notebook; in compiled code the caller asks `additive`.
-    known = not isinstance(prices.count, jax.core.Tracer)
-    if known and int(prices.count) > 1:
-      raise ValueError(
-        f'{prices.count} observations in a step: a mean of quantiles is not '
-        "the quantile; use estimator='histogram' with several microbatches"
-      )
-    q_E = base.mean_price(prices, otherwise=state.q)
-    return _moved(state, q_E, ema)
-
-  return base.Balancer(observe=observe, update=update, additive=False)
+def _observe_price(
+  state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
+):
+  q_E = dual_iterations(
+    scores_TxE,
+    q_E,
+    k=k,
+    iterations=1,
+    clip=False,
+    mask_T=mask_T,
+    axis_name=axis_name,
+  )
+  # All shards hold the same q, which is their mean. Shards without a token
+  # must not keep the others from it.
+  prices = base.observe_prices(q_E, choice, None)
+  if axis_name is None:
+    return prices
+  return prices._replace(total=q_E, count=lax.pmax(prices.count, axis_name))
 
 
-def _by_histogram(ema: float, bins: int) -> base.Balancer:
-  def observe(
-    state, q_E, scores_TxE, choice, *, k, mask_T=None, axis_name=None
-  ):
-    return total(_histogram(scores_TxE, q_E, k, bins, mask_T), axis_name)
+def _update_by_price(state, prices, *, k, ema):
+  # Known in a notebook; in compiled code the caller asks `additive`.
+  known = not isinstance(prices.count, jax.core.Tracer)
+  if known and int(prices.count) > 1:
+    raise ValueError(
+      f'{prices.count} observations in a step: a mean of quantiles is not '
+      "the quantile; use estimator='histogram' with several microbatches"
+    )
+  q_E = base.mean_price(prices, otherwise=state.q)
+  return _moved(state, q_E, ema)
 
-  def update(state, count_ExN, *, k):
-    return _moved(state, _price(count_ExN, state.q, k), ema)
 
-  return base.Balancer(observe=observe, update=update)
+def _observe_histogram(
+  state, q_E, scores_TxE, choice, *, k, bins, mask_T=None, axis_name=None
+):
+  return total(_histogram(scores_TxE, q_E, k, bins, mask_T), axis_name)
+
+
+def _update_by_histogram(state, count_ExN, *, k, ema):
+  return _moved(state, _price(count_ExN, state.q, k), ema)
 
 
 def _moved(state: base.State, q_E: jax.Array, ema: float) -> base.State:

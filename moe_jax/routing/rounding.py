@@ -88,7 +88,7 @@ def round_to_capacity(
     top_k(jnp.where(chosen_TxE, adjusted_TxE, -jnp.inf), k), 'experts'
   )
   gates_TxK = jnp.take_along_axis(scores_TxE, experts_TxK, axis=-1)
-  return selection.Choice(experts_TxK, gates_TxK, load_E)
+  return choice._replace(experts=experts_TxK, gates=gates_TxK, load=load_E)
 
 
 def _move_cheapest(adjusted_TxE, chosen_TxE, excess_E, mask_T):

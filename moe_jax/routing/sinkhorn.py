@@ -41,35 +41,47 @@ def sinkhorn(
   if not temperature > 0:
     raise ValueError(f'temperature={temperature}: must be greater than 0')
 
-  def solve(state, scores_TxE, *, k, mask_T=None, axis_name=None):
-    experts = scores_TxE.shape[-1]
-    check_k(k, experts)
-    if k == experts:
-      return state.q, state
-    scores_TxE = lax.stop_gradient(scores_TxE.astype(jnp.float32))
-    n = base.count_tokens(scores_TxE, mask_T, axis_name)
-    share = jnp.log(jnp.maximum(n, 1) * (k / experts))
-    valid_T = jnp.ones(len(scores_TxE), bool) if mask_T is None else mask_T
+  return base.Balancer(
+    solve=base.bound(_solve, iterations=iterations, temperature=temperature)
+  )
 
-    def iterate(_, q_E):
-      row_T = jax.nn.logsumexp((scores_TxE - q_E) / temperature, axis=1)
-      p_T = temperature * (row_T - math.log(k))
-      column_E = _logsumexp_of_tokens(
-        (scores_TxE - p_T[:, None]) / temperature,
-        valid_T & jnp.isfinite(p_T),  # No NaN, and not all -inf.
-        axis_name,
-      )
-      # No price can attract tokens that score -inf.
-      return jnp.where(
-        jnp.isfinite(column_E), temperature * (column_E - share), q_E
-      )
 
-    q_E = lax.fori_loop(0, iterations, iterate, lax.stop_gradient(state.q))
-    q_E = jnp.where(n > 0, q_E, state.q)
-    q_E = base.centred(q_E, unless=state.q)
-    return q_E, base.State(q_E)
+def _solve(
+  state,
+  scores_TxE,
+  *,
+  k,
+  iterations,
+  temperature,
+  mask_T=None,
+  axis_name=None,
+):
+  experts = scores_TxE.shape[-1]
+  check_k(k, experts)
+  if k == experts:
+    return state.q, state
+  scores_TxE = lax.stop_gradient(scores_TxE.astype(jnp.float32))
+  n = base.count_tokens(scores_TxE, mask_T, axis_name)
+  share = jnp.log(jnp.maximum(n, 1) * (k / experts))
+  valid_T = jnp.ones(len(scores_TxE), bool) if mask_T is None else mask_T
 
-  return base.Balancer(solve=solve)
+  def iterate(_, q_E):
+    row_T = jax.nn.logsumexp((scores_TxE - q_E) / temperature, axis=1)
+    p_T = temperature * (row_T - math.log(k))
+    column_E = _logsumexp_of_tokens(
+      (scores_TxE - p_T[:, None]) / temperature,
+      valid_T & jnp.isfinite(p_T),  # No NaN, and not all -inf.
+      axis_name,
+    )
+    # No price can attract tokens that score -inf.
+    return jnp.where(
+      jnp.isfinite(column_E), temperature * (column_E - share), q_E
+    )
+
+  q_E = lax.fori_loop(0, iterations, iterate, lax.stop_gradient(state.q))
+  q_E = jnp.where(n > 0, q_E, state.q)
+  q_E = base.centred(q_E, unless=state.q)
+  return q_E, base.State(q_E)
 
 
 def _logsumexp_of_tokens(x_TxE, valid_T, axis_name):

@@ -6,7 +6,7 @@ the step's metrics, the run's name, and a checksum of every array and of all
 that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import hashlib
 import json
 import math
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -23,6 +24,8 @@ from moe_jax.options import Refused
 from moe_jax.runs import checksums, files, processes
 
 ITEMS = ('params', 'optimizer', 'router')
+# What older versions did not save: zeros between steps, when they saved.
+_LATER = ('so_far',)
 Items = dict[str, Any]  # a pytree of arrays for each of these
 
 # Types of errors, and what tensorstore and buckets call theirs.
@@ -106,9 +109,36 @@ def read_item(path: epath.PathLike, name: str, abstract: Any = None) -> Any:
   if abstract is None:
     kind = ocp.RestoreArgs(restore_type=np.ndarray)
     wanted = jax.tree.map(lambda _: kind, handler.metadata(place).tree)
-  else:
-    wanted = ocp.checkpoint_utils.construct_restore_args(abstract)
-  return handler.restore(place, args=ocp.args.PyTreeRestore(abstract, wanted))
+    return handler.restore(place, args=ocp.args.PyTreeRestore(None, wanted))
+  saved = _saved_part(abstract, handler.metadata(place).tree)
+  wanted = ocp.checkpoint_utils.construct_restore_args(saved)
+  restored = handler.restore(place, args=ocp.args.PyTreeRestore(saved, wanted))
+  return _with_zeros(restored, abstract)
+
+
+def _saved_part(abstract: Any, saved: Any) -> Any:
+  """Drops what an older version did not save."""
+  if not isinstance(abstract, Mapping):
+    return abstract
+  return {
+    name: _saved_part(part, saved.get(name, {}))
+    for name, part in abstract.items()
+    if name in saved or name not in _LATER
+  }
+
+
+def _with_zeros(restored: Any, abstract: Any) -> Any:
+  """Adds zeros for what `_saved_part` dropped."""
+  if not isinstance(abstract, Mapping):
+    return restored
+  return {
+    name: _with_zeros(restored[name], part)
+    if name in restored
+    else jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), part
+    )
+    for name, part in abstract.items()
+  }
 
 
 class Damaged(ValueError):
@@ -128,6 +158,9 @@ def check(meta: dict[str, Any], items: Items) -> None:
     for name, checksum in meta['checksums'].items()
     if name.partition('.')[0] in items
   }
+  for name in set(now) - set(before):
+    if set(name.split('.')) & set(_LATER):
+      del now[name]
   wrong = [name for name in before | now if before.get(name) != now.get(name)]
   if wrong:
     raise Damaged(f'values changed since it was written: {", ".join(wrong)}')

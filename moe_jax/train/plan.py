@@ -1,6 +1,7 @@
 """A run that is ready to go: all that can be refused was, nothing was done."""
 
 from collections.abc import Sequence
+import dataclasses
 import os
 from typing import Any, NamedTuple
 
@@ -43,7 +44,9 @@ class Plan(NamedTuple):
   @property
   def label(self) -> str:
     """The name of the run on screens."""
-    method = config_lib.method_of(self.config.balancer)
+    method = config_lib.method_of(
+      self.config.balancer, dataclasses.asdict(self.config.losses)
+    )
     return f'{method} seed {self.config.seed}'
 
   def evaluates_after(self, step: int) -> bool:

@@ -54,7 +54,7 @@ def make_train_step(
   def train_step(state, batch):
     tokens = batch.inputs.size if batch.mask is None else jnp.sum(batch.mask)
     tokens = jnp.maximum(tokens, 1)
-    (gradient, sums), router = gradients(
+    (gradient, sums, most), router = gradients(
       state.params, state.router, batch, tokens
     )
     gradient_squares = squares(gradient)
@@ -71,7 +71,7 @@ def make_train_step(
       'train/aux_loss': sums['auxiliary_loss'],
       'train/gradient_norm': gradient_norm,
       'train/learning_rate': schedule(updates),
-      **nn.router_metrics(sums['router']),
+      **nn.router_metrics(sums['router'], most),
       'router/q/layer': nn.prices(new.router),
     }
     diagnostics = {
@@ -113,17 +113,17 @@ def _summed_once(gradients, params, mesh):
 
   def of_device(params, router, batch, tokens):
     own = over_copies(functools.partial(lax.pcast, to='varying'), params)
-    (gradient, sums), router = gradients(
+    (gradient, sums, most), router = gradients(
       own, router, batch, tokens, axis_name=meshes.AXES
     )
-    return (over_copies(lax.psum, gradient), sums), router
+    return (over_copies(lax.psum, gradient), sums, most), router
 
   same = P()
   return jax.shard_map(
     of_device,
     mesh=mesh,
     in_specs=(specs, same, meshes.BATCH, same),
-    out_specs=((specs, same), same),
+    out_specs=((specs, same, same), same),
   )
 
 
@@ -134,16 +134,22 @@ def _gradients(
   losses = functools.partial(_losses, graphdef, microbatches, axis_name)
 
   def of_microbatch(router, batch):
-    gradient, (sums, router) = jax.grad(losses, has_aux=True)(
+    gradient, (sums, most, router) = jax.grad(losses, has_aux=True)(
       params, router, batch, tokens
     )
-    return (gradient, sums), router
+    return (gradient, sums, most), router
 
-  return add_up(of_microbatch, router, batch, microbatches)
+  def combine(so_far, new):
+    *sums, most = so_far
+    *more, of_new = new
+    sums = jax.tree.map(jnp.add, sums, more)
+    return *sums, jax.tree.map(jnp.maximum, most, of_new)
+
+  return add_up(of_microbatch, router, batch, microbatches, combine)
 
 
 def _losses(graphdef, microbatches, axis_name, params, router, batch, tokens):
-  """Returns the loss of a microbatch; its sums and the routers after it."""
+  """Returns the loss of a microbatch; its sums, what is greatest, routers."""
   model = nnx.merge(graphdef, params, router, copy=True)
   logits, outputs = model(batch.inputs, batch.mask, train=True)
   loss = jnp.sum(cross_entropy(logits, batch)) / tokens
@@ -154,7 +160,8 @@ def _losses(graphdef, microbatches, axis_name, params, router, batch, tokens):
     'auxiliary_loss': jnp.sum(outputs.loss) / microbatches,
     'router': outputs.sums,
   }
-  return sums['loss'] + sums['auxiliary_loss'], (sums, _router_state(model))
+  loss = sums['loss'] + sums['auxiliary_loss']
+  return loss, (sums, outputs.most, _router_state(model))
 
 
 def _update(training, gradient, router, state) -> TrainState:
@@ -165,7 +172,7 @@ def _update(training, gradient, router, state) -> TrainState:
     )
     params = optax.apply_updates(state.params, updates)
   model = nnx.merge(training.graphdef, state.params, router, copy=True)
-  model.update_router()
+  nn.update_routers(model)
   return TrainState(state.step, params, optimizer, _router_state(model))
 
 
@@ -173,11 +180,16 @@ def _router_state(model: nn.Decoder) -> dict[str, Any]:
   return nnx.to_pure_dict(nnx.state(model, nn.RouterState))
 
 
+def _add(sums: Any, new: Any) -> Any:
+  return jax.tree.map(jnp.add, sums, new)
+
+
 def add_up(
   function: Callable[[Any, Batch], tuple[Any, Any]],
   carry: Any,
   batch: Batch,
   count: int,
+  combine: Callable[[Any, Any], Any] = _add,
 ) -> tuple[Any, Any]:
   """Sums over microbatches what a function returns, one after the other.
 
@@ -186,6 +198,7 @@ def add_up(
     carry: what the first microbatch starts from.
     batch: to be split.
     count: microbatches, of equal size.
+    combine: `(sums, sums) -> sums`; starts from zeros.
 
   Returns:
     The sums, and the carry of the last microbatch.
@@ -203,7 +216,7 @@ def add_up(
   def add(totals, microbatch):
     sums, carry = totals
     new, carry = function(carry, microbatch)
-    return (jax.tree.map(jnp.add, sums, new), carry), None
+    return (combine(sums, new), carry), None
 
   return lax.scan(add, (zeros, carry), microbatches)[0]
 

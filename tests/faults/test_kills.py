@@ -38,6 +38,7 @@ def test_kills(number, expected, tmp_path, text, cache):
   assert max(report.lost) <= harness.OPTIONS['checkpoint_every'] + 1
 
 
+@pytest.mark.long
 def test_three_kills(trial):
   """In a save, in an evaluation, in a restore."""
   options = {'model.layers': 1, 'eval_every': 2, 'checkpoint_every': 2}

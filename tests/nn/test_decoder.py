@@ -184,6 +184,7 @@ def test_bfloat16_is_finite_and_near_float32(plain, tokens):
   assert q.dtype == jnp.float32 and np.all(np.isfinite(q))
 
 
+@pytest.mark.long
 def test_layers_are_those_of_a_loop(tokens):
   """A scan over stacked blocks, the first of them dense."""
   model = _model(dense_layers=1)
@@ -226,7 +227,7 @@ def test_update_router_moves_each_layer_by_its_own_loads(tokens):
     for batch in (tokens, tokens[::-1, ::-1])
   ]
   np.testing.assert_array_equal(_q(model), 0)
-  model.update_router()
+  nn.update_routers(model)
   total = np.asarray(loads[0] + loads[1])
   even = 2 * 2 * SEQUENCE * 2 / 6
   np.testing.assert_array_equal(_q(model), 0.5 * np.sign(total - even))
@@ -285,7 +286,9 @@ def test_a_call_without_tokens_is_refused():
     _model()(jnp.zeros((2, 0), jnp.int32), train=False)
 
 
-@pytest.mark.parametrize('sequence', [16, 17, 40])
+@pytest.mark.parametrize(
+  'sequence', [pytest.param(n, marks=pytest.mark.long) for n in (16, 40)] + [17]
+)
 def test_attention_in_blocks_equals_attention_to_all(sequence, monkeypatch):
   """Also its gradients, where the last block is shorter."""
   monkeypatch.setattr(attention, '_LEAST', 8)

@@ -67,7 +67,7 @@ def whole(model, tokens):
   'shape',
   [
     pytest.param(None, id='one'),
-    pytest.param((1, 4), id='1x4'),
+    pytest.param((1, 4), marks=pytest.mark.long, id='1x4'),
     pytest.param((2, 2), marks=pytest.mark.long, id='2x2'),
   ],
 )
@@ -103,6 +103,7 @@ def test_greedy_text_is_that_of_whole_forward_passes(model, tokens):
   assert len(np.unique(new)) > 1
 
 
+@pytest.mark.long
 def test_draws_are_of_the_models_distribution(model, tokens):
   count = 4000
   prompt = jnp.tile(tokens[:1, :6], (count, 1))

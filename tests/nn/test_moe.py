@@ -86,7 +86,10 @@ def test_q_moves_in_training_and_only_there(x):
   jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
   # Evaluation chooses by that frozen q.
   choice = routing.choose(aux.scores, expected, k=K)
-  jax.tree.map(np.testing.assert_array_equal, aux.choice, choice)
+  total = choice.gates.sum(axis=1, keepdims=True)
+  np.testing.assert_allclose(aux.choice.gates, choice.gates / total, rtol=1e-6)
+  np.testing.assert_array_equal(aux.choice.experts, choice.experts)
+  np.testing.assert_array_equal(aux.choice.load, choice.load)
   assert aux.loss == 0 and aux.sums['dropped'] == 0
 
 
@@ -253,7 +256,7 @@ def test_a_balancer_from_nothing(x):
     update=lambda state, seen, *, k: state._replace(
       q=state.q + k, tokens=state.tokens + seen['tokens']
     ),
-    loss=lambda scores, choice, **_: 0.0,
+    loss=lambda inputs: 0.0,
   )
   model = Somebody(balancer)
   for _ in range(2):
@@ -327,13 +330,15 @@ def test_options_equal_every_expert_on_every_token(wide_x, overrides):
 
 def test_padding_takes_part_in_nothing(wide_x):
   """As the unpadded batch: outputs, loads, q and losses, with any padding."""
-  balancer = COUNTING._replace(loss=routing.loss_controlled(0.1).loss)
+  balancer = routing.with_losses(
+    COUNTING, routing.auxiliary_loss(0.1), routing.z_loss(0.01)
+  )
   results = []
   mask = jnp.broadcast_to(jnp.arange(26) % 13 < 10, (2, 26))
   padded = jnp.full((2, 26, WIDTH), jnp.nan)
   padded = padded.at[mask].set(wide_x.reshape(-1, WIDTH))
   for x, mask_BxS in [(wide_x, None), (padded, mask)]:
-    moe = _layer(balancer, router_z_loss=0.01)
+    moe = _layer(balancer)
     y, aux = _call(moe, x, mask_BxS, train=True)
     state = moe.state.get_value().q, moe.observation.get_value()
     results.append((y, aux.loss, aux.choice.load, *state))
@@ -349,8 +354,9 @@ def test_padding_takes_part_in_nothing(wide_x):
   np.testing.assert_array_equal(masked[4], plain[4])
 
 
-def test_router_z_loss_by_hand(wide_x):
-  moe = _layer(routing.unbalanced(), router_z_loss=0.5, capacity_factor=1.0)
+def test_z_loss_by_hand(wide_x):
+  balancer = routing.with_losses(routing.unbalanced(), routing.z_loss(0.5))
+  moe = _layer(balancer, capacity_factor=1.0)
   # Logits 0 and ln 3: logsumexp of seven zeros and one is ln 10.
   moe.router[...] = jnp.zeros((WIDTH, EXPERTS)).at[0, 0].set(1.0)
   x = jnp.zeros((1, 2, WIDTH)).at[0, 1, 0].set(np.log(3))
@@ -411,7 +417,23 @@ def test_bfloat16_experts_are_routed_as_in_float32(wide_x):
       ['model.experts_per_token=9', 'model.experts=8'],
     ),
     ({'shared_experts': -1}, ['model.shared_experts=-1', '0 or more']),
-    ({'router_z_loss': -0.1}, ['model.router_z_loss=-0.1', '0 or more']),
+    ({'gate_scale': 0.0}, ['model.gate_scale=0.0', 'greater than 0']),
+    (
+      {'expert_groups': 3},
+      ['model.expert_groups=3', 'must divide the 8 experts: 1, 2, 4, 8'],
+    ),
+    (
+      {'expert_groups': 8, 'groups_per_token': 1},
+      ['model.groups_per_token=1', 'between 2', 'groups=8'],
+    ),
+    (
+      {'selection': 'choose_above', 'round_to_capacity': True},
+      ['model.round_to_capacity=True', 'choose_above'],
+    ),
+    (
+      {'most_experts_per_token': 9},
+      ['model.most_experts_per_token=9', 'model.experts=8'],
+    ),
     ({'scoring': 'tanh'}, ["model.scoring='tanh'", 'softmax', 'sigmoid']),
     ({'dtype': 'float16'}, ["model.dtype='float16'", 'float32', 'bfloat16']),
   ],

@@ -26,7 +26,9 @@ BIASES = {
 def _choice(experts, gates, mask):
   load = np.bincount(np.asarray(experts)[mask].ravel(), minlength=E)
   gates = jnp.where(mask[:, None], gates, 0.0)
-  return routing.Choice(experts, gates, jnp.asarray(load, jnp.int32))
+  return routing.Choice(
+    experts, gates, jnp.asarray(load, jnp.int32), jnp.ones(gates.shape, bool)
+  )
 
 
 @functools.cache

@@ -108,7 +108,7 @@ LAYERS = {
   'histogram': (routing.quantile(estimator='histogram', bins=64), {}),
   'auxiliary loss': (
     routing.loss_controlled(),
-    {'router_z_loss': 1e-2, 'scoring': 'sigmoid', 'shared_experts': 2},
+    {'gate_scale': 2.5, 'scoring': 'sigmoid', 'shared_experts': 2},
   ),
   'capacity': (routing.loss_free(), {'capacity_factor': 0.75, 'shards': 8}),
   'rounding': (
@@ -155,7 +155,7 @@ def layer_step(layer, mesh=None, fsdp=False, by_shard=False):
     def loss(params, x):
       model = nnx.merge(graphdef, params, routers, copy=True)
       y, output = model(x, mask, train=True)
-      model.update_router()
+      nn.update_routers(model)
       routers_after = nnx.to_pure_dict(nnx.state(model, nn.RouterState))
       total = jnp.sum(jnp.sin(y)) + output.loss
       return total, (y, output, routers_after)
@@ -179,12 +179,16 @@ def assert_equal_step(actual, reference):
   *expected_gradients, expected_y, expected_output, expected_routers = reference
   # From equal scores, equal choices and prices, to the bit.
   np.testing.assert_array_equal(output.scores, expected_output.scores)
-  for name in ('choice', 'sums'):
-    jax.tree.map(
-      np.testing.assert_array_equal,
-      getattr(output, name),
-      getattr(expected_output, name),
-    )
+  choice, sums = expected_output.choice, expected_output.sums
+  jax.tree.map(np.testing.assert_array_equal, output.choice, choice)
+  # Counts are exact, sums of floats are made in another order.
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(
+      x, y, rtol=1e-6 * (x.dtype == jnp.float32)
+    ),
+    output.sums,
+    sums,
+  )
   jax.tree.map(np.testing.assert_array_equal, routers, expected_routers)
   np.testing.assert_allclose(output.loss, expected_output.loss, rtol=1e-5)
   np.testing.assert_allclose(y, expected_y, atol=1e-5)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moe_jax import routing
 
@@ -27,7 +28,18 @@ RULES = {
   'quantile': routing.quantile(ema=0.25),
   'quantile_histogram': routing.quantile(ema=0.25, estimator='histogram'),
   'sinkhorn': routing.sinkhorn(2),
+  'threshold': routing.threshold(ema=0.25),
 }
+
+# The quick suite tries one rule of each kind.
+_QUICK = (
+  'loss_free',
+  'bip',
+  'bip_shard',
+  'midpoint_lag',
+  'quantile_histogram',
+  'sinkhorn',
+)
 
 # Prices from sums of floats, whose last bits depend on the order of the terms.
 BY_SUMS = ('sinkhorn',)
@@ -55,6 +67,18 @@ BY_STEPS = [
   and RULES[name].additive
   and RULES[name].solve == _UNPRICED.solve
 ]
+
+
+def each(names=RULES):
+  """Tries the rules of these names; in the quick suite, one of each kind."""
+  return pytest.mark.parametrize(
+    'name',
+    [
+      name if name in _QUICK else pytest.param(name, marks=pytest.mark.long)
+      for name in names
+    ],
+  )
+
 
 # Four tokens, three experts, k = 1. Without q: 0, 0, 1, 0.
 SCORES = np.array(

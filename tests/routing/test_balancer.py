@@ -21,9 +21,7 @@ from tests.routing.rules import SCORES
       ["over='token'", 'sequence', 'batch'],
     ),
     (
-      lambda: routing.auxiliary_loss(
-        jnp.zeros((1, 1, 3)), jnp.zeros((1, 1, 1), int), over='token'
-      ),
+      lambda: routing.auxiliary_loss(0.1, over='token'),
       ["over='token'", 'sequence', 'batch'],
     ),
     (
@@ -64,7 +62,18 @@ def test_protocol(balancer, scores):
   for new in (solved, moved):
     assert jax.tree.structure(new) == jax.tree.structure(state)
     assert new.q.dtype == jnp.float32
-  loss = balancer.loss(scores.reshape(4, 64, 8), choice, k=2)
+  scores_BxSxE = scores.reshape(4, 64, 8)
+  loss = balancer.loss(
+    routing.LossInputs(
+      jnp.log(scores_BxSxE),
+      scores_BxSxE,
+      choice,
+      None,
+      jnp.eye(8),
+      choice.load,
+      2,
+    )
+  )
   assert loss.shape == () and loss.dtype == jnp.float32
 
 
@@ -75,4 +84,3 @@ def test_unbalanced_is_plain_top_k(scores):
   np.testing.assert_array_equal((q, state.q), np.zeros((2, 8)))
   choice = routing.choose(scores, q, k=2)
   np.testing.assert_array_equal(choice.gates, -np.sort(-scores)[:, :2])
-  assert balancer.loss(scores[None], choice, k=2) == 0

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 from moe_jax import routing
 
 TRAINER = """
@@ -33,6 +35,7 @@ for balancer in (balancing.midpoint(), balancing.loss_free(0.01)):
 """
 
 
+@pytest.mark.long
 def test_a_copy_balances_in_another_package(tmp_path):
   package = tmp_path / 'trainer'
   shutil.copytree(

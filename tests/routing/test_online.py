@@ -435,7 +435,9 @@ def test_regret_by_hand():
     room, [[True, True], [True, True], [True, False], [False, False]]
   )
   gates = jnp.array([[8.0, 1], [4, 1], [2, 4], [16, 8]])
-  choice = routing.Choice(experts, gates, jnp.array([4, 3, 1, 0]))
+  choice = routing.Choice(
+    experts, gates, jnp.array([4, 3, 1, 0]), jnp.ones((4, 2), bool)
+  )
   assert routing.regret(choice, 32.0) == 1 - 44 / 32
   assert routing.regret(choice, 32.0, capacity=2) == 0.5
   assert routing.regret(choice, 32.0, capacity=0) == 1

@@ -63,7 +63,7 @@ def _assert_same_bits(actual, expected):
   )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(
   x=MATRICES,
   where=MASKS,
@@ -118,6 +118,7 @@ def test_top_k_is_that_of_lax(x, k):
   np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.long
 def test_one_device_selects_the_same(monkeypatch):
   """There, long axes are split and tokens taken in blocks."""
   x = np.random.default_rng(0).integers(-9, 9, (96, 16)).astype(np.float32)

@@ -19,15 +19,7 @@ from tests.routing import rules
 TOKENS, EXPERTS, K = 96, 8, 3
 
 
-def counting_rule(*long):
-  """Tries all rules that count; in the long suite, those that are named."""
-  return pytest.mark.parametrize(
-    'name',
-    [
-      pytest.param(name, marks=pytest.mark.long if name in long else [])
-      for name in rules.BY_COUNTING
-    ],
-  )
+counting_rule = rules.each(rules.BY_COUNTING)
 
 
 def batches():
@@ -68,14 +60,7 @@ def assert_same(actual, reference):
 
 @pytest.mark.parametrize('count', [pytest.param(2, marks=pytest.mark.long), 8])
 # Neither clip nor lag, nor what a rule does with loads, moves between devices.
-@counting_rule(
-  'bip_unclipped',
-  'bip_lag',
-  'midpoint_lag',
-  'loss_free_proportional',
-  'loss_controlled',
-  'unbalanced',
-)
+@counting_rule
 def test_compiler_sharding_leaves_every_bit(name, count):
   mesh = meshes.make_mesh(count // 2, 2, devices=jax.devices()[:count])
   sharding = NamedSharding(mesh, P(None, meshes.AXES))
@@ -87,7 +72,7 @@ def test_compiler_sharding_leaves_every_bit(name, count):
 @pytest.mark.parametrize(
   'count', [pytest.param(n, marks=pytest.mark.long) for n in (2, 4)] + [8]
 )
-@counting_rule('bip_unclipped', 'bip_lag')  # As midpoint and midpoint_lag.
+@counting_rule
 def test_shard_map_leaves_every_bit(name, count):
   mesh = meshes.make_mesh(count // 2, 2, devices=jax.devices()[:count])
   token, all_ = P(meshes.AXES), P()
@@ -158,7 +143,7 @@ def test_shards_solve_by_themselves_and_share_their_mean(lag):
   'parts',
   [pytest.param(n, marks=pytest.mark.long) for n in (2, 8)] + [4],
 )
-@pytest.mark.parametrize('name', rules.BY_STEPS)
+@rules.each(rules.BY_STEPS)
 def test_rules_of_the_step_do_not_depend_on_microbatches(name, parts):
   balancer = rules.RULES[name]
   # Compiled, as a product and a sum may be rounded together where they are.

@@ -60,6 +60,7 @@ def test_steps_without_a_checkpoint_are_not_thrown_away(text, tmp_path):
   assert (tmp_path / 'run' / 'metrics.jsonl').read_text() == lines
 
 
+@pytest.mark.long
 def test_the_bound_on_what_may_be_lost_is_that_of_the_steps(text, tmp_path):
   """Killed at step 9 before its first checkpoint; saved more often since."""
   rare = tiny.tiny_config(text, steps=10, checkpoint_every=100)

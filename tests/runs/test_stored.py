@@ -46,7 +46,7 @@ def test_an_older_run_continues(workdir, tmp_path, monkeypatch):
   expected = records.read(STORED / 'bip_metrics.jsonl')
   for record, same in zip(Reader(workdir).records, expected, strict=True):
     assert record['step'] == same['step']
-    assert record.keys() == same.keys()
+    assert record.keys() >= same.keys()  # Metrics were added since.
     # On another machine, sums may be made in another order, and after a step a
     # token at a tie may go elsewhere.
     for name in record.keys() & {'train/loss', 'eval/validation/perplexity'}:

@@ -284,6 +284,7 @@ def test_a_cache_of_compiled_programs_that_the_user_chose_stays(monkeypatch):
     jax.config.update('jax_compilation_cache_dir', chosen)
 
 
+@pytest.mark.long
 def test_a_jump_of_the_learning_rate_is_announced(finished, tmp_path, capsys):
   workdir = tmp_path / 'run'
   shutil.copytree(finished.workdir, workdir)

@@ -202,10 +202,8 @@ def test_remat_changes_bfloat16_by_its_rounding(method, tmp_path):
   assert_close(actual['train/loss'], expected['train/loss'], rtol=2**-8, atol=0)
 
 
-@pytest.mark.parametrize(
-  'method',
-  ['loss_free', pytest.param('loss_controlled', marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize('method', ['loss_free', 'loss_controlled'])
 def test_accumulation_on_a_mesh_equals_one_device(method, tmp_path):
   """There, each device adds up gradients of its own, see `_summed_once`."""
   config = tiny.tiny_config(tmp_path, method, batch_size=32, accumulation=2)
