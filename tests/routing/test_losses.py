@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax import routing
 from moe_jax.parallel import mesh as meshes
+from moe_jax.routing.order_statistic import total
 
 # Two sequences of three tokens, three experts, k = 1.
 BATCH = jnp.array(
@@ -21,7 +22,9 @@ BATCH = jnp.array(
 EXPERTS = jnp.array([[[0], [0], [1]], [[2], [2], [2]]])
 
 
-def _inputs(scores_BxSxE, experts_BxSxK, mask_BxS=None, step_load_E=0, **more):
+def _inputs(
+  scores_BxSxE, experts_BxSxK, mask_BxS=None, step_load_E=0, axis_name=None
+):
   """What a loss sees of a layer, but for the logits and the router."""
   experts_TxK = experts_BxSxK.reshape(-1, experts_BxSxK.shape[-1])
   scores_TxE = scores_BxSxE.reshape(-1, scores_BxSxE.shape[-1])
@@ -33,9 +36,9 @@ def _inputs(scores_BxSxE, experts_BxSxK, mask_BxS=None, step_load_E=0, **more):
     choice=choice,
     mask_BxS=mask_BxS,
     router_DxE=jnp.eye(scores_BxSxE.shape[-1]),
-    step_load_E=step_load_E + choice.load,
+    step_load_E=step_load_E + total(choice.load, axis_name),
     k=experts_BxSxK.shape[-1],
-    **more,
+    axis_name=axis_name,
   )
 
 
@@ -79,12 +82,12 @@ def test_auxiliary_loss_with_a_mask_is_that_of_the_tokens_left(over):
   assert nothing == 0
 
 
-@pytest.mark.parametrize('over', ['sequence', 'batch'])
-def test_auxiliary_loss_is_one_at_balance(over):
+@pytest.mark.parametrize('scoring', routing.SCORINGS)
+@pytest.mark.parametrize('over', ['sequence', 'batch', 'step'])
+def test_auxiliary_loss_is_one_at_balance(over, scoring):
   """Every expert is chosen equally often, whatever the scores are."""
-  scores = jax.nn.softmax(
-    jnp.asarray(np.random.default_rng(3).normal(size=(2, 8, 4)))
-  )
+  logits = jnp.asarray(np.random.default_rng(3).normal(size=(2, 8, 4)))
+  scores = routing.SCORINGS[scoring](logits)
   experts = jnp.stack([jnp.arange(8) % 4, (jnp.arange(8) + 1) % 4], axis=-1)
   experts = jnp.broadcast_to(experts, (2, 8, 2))
   loss = auxiliary_loss(scores, experts, over=over)
@@ -107,7 +110,7 @@ def test_auxiliary_loss_has_a_gradient_through_scores_only():
 def test_auxiliary_loss_over_shards_is_that_of_the_batch():
   mesh = meshes.make_mesh(devices=jax.devices()[:2])
   mask = jnp.array([[True, True, False], [True, True, True]])
-  for over in ('sequence', 'batch'):
+  for over in ('sequence', 'batch', 'step'):
     loss = functools.partial(auxiliary_loss, over=over)
     sharded = jax.shard_map(
       lambda s, e, m, loss=loss: loss(s, e, mask_BxS=m, axis_name=meshes.AXES),
@@ -120,3 +123,54 @@ def test_auxiliary_loss_over_shards_is_that_of_the_batch():
       loss(BATCH, EXPERTS, mask_BxS=mask),
       rtol=1e-6,
     )
+
+
+def test_scaling_all_scores_down_does_not_lower_the_loss():
+  """As sigmoid scores could, if a row were not divided by its sum."""
+  for over in ('sequence', 'batch', 'step'):
+    full, half = (
+      auxiliary_loss(factor * BATCH, EXPERTS, over=over) for factor in (1, 0.5)
+    )
+    np.testing.assert_allclose(half, full, rtol=1e-6)
+
+
+def test_a_loss_over_the_step_by_hand():
+  """Loads (2, 1, 3) of this microbatch and (4, 0, 2) of those before it."""
+  before = jnp.array([4, 0, 2])
+  loss = auxiliary_loss(BATCH, EXPERTS, over='step', step_load_E=before)
+  # f = 3 (6, 1, 5) / 12, P = (1.75, 2, 2.25) / 6.
+  assert loss == pytest.approx((6 * 1.75 + 1 * 2 + 5 * 2.25) / 4 / 6)
+
+
+def test_similarity_loss_by_hand():
+  router = jnp.array([[1.0, 0.5], [0.0, 1.0], [0.0, 2.0]])
+  # R^T R = ((1, 0.5), (0.5, 5.25)): off by 0, 0.5, 0.5 and 4.25.
+  inputs = _inputs(BATCH, EXPERTS)._replace(router_DxE=router)
+  loss = routing.similarity_loss(2.0)
+  assert loss(inputs) == pytest.approx(2 * 5.25 / 4)
+  assert loss(inputs._replace(router_DxE=jnp.eye(3)[:, :2])) == 0
+
+
+def test_losses_add_up_and_leave_the_rule_as_it_is():
+  rule = routing.loss_controlled(0.5, over='batch')
+  similarity = routing.similarity_loss(1.0)
+  both = routing.with_losses(rule, similarity, routing.z_loss(0.25))
+  inputs = _inputs(BATCH + 0.1, EXPERTS)
+  expected = (
+    rule.loss(inputs) + similarity(inputs) + routing.z_loss(0.25)(inputs)
+  )
+  np.testing.assert_allclose(both.loss(inputs), expected, rtol=1e-6)
+  assert both._replace(loss=rule.loss) == rule
+
+
+@pytest.mark.parametrize(
+  ('make', 'words'),
+  [
+    (lambda: routing.auxiliary_loss(-1.0), 'alpha=-1.0: must be 0 or more'),
+    (lambda: routing.similarity_loss(-2.0), 'weight=-2.0: must be 0 or more'),
+    (lambda: routing.z_loss(-0.5), 'weight=-0.5: must be 0 or more'),
+  ],
+)
+def test_negative_weights_are_refused(make, words):
+  with pytest.raises(ValueError, match=words):
+    make()
