@@ -3,6 +3,7 @@
 import dataclasses
 
 from moe_jax import routing
+from moe_jax.nn.selections import SELECTIONS
 from moe_jax.options import check_options, option
 
 
@@ -24,11 +25,7 @@ class MoEConfig:
   """Function from the router's logits to scores."""
   priced: str = option('scores', among=('scores', 'logits'))
   """What the prices of experts are subtracted from. Gates are always scores."""
-  selection: str = option(
-    'choose',
-    among=('choose', 'choose_above', 'choose_by_experts', 'choose_evenly'),
-    change='named',
-  )
+  selection: str = option('choose', among=tuple(SELECTIONS), change='named')
   """How a token's experts follow from scores and prices: the best K, every
   expert above its price, each expert's best tokens (sees the whole batch; a
   reference), or even loads at random (the ceiling of benchmarks)."""

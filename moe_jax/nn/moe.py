@@ -16,6 +16,7 @@ from moe_jax.nn import router
 from moe_jax.nn.config import MoEConfig
 from moe_jax.nn.feed_forward import SwiGLU, linear_init
 from moe_jax.nn.router import MoEOutput, StepSoFar
+from moe_jax.nn.selections import SELECTIONS
 from moe_jax.parallel import dispatch
 from moe_jax.parallel import mesh as meshes
 
@@ -38,6 +39,8 @@ class MoE(nnx.Module):
   Args:
     config: sizes and options.
     balancer: the rule for q, from `moe_jax.routing`.
+    select: `(priced_TxE, q_E, config, mask_T) -> Choice`, a selection of one's
+      own; by default that of `config.selection`.
     capacity_factor: room of each expert in training, in units of its even
       share; what does not fit is dropped. 0 is dropless; evaluation always is.
     mesh: the batch is split over two of its axes, the experts over the second
@@ -57,6 +60,7 @@ class MoE(nnx.Module):
     config: MoEConfig,
     balancer: routing.Balancer,
     *,
+    select: router.Select | None = None,
     capacity_factor: float = 0.0,
     mesh: Mesh | None = None,
     axes: tuple[str, str] = meshes.AXES,
@@ -68,6 +72,7 @@ class MoE(nnx.Module):
     _check_mesh(config, balancer, mesh, axes, fsdp)
     _check_balancer(config, balancer)
     self.config, self.balancer = config, balancer
+    self.select = select or SELECTIONS[config.selection]
     self.capacity_factor, self.fsdp = capacity_factor, fsdp
     self.mesh, self.axes = mesh, axes
     self.dropless = False
@@ -264,6 +269,7 @@ class MoE(nnx.Module):
         state,
         so_far,
         self.balancer,
+        self.select,
         self.config,
         train=train,
         rounding=self.config.round_to_capacity and train and not self.dropless,

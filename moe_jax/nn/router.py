@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from moe_jax import routing
 from moe_jax.nn.config import MoEConfig
 
+# (priced_TxE, q_E, config, mask_T) -> Choice, see nn/selections.py.
+Select = Callable[..., routing.Choice]
+
 
 class MoEOutput(NamedTuple):
   """What a layer tells beside its output.
@@ -119,6 +122,7 @@ def route(
   state: Any,
   so_far: StepSoFar,
   balancer: routing.Balancer,
+  select: Select,
   config: MoEConfig,
   *,
   train: bool,
@@ -136,6 +140,7 @@ def route(
     state: the balancer's.
     so_far: what happened before in this step.
     balancer: the rule for q.
+    select: from scores and prices to a choice.
     config: of the layer.
     train: whether q may move.
     rounding: whether, with `train`, no expert may get more than its share.
@@ -156,35 +161,25 @@ def route(
   )
   scores_BxSxE = routing.SCORINGS[config.scoring](logits_BxSxE)
   priced_BxSxE = logits_BxSxE if config.priced == 'logits' else scores_BxSxE
-  tokens = _Tokens(
-    *(
-      None if x is None else x.reshape(-1, *x.shape[2:])
-      for x in (scores_BxSxE, priced_BxSxE, mask_BxS, experts_BxSxK)
-    )
-  )
+  tokens = _tokens(scores_BxSxE, priced_BxSxE, mask_BxS, experts_BxSxK)
   if train:
-    solve = functools.partial(_solve, balancer, state, config, rounding)
+    solve = functools.partial(_solve, balancer, select, state, config, rounding)
     if axis_name is None and groups > 1:
       solved = _as_devices(solve, tokens, groups)
     else:
       solved = solve(tokens, groups=groups, axis_name=axis_name)
     moved, choice, taken = solved
-    load_E = (
-      choice.load if axis_name is None else lax.psum(choice.load, axis_name)
-    )
+    load_E = choice.load
+    if axis_name is not None:
+      load_E = lax.psum(load_E, axis_name)
     inputs = routing.LossInputs(
-      logits_BxSxE,
-      scores_BxSxE,
-      choice,
-      mask_BxS,
-      router_DxE,
-      step_load_E=so_far.load + load_E,
-      k=config.experts_per_token,
-      axis_name=axis_name,
-    )
+      logits_BxSxE, scores_BxSxE, choice, mask_BxS, router_DxE,
+      so_far.load + load_E, config.experts_per_token, axis_name,
+    )  # fmt: skip
     loss = balancer.loss(inputs)
   else:
-    taken = choice = _select(tokens, balancer.price(state), config)
+    q_E = balancer.price(state)
+    taken = choice = _choice(select, tokens, q_E, config)
     loss, moved = jnp.float32(0.0), None
   gates_TxK = _final_gates(taken.gates, config)
   if train and not balancer.additive:
@@ -214,28 +209,21 @@ class _Tokens(NamedTuple):
   experts: jax.Array | None
 
 
-def _select(tokens: _Tokens, q_E, config: MoEConfig) -> routing.Choice:
-  """Chooses as the config says, or replays; gates are raw scores."""
-  mask, k = {'mask_T': tokens.mask}, config.experts_per_token
+def _tokens(*of_tokens_BxS: jax.Array | None) -> _Tokens:
+  """Joins the axes of batch and sequence."""
+  return _Tokens(
+    *(None if x is None else x.reshape(-1, *x.shape[2:]) for x in of_tokens_BxS)
+  )
+
+
+def _choice(select, tokens: _Tokens, q_E, config: MoEConfig) -> routing.Choice:
+  """Selects, or replays; gates are raw scores."""
   if tokens.experts is not None:
-    return routing.replay(tokens.scores, tokens.experts, **mask)
-  if config.selection == 'choose_evenly':
-    # One key: what balance is worth does not depend on who meets whom.
-    key = jax.random.key(0)
-    return routing.choose_evenly(tokens.scores, k=k, key=key, **mask)
-  slots = config.slots_per_token
-  if config.selection == 'choose_above':
-    choice = routing.choose_above(tokens.priced, q_E, k_max=slots, **mask)
-  elif config.selection == 'choose_by_experts':
-    choice = routing.choose_by_experts(tokens.priced, k=k, k_max=slots, **mask)
-  else:
-    groups, most = config.expert_groups, config.groups_per_token
-    choice = routing.choose(
-      tokens.priced, q_E, k=k, groups=groups, groups_per_token=most, **mask
-    )
+    return routing.replay(tokens.scores, tokens.experts, mask_T=tokens.mask)
+  choice = select(tokens.priced, q_E, config, tokens.mask)
   if config.priced == 'scores':
     return choice
-  return routing.with_gates(choice, tokens.scores, **mask)
+  return routing.with_gates(choice, tokens.scores, tokens.mask)
 
 
 def _competing(priced_TxE, q_E, config: MoEConfig) -> jax.Array:
@@ -251,7 +239,15 @@ def _competing(priced_TxE, q_E, config: MoEConfig) -> jax.Array:
 
 
 def _solve(
-  balancer, state, config, rounding, tokens: _Tokens, *, groups, axis_name
+  balancer,
+  select,
+  state,
+  config,
+  rounding,
+  tokens: _Tokens,
+  *,
+  groups,
+  axis_name,
 ):
   """Returns how the router moved, the choice by prices and the one to take."""
   over = {
@@ -265,7 +261,7 @@ def _solve(
   # A backward pass that recomputes the rest neither solves nor, see `choose`,
   # chooses again.
   q_E = checkpoint_name(lax.stop_gradient(q_E), 'q')
-  choice = _select(tokens, q_E, config)
+  choice = _choice(select, tokens, q_E, config)
   seen = balancer.observe(new_state, q_E, priced_TxE, choice, **over)
   moved = Moved(new_state, seen)
   if not rounding or tokens.experts is not None:

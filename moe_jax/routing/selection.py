@@ -338,4 +338,5 @@ def _best_of(may_TxE, ranked_TxE, scores_TxE, k_max: int, mask_T) -> Choice:
   """Takes the best of the experts that may be taken, at most `k_max`."""
   experts_TxK = checkpoint_name(top_k(ranked_TxE, k_max), 'experts')
   active_TxK = jnp.take_along_axis(may_TxE, experts_TxK, axis=-1)
+  active_TxK = checkpoint_name(active_TxK, 'experts')
   return _choice(scores_TxE, experts_TxK, mask_T, active_TxK)

@@ -78,7 +78,16 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize('options', OPTIONS, ids=str)
+@pytest.mark.parametrize(
+  'options',
+  [
+    OPTIONS[i]
+    if i in (0, 3)
+    else pytest.param(OPTIONS[i], marks=pytest.mark.long)
+    for i in range(5)
+  ],
+  ids=str,
+)
 def test_every_option_equals_every_expert_on_every_token(x, options):
   moe = _layer(**options)
   mask = jnp.arange(12) % 6 < 5
@@ -95,7 +104,12 @@ def test_every_option_equals_every_expert_on_every_token(x, options):
 
 
 @pytest.mark.parametrize(
-  'options', [OPTIONS[0] | {'scoring': 'sigmoid'}, OPTIONS[3]], ids=str
+  'options',
+  [
+    OPTIONS[0] | {'scoring': 'sigmoid'},
+    pytest.param(OPTIONS[3], marks=pytest.mark.long),
+  ],
+  ids=str,
 )
 def test_a_mesh_of_ones_own_gives_the_same(x, own_mesh, options):
   """Axes of any name; those that are not named do nothing."""
@@ -134,10 +148,30 @@ def test_axes_and_types_of_a_mesh_are_checked(own_mesh):
     _layer(mesh=explicit, axes=('replica', 'ep'))
 
 
+def test_a_selection_of_ones_own(x):
+  """The second best, whatever the prices."""
+
+  def second(priced_TxE, q_E, config, mask_T):
+    experts = jnp.argsort(-priced_TxE, axis=1)[:, 1:2]
+    return routing.replay(priced_TxE, experts.astype(jnp.int32), mask_T=mask_T)
+
+  moe = nn.MoE(
+    nn.MoEConfig(**SIZES), routing.bip(2), select=second, rngs=nnx.Rngs(0)
+  )
+  for train in (True, False):
+    y, aux = call(moe, x, train=train)
+    expected = np.argsort(-aux.scores, axis=1)[:, 1:2]
+    np.testing.assert_array_equal(aux.choice.experts, expected)
+    expected = _dense(moe, x, jax.tree.map(np.asarray, aux.choice))
+    np.testing.assert_allclose(y, expected, atol=2e-5)
+
+
 # Replay.
 
 
-@pytest.mark.parametrize('options', [{}, OPTIONS[0]], ids=str)
+@pytest.mark.parametrize(
+  'options', [pytest.param({}, marks=pytest.mark.long), OPTIONS[0]], ids=str
+)
 def test_replayed_routes_are_those_that_were_recorded(x, options):
   moe = _layer(**options)
   y, aux = call(moe, x)
@@ -161,6 +195,7 @@ def test_replayed_routes_are_those_that_were_recorded(x, options):
     np.testing.assert_allclose(replayed, y, atol=1e-6)
 
 
+@pytest.mark.long
 def test_recorded_routes_hold_for_another_mesh_and_under_remat(x, own_mesh):
   _, aux = call(_layer(round_to_capacity=True), x)
   recorded = aux.choice.experts.reshape(8, 12, K)
