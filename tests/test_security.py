@@ -189,7 +189,9 @@ def test_processes_on_one_machine_listen_on_loopback_only():
   command = ['-m', 'tests.test_security']
   for process in several_processes.run(command, command):
     assert process.returncode == 0, process.stderr
-    addresses = process.stdout.splitlines()[-1].split()  # Gloo's as well.
+    # Gloo listens as well, and writes to the same stream.
+    (addresses,) = re.findall(r'listening: (.*)', process.stdout)
+    addresses = addresses.split()
     assert addresses
     for address in map(ipaddress.ip_address, addresses):
       assert (getattr(address, 'ipv4_mapped', None) or address).is_loopback
@@ -198,5 +200,5 @@ def test_processes_on_one_machine_listen_on_loopback_only():
 if __name__ == '__main__':
   processes.start()
   multihost_utils.sync_global_devices('all connections are made')
-  print(*listening())
+  print('\nlistening:', *listening(), flush=True)
   multihost_utils.sync_global_devices('all have looked')

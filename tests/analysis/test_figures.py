@@ -98,6 +98,7 @@ def test_methods_stay_apart_without_color(write_run):
   assert [text.get_text() for text in legend.get_texts()] == list(runs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('method', [*METHODS, 'a rule of tomorrow'])
 def test_a_method_looks_the_same_whoever_is_beside_it(write_run, method):
   """In all figures: color, marker and, where there are lines, their style."""

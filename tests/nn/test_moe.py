@@ -491,6 +491,7 @@ def test_a_call_without_tokens_is_refused(shape):
     _layer(routing.bip())(jnp.zeros(shape), train=True)
 
 
+@pytest.mark.long
 def test_shards_are_of_training_alone():
   """So that what was trained with eight of them decodes token by token."""
   x = jnp.ones((1, 1, WIDTH))

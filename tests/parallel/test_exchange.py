@@ -305,6 +305,7 @@ def test_evaluation_in_the_buffers_of_training_drops_nothing(
   np.testing.assert_allclose(y, expected_y, atol=1e-5)
 
 
+@pytest.mark.long
 def test_evaluation_in_rounds_has_no_gradient_and_says_so():
   config = nn.MoEConfig(
     width=WIDTH,

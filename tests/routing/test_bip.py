@@ -168,7 +168,9 @@ def test_minus_infinity_makes_no_nan(scores, options):
 
 
 @RULES
-@pytest.mark.parametrize('iterations', [1, 2])
+@pytest.mark.parametrize(
+  'iterations', [pytest.param(1, marks=pytest.mark.long), 2]
+)
 def test_scores_computed_in_the_same_program_change_no_bit(options, iterations):
   """A compiler that rounds s - q otherwise here than there breaks ties."""
 

@@ -313,6 +313,7 @@ def test_capacity_rounded_down_makes_uncentred_prices_drift():
   assert abs(mean[-1]) > 1
 
 
+@pytest.mark.long
 @every_rule
 def test_bfloat16_scores_are_priced_in_float32(name):
   scores = rules.skewed_scores(TOKENS, EXPERTS, dtype=jnp.bfloat16)

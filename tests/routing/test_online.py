@@ -157,6 +157,7 @@ def test_paced_equals_sorting_everything(arrivals):
   assert_same(actual, reference(memories, scores, horizon=100, **options))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('paced', [False, True])
 @pytest.mark.parametrize(
   'bins, lower, upper', [(100, 0.0, 1.0), (7, 0.0, 0.4), (33, -0.1, 0.3)]
@@ -256,6 +257,7 @@ def test_paced_prices_come_near_the_batch_fixed_point(seed):
 PACED = routing.online_exact(2048, k=2, paced=True)
 
 
+@pytest.mark.long
 def test_pace_balances_and_the_horizon_does_not():
   scores = softmax_scores(0, 1024, 16, skew=1.0)
   violation = {}
@@ -294,6 +296,7 @@ def rule(request):
   return RULES[request.param]
 
 
+@pytest.mark.long
 def test_permuting_experts_permutes_everything(rule):
   # Except where s - q ties, which prices equal to a margin bring about and
   # the lower index decides.
@@ -308,6 +311,7 @@ def test_permuting_experts_permutes_everything(rule):
   np.testing.assert_array_equal(order[permuted][untied], experts[untied])
 
 
+@pytest.mark.long
 def test_steps_and_pieces_equal_the_whole(rule):
   scores = softmax_scores(6, 48, 8, skew=1.0)
   choice, state = assign(rule, scores)
@@ -332,6 +336,7 @@ def test_steps_and_pieces_equal_the_whole(rule):
   assert state.seen == 48
 
 
+@pytest.mark.long
 def test_one_program_serves_all_streams_of_a_shape(rule):
   """Even without `jax.jit` around it: the scan's body is the rule's step."""
   traces = 0
@@ -347,6 +352,7 @@ def test_one_program_serves_all_streams_of_a_shape(rule):
   assert traces == 1
 
 
+@pytest.mark.long
 def test_gradient_flows_through_gates_only(rule):
   scores = softmax_scores(0, 40, 8, skew=1.0)
   choice, _ = assign(rule, scores)

@@ -157,7 +157,13 @@ def test_scores_of_zero_have_no_gap():
 # Golden
 
 
-@pytest.mark.parametrize('index', range(7))
+@pytest.mark.parametrize(
+  'index',
+  [
+    i if i in (0, 3) else pytest.param(i, marks=pytest.mark.long)
+    for i in range(7)
+  ],
+)
 def test_golden_optima_prices_and_objectives(index):
   golden = golden_data.load('assignment')
   name = str(golden['instances'][index])

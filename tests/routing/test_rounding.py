@@ -267,6 +267,7 @@ def batches():
   return jax.nn.softmax(logits), 0.01 * jax.random.normal(keys[1], (3, 8))
 
 
+@pytest.mark.long
 def test_gradient_flows_through_gates_only(batches):
   scores, q = batches[0][0], batches[1][0]
   mask = jnp.arange(64) != 5

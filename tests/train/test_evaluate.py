@@ -87,7 +87,10 @@ def test_evaluation_against_a_loop_over_sequences(model, result):
 
 @pytest.mark.parametrize(
   'options',
-  [{'model.round_to_capacity': True}, {'capacity_factor': 1.25}],
+  [
+    {'model.round_to_capacity': True},
+    pytest.param({'capacity_factor': 1.25}, marks=pytest.mark.long),
+  ],
 )
 def test_evaluation_needs_no_more_memory_than_training(options):
   """However the loads are: here, for eight times a device's even share."""

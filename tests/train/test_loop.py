@@ -231,6 +231,7 @@ def test_a_notice_during_an_evaluation_does_not_wait_for_it(text, tmp_path):
   assert records(workdir) == records(undisturbed.workdir)
 
 
+@pytest.mark.long
 def test_a_notice_in_the_last_step_leaves_nothing_to_do(text, tmp_path):
   """Without an evaluation the run is finished: no second start is needed."""
   config = tiny.tiny_config(text, steps=1, **{'data.evaluation_sets': ''})
@@ -339,6 +340,7 @@ def test_processes_agree_on_what_they_evaluate_on(finished, monkeypatch):
   assert agreed['tokens of validation'] == count
 
 
+@pytest.mark.long
 def test_another_balancer_is_refused_unless_that_is_said(
   finished, tmp_path, monkeypatch
 ):
