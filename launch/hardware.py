@@ -21,7 +21,12 @@ Nothing here was measured. Sources, read in November 2026:
             docs.nvidia.com/dgx/dgxh100-user-guide.
     clock   peak / FLOPs of all matrix units in one cycle. The compiler's cycles
             for a bfloat16 product of 8192 x 8192 matrices then give 88 % (v5e),
-            90 % (v5p) and 70 % (v6e) of the peak.
+            90 % (v5p) and, with the options of moe_jax/parallel/compilers.py,
+            90 % (v6e) of the peak.
+
+Measured by others, of v5p and v6e, and not used here: exchanges between
+neighbours pass 86 GB/s where vendors state 100, after 2 to 5 microseconds
+(github.com/marin-community/marin/issues/6736).
 """
 
 from collections.abc import Sequence

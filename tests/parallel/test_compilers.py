@@ -28,3 +28,11 @@ def test_exchanges_are_asynchronous_where_they_can(kind, sides, possible):
 def test_each_platform_has_its_own():
   assert not compiler_options(jax.devices())
   assert all(name.startswith('xla_gpu') for name in compiler_options(gpus(1)))
+
+
+@pytest.mark.parametrize('kind', ['TPU v5 lite', 'TPU v6 lite', 'TPU v5'])
+def test_tiles_of_products_are_larger_on_v6e(kind):
+  larger = 'xla_tpu_scoped_vmem_limit_kib' in compiler_options(
+    pod(kind, (4, 4))
+  )
+  assert larger == (kind == 'TPU v6 lite')
