@@ -55,7 +55,7 @@ class Training(NamedTuple):
   init: Callable[[], TrainState]
   init_router: Callable[[], Any]
   abstract: TrainState
-  compiler_options: Mapping[str, bool]
+  compiler_options: Mapping[str, bool | int]
 
 
 def make_model(config: Config, mesh: Mesh | None = None) -> nn.Decoder:
