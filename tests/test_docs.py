@@ -1,5 +1,6 @@
 """The site: it builds without warnings, is current, and what it shows runs."""
 
+import ast
 from html.parser import HTMLParser
 import importlib
 import inspect
@@ -20,6 +21,7 @@ PACKAGES = ('routing', 'nn', 'data', 'analysis')
 NAMED_FILE = re.compile(
   r'`((?:docs|experiments|launch|moe_jax|tests)/[\w/.]+\.\w+)[`:]'
 )
+NAMED_TEST = re.compile(r'`(tests/[\w/]+\.py)::(\w+)`')
 
 
 @pytest.fixture(scope='module')
@@ -101,6 +103,21 @@ def test_files_that_pages_name_exist():
   for page in [*PAGES.glob('*.md'), ROOT / 'launch/README.md']:
     for name in NAMED_FILE.findall(page.read_text()):
       assert (ROOT / name).exists(), f'{page.name}: {name}'
+
+
+def test_tests_that_pages_name_exist():
+  """As `tests/FILE.py::NAME`; each row of bugs.md has one."""
+  for page in PAGES.glob('*.md'):
+    for file, name in NAMED_TEST.findall(page.read_text()):
+      tree = ast.parse((ROOT / file).read_text())
+      functions = {f.name for f in tree.body if isinstance(f, ast.FunctionDef)}
+      assert name in functions, f'{page.name}: {file}::{name}'
+  lines = (PAGES / 'bugs.md').read_text().splitlines()
+  rows = [line for line in lines if re.match(r'\| (?!mistake |---)', line)]
+  assert len(rows) > 20
+  for row in rows:
+    assert NAMED_TEST.search(row) and 'https://' in row, row
+    assert row.count(' | ') == 2, row
 
 
 def run_blocks(page):
