@@ -38,6 +38,10 @@ when a run resumes from its checkpoint:
 
 _SECTIONS = {
   'model': 'Sizes and options of the language model.',
+  'losses': (
+    'Losses on every router, beside the one that a balancer may have; see '
+    '[A loss of your own](add_a_loss.md).'
+  ),
   'mesh': 'Devices along each axis of the mesh; see [Run on a pod](pod.md).',
   'data': 'Text to train and evaluate on.',
 }

@@ -1,6 +1,7 @@
 """The site: it builds without warnings, is current, and what it shows runs."""
 
 import ast
+import dataclasses
 from html.parser import HTMLParser
 import importlib
 import inspect
@@ -8,11 +9,13 @@ import pathlib
 import re
 import shutil
 
+import jax.numpy as jnp
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 import pytest
 
 from docs import configuration
+from moe_jax import config
 from tests.train import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -93,6 +96,8 @@ def test_the_reference_of_options_is_current():
 def test_the_reference_has_every_option():
   page = configuration.PAGE.read_text()
   assert '| `mesh.data` | `-1` |' in page
+  for field in dataclasses.fields(config.Config):
+    assert f'`{field.name}`' in page or f'| `{field.name}.' in page, field.name
   assert '| `balancer.estimator` | `exact` | str |' in page
   assert re.search(r'`learning_rate` .* float above 0, .* \| named \|', page)
   assert re.search(r'`model.norm_epsilon` .* \| no \|', page)
@@ -141,6 +146,36 @@ def test_the_balancer_that_is_added_balances(capsys):
   run_blocks(PAGES / 'add_a_balancer.md')
   first, last, *_ = capsys.readouterr().out.splitlines()
   assert float(last.split()[1]) < float(first.split()[1]) / 2
+
+
+@pytest.mark.long
+def test_the_loss_that_is_added_falls_and_balances(capsys):
+  run_blocks(PAGES / 'add_a_loss.md')
+  first, last = (
+    [float(word) for word in line.split()]
+    for line in capsys.readouterr().out.splitlines()
+  )
+  assert last[1] < first[1] / 2 and last[2] < first[2]
+
+
+@pytest.mark.long
+def test_the_selection_that_is_added_reaches_its_sum():
+  names = run_blocks(PAGES / 'add_a_selection.md')
+  active, gates = names['choice'].active, names['choice'].gates
+  full = jnp.all(active, axis=1)
+  assert 0 < jnp.sum(full) < 256
+  assert jnp.all(full | (jnp.sum(gates, axis=1) >= 0.7))
+  assert jnp.all(jnp.sum(gates[:, :-1] * active[:, 1:], axis=1) < 0.7)
+
+
+@pytest.mark.long
+def test_the_recipe_of_deepseek_v3_is_its_loss_and_its_groups():
+  names = run_blocks(PAGES / 'deepseek_v3.md')
+  aux = names['aux']
+  assert 0.9e-4 < aux.loss < 2e-4
+  groups = jnp.sort(aux.choice.experts // 4, axis=1)
+  assert jnp.all(jnp.sum(jnp.diff(groups, axis=1) > 0, axis=1) <= 1)
+  assert jnp.allclose(jnp.sum(aux.choice.gates, axis=1), 2.5)
 
 
 @pytest.mark.long

@@ -66,6 +66,21 @@ def test_the_loss_counts_the_experts_that_prices_chose():
     assert abs(aux.loss - other) > 1e-3
 
 
+def test_experts_of_other_groups_lose_at_any_price():
+  """Where all that a token may take is worth less than 0."""
+  scores = softmax(np.random.default_rng(0).normal(size=(64, EXPERTS)))
+  choice = routing.choose(
+    jnp.float32(scores),
+    jnp.full(EXPERTS, 2.0),
+    k=K,
+    groups=4,
+    groups_per_token=1,
+  )
+  best = np.argmax(scores.reshape(-1, 4, 2).sum(-1), axis=1)
+  expected = best[:, None] * 2 + np.arange(2)
+  np.testing.assert_array_equal(np.sort(choice.experts, axis=1), expected)
+
+
 def test_the_auxiliary_loss_reaches_the_router_alone():
   graphdef, params, routers = nnx.split(
     layer(routing.loss_controlled(1.0), np.zeros(EXPERTS, np.float32)),

@@ -45,7 +45,11 @@ _QUICK = (
 BY_SUMS = ('sinkhorn',)
 
 # Prices from loads, which ties make uneven and which know no c.
-BY_LOADS = ('loss_free', 'loss_free_proportional')
+BY_LOADS = [
+  name
+  for name, rule in RULES.items()
+  if rule.observe == routing.loss_free().observe
+]
 
 # q of these never moves.
 UNPRICED = [
