@@ -302,8 +302,10 @@ class MoE(nnx.Module):
       devices = lax.axis_size(axes.expert)
       device_P = jnp.sum(row_E.reshape(devices, -1), axis=1)
       mean = jnp.sum(sums['load']) / lax.axis_size(axes)
-      most['device_load'] = jnp.max(device_P) / jnp.maximum(mean, 1.0)
-      most = lax.pmax(most, axes)
+      device_load = jnp.max(device_P) / jnp.maximum(mean, 1.0)
+      # The same in all devices of that axis, which pmax must be told.
+      device_load = lax.pcast(device_load, axes.expert, to='varying')
+      most = lax.pmax(most | {'device_load': device_load}, axes)
     choice = output.choice._replace(load=sums['load'])
     return output._replace(choice=choice, sums=sums, most=most)
 

@@ -120,8 +120,9 @@ def test_a_mesh_of_ones_own_gives_the_same(x, own_mesh, options):
   np.testing.assert_allclose(y, expected, atol=1e-6)
   np.testing.assert_array_equal(ours.choice.experts, theirs.choice.experts)
   np.testing.assert_array_equal(ours.choice.active, theirs.choice.active)
-  np.testing.assert_array_equal(
-    moe.state.get_value().q, plain.state.get_value().q
+  # Scores may differ in the last bit, where products are tiled otherwise.
+  np.testing.assert_allclose(
+    moe.state.get_value().q, plain.state.get_value().q, atol=1e-6
   )
   # Four shards of 24 tokens; the experts of two devices in each replica.
   experts = np.asarray(ours.choice.experts)[np.asarray(ours.choice.active)]
