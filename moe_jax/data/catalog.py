@@ -3,7 +3,7 @@
 Importing this takes seconds, because it imports tensorflow_datasets.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import difflib
 import functools
@@ -42,15 +42,8 @@ def open_corpora(
       cannot be read here.
   """
   where = f'data.dataset={config.dataset}'
-  builder = _find_builder(config, where, known)
-  field, features = config.text_field, builder.info.features
-  if field not in features or not isinstance(
-    features[field], tfds.features.Text
-  ):
-    raise ValueError(
-      f'data.text_field={field}: {where} has no such text; it has the fields '
-      f'{", ".join(features)}'
-    )
+  builder = _open_builder(config, where, known)
+  field = config.text_field
   # TFDS promises that name and version determine the content.
   name = builder.info.full_name
   content = [
@@ -61,8 +54,36 @@ def open_corpora(
   for ours, theirs in _choose_splits(builder, where).items():
     source = _open_split(builder, theirs, where)
     key = cache.content_key('tfds', _FORMAT, name, theirs, field, content)
-    corpora[ours] = Corpus(key, functools.partial(_texts, source, field, where))
+    read = functools.partial(texts, source, field, where, range(len(source)))
+    corpora[ours] = Corpus(key, read)
   return corpora
+
+
+def open_training_split(config: DataConfig) -> Sequence[dict]:
+  """Opens the split 'train' of a TFDS data set, records by number.
+
+  Raises:
+    ValueError: as of `open_corpora`.
+  """
+  where = f'data.dataset={config.dataset}'
+  builder = _open_builder(config, where, ())
+  return _open_split(builder, 'train', where)
+
+
+def _open_builder(
+  config: DataConfig, where: str, known: Sequence[str]
+) -> tfds.core.DatasetBuilder:
+  """Finds a data set that has the text."""
+  builder = _find_builder(config, where, known)
+  field, features = config.text_field, builder.info.features
+  if field not in features or not isinstance(
+    features[field], tfds.features.Text
+  ):
+    raise ValueError(
+      f'data.text_field={field}: {where} has no such text; it has the fields '
+      f'{", ".join(features)}'
+    )
+  return builder
 
 
 def _find_builder(
@@ -134,9 +155,11 @@ def _open_split(
       ) from error
 
 
-def _texts(source: Sequence[dict], field: str, where: str) -> Iterator[str]:
-  """Yields the texts of a TFDS data source."""
-  for i in range(len(source)):
+def texts(
+  source: Sequence[dict], field: str, where: str, numbers: Iterable[int]
+) -> Iterator[str]:
+  """Yields the texts of a TFDS data source that have these numbers."""
+  for i in numbers:
     with _told(f'{where}: document {i} cannot be read'):
       text = source[i][field]
     with documents.reading(f'{where}: document {i}'):

@@ -129,9 +129,9 @@ class Files:
         if packed:
           room = SMALL_EXPANSION + path.stat().st_size * LARGEST_EXPANSION
         with (gzip.open if packed else open)(path, 'rb') as file:
-          texts = _lines(file, room, self.text_field)
+          texts = read_lines(file, room, self.text_field)
           if not by_line:
-            texts = [_whole(file, room)]
+            texts = [read_whole(file, room)]
           empty = True
           for text in filter(None, texts):
             empty = False
@@ -176,31 +176,32 @@ def decode(data: bytes) -> str:
   return data.decode().removeprefix('\ufeff')
 
 
-def _whole(file: BinaryIO, room: int) -> str:
-  """Reads a file, a MiB at a time and no more of it than is allowed."""
+def read_whole(file: BinaryIO, room: int = sys.maxsize) -> str:
+  """Reads a file, a MiB at a time and no more than `room` bytes of it."""
   chunks, left = [], min(LARGEST_DOCUMENT, room) + 1
   while left > 0 and (chunk := file.read(min(left, 1 << 20))):
     chunks.append(chunk)
     left -= len(chunk)
   data = b''.join(chunks)
-  _check_size(len(data), room)
+  check_size(len(data), room)
   return decode(data)
 
 
-def _lines(file: BinaryIO, room: int, text_field: str) -> Iterator[str]:
-  """Yields the texts of a .jsonl file."""
+def read_lines(file: BinaryIO, room: int, text_field: str) -> Iterator[str]:
+  """Yields the texts of a .jsonl file of no more than `room` bytes."""
   for number in itertools.count(1):
     line = file.readline(min(LARGEST_DOCUMENT, room) + 1)
     if not line:
       return
     with reading(f'line {number}'):
-      _check_size(len(line), room)
+      check_size(len(line), room)
       if line.strip():
-        yield _parse(decode(line), text_field)
+        yield parse_line(line, text_field)
     room -= len(line)
 
 
-def _check_size(size: int, room: int) -> None:
+def check_size(size: int, room: int = sys.maxsize) -> None:
+  """Raises ValueError for a document, or a file inside, that is too large."""
   if size > room:
     raise ValueError(
       f'the file expands to more than {LARGEST_EXPANSION} times its size plus '
@@ -213,10 +214,15 @@ def _check_size(size: int, room: int) -> None:
     )
 
 
-def _parse(line: str, text_field: str) -> str:
-  """Returns the text of one line of a .jsonl file."""
+def parse_line(line: bytes, text_field: str) -> str:
+  """Returns the text of one line of a .jsonl file.
+
+  Raises:
+    ValueError: it is no object with such a text, or no UTF-8.
+  """
+  text = decode(line)
   try:
-    record = json.loads(line)
+    record = json.loads(text)
   # ValueError also for integers of more digits than Python likes.
   except (ValueError, RecursionError) as error:
     raise ValueError(f'invalid JSON: {error}') from error

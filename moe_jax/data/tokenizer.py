@@ -4,8 +4,10 @@ Shape letters: V vocabulary, N tokens.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
 import pathlib
-from typing import BinaryIO
+import re
+from typing import Any, BinaryIO
 
 import numpy as np
 import tokenizers
@@ -18,41 +20,54 @@ _CHARACTERS_AT_ONCE = 1 << 22  # Bounds the memory that encoding takes.
 
 
 class Tokenizer:
-  """A byte-level BPE with a fixed number of ids.
+  """A tokenizer of Hugging Face's library with a fixed number of ids.
 
-  All 256 bytes are tokens, so any text can be encoded and decodes to itself. A
-  text that spells out the end-of-document token gets ordinary tokens for it.
+  Those that are trained here are byte-level: any text can be encoded and
+  decodes to itself; see pretrained.py for others. A text that spells out the
+  end-of-document token gets ordinary tokens for it.
 
   Attributes:
     vocabulary: number of ids, V. Where the training text had too few pairs to
       merge, the last ids stand for nothing: no text is ever encoded to them,
       they decode to nothing, and their token_bytes_V is 0.
     end_of_document: id of the token that follows each document.
+    end_of_document_token: that token.
     dtype: of encoded text; uint16 where V allows it, else uint32.
     token_bytes_V: bytes of UTF-8 that each token stands for, int32 [V]; 0 for
       the end of a document. Bits per byte of a text are its summed negative
       log-likelihood / (ln 2 * the sum of this over the predicted tokens).
   """
 
-  def __init__(self, model: tokenizers.Tokenizer, vocabulary: int):
-    """Wraps a byte-level `model`; see `train` and `from_json`.
+  def __init__(
+    self,
+    model: tokenizers.Tokenizer,
+    vocabulary: int,
+    end_of_document: str = END_OF_DOCUMENT,
+  ):
+    """Wraps a `model`; see `train` and `from_json`.
 
     Raises:
       ValueError: the model has no end-of-document token, or too many tokens.
     """
     ids = model.get_vocab()
-    if END_OF_DOCUMENT not in ids or max(ids.values()) >= vocabulary:
+    if end_of_document not in ids or max(ids.values()) >= vocabulary:
       raise ValueError(
-        f'not a tokenizer of at most {vocabulary} ids with {END_OF_DOCUMENT}'
+        f'not a tokenizer of at most {vocabulary} ids with {end_of_document}'
       )
     model.encode_special_tokens = True  # As text. Its JSON does not keep this.
     self._model = model
     self.vocabulary = vocabulary
-    self.end_of_document = ids.pop(END_OF_DOCUMENT)
+    self.end_of_document = ids[end_of_document]
+    self.end_of_document_token = end_of_document
     self.dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
+    added = model.get_added_tokens_decoder()
+    special = {i for i, token in added.items() if token.special}
+    kind = json.loads(model.to_str())
+    size = _byte_size(kind)
     self.token_bytes_V = np.zeros(vocabulary, np.int32)
     for token, i in ids.items():
-      self.token_bytes_V[i] = len(token)  # One character stands for one byte.
+      if i not in special:
+        self.token_bytes_V[i] = size(token)
 
   @classmethod
   def train(cls, documents: Iterable[str], vocabulary: int) -> 'Tokenizer':
@@ -81,13 +96,15 @@ class Tokenizer:
     return cls(model, vocabulary)
 
   @classmethod
-  def from_json(cls, text: str, vocabulary: int) -> 'Tokenizer':
+  def from_json(
+    cls, text: str, vocabulary: int, end_of_document: str = END_OF_DOCUMENT
+  ) -> 'Tokenizer':
     """Restores what `to_json` gave; raises ValueError for anything else."""
     try:
       model = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # The library raises no narrower type.
       raise ValueError(f'not a tokenizer: {error}') from error
-    return cls(model, vocabulary)
+    return cls(model, vocabulary, end_of_document)
 
   def to_json(self) -> str:
     """Returns the tokenizer in the JSON format of HF tokenizers."""
@@ -108,6 +125,23 @@ class Tokenizer:
     Bytes that are not UTF-8, such as half a character, become U+FFFD.
     """
     return self._model.decode(np.asarray(ids_N, np.int64).tolist())
+
+
+def _byte_size(model: dict[str, Any]) -> Callable[[str], int]:
+  """Returns how many bytes of text a token of a model stands for.
+
+  Args:
+    model: as its JSON has it.
+  """
+  if '"ByteLevel"' in json.dumps([model['pre_tokenizer'], model['decoder']]):
+    return len  # One character stands for one byte.
+
+  def size(token: str) -> int:
+    if re.fullmatch('<0x[0-9A-F]{2}>', token):  # A byte, where no piece fits.
+      return 1
+    return len(token.removeprefix('##').replace('\u2581', ' ').encode())
+
+  return size
 
 
 def load_tokenizer(

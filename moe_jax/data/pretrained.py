@@ -1,0 +1,151 @@
+"""Tokenizers from elsewhere: of Hugging Face, of SentencePiece."""
+
+import json
+import pathlib
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from moe_jax.data.documents import reading
+from moe_jax.data.tokenizer import END_OF_DOCUMENT, Tokenizer
+
+# What public tokenizers end a document with, the more telling ones first.
+_ENDS = (
+  END_OF_DOCUMENT,
+  '<|end_of_text|>',
+  '<eos>',
+  '</s>',
+  '[SEP]',
+  '<\uff5cend\u2581of\u2581sentence\uff5c>',
+)
+
+
+def open_tokenizer(path: str) -> Tokenizer:
+  """Reads a tokenizer as it was published.
+
+  Args:
+    path: of a tokenizer.json, of a SentencePiece model (.model), or of a folder
+      that has one of these, as Hugging Face's libraries save it.
+
+  Returns:
+    The tokenizer; its vocabulary is as large as its ids need. A document ends
+    with the token that tokenizer_config.json calls eos_token, else with one
+    that is known to mean this, else with one that is added.
+
+  Raises:
+    ValueError: the file is missing or is no tokenizer.
+  """
+  where = f'--tokenizer={path}'
+  file = pathlib.Path(path).expanduser()
+  with reading(where):
+    end = ''
+    if file.is_dir():
+      end = _named_end(file / 'tokenizer_config.json')
+      file = _file_in(file)
+    if file.suffix == '.model':
+      model = _from_sentencepiece(file.read_bytes())
+    else:
+      model = _from_json(file.read_text(encoding='utf-8'))
+    ids = model.get_vocab()
+    known = [token for token in (end, *_ENDS) if token in ids]
+    end = known[0] if known else END_OF_DOCUMENT
+    if not known:
+      model.add_special_tokens([END_OF_DOCUMENT])
+    # Post-processors would add beginnings and ends by themselves.
+    vocabulary = max(model.get_vocab().values()) + 1
+    return Tokenizer(model, vocabulary, end)
+
+
+def _file_in(folder: pathlib.Path) -> pathlib.Path:
+  for name in ('tokenizer.json', 'tokenizer.model', 'spiece.model'):
+    if (folder / name).is_file():
+      return folder / name
+  raise ValueError(
+    'this folder has no tokenizer.json, tokenizer.model or spiece.model; save '
+    'the tokenizer in the fast format'
+  )
+
+
+def _named_end(file: pathlib.Path) -> str:
+  """Returns what a tokenizer_config.json calls eos_token, or nothing."""
+  if not file.is_file():
+    return ''
+  end = json.loads(file.read_text(encoding='utf-8')).get('eos_token') or ''
+  return end if isinstance(end, str) else end.get('content', '')
+
+
+def _from_json(text: str) -> tokenizers.Tokenizer:
+  try:
+    return tokenizers.Tokenizer.from_str(text)
+  except Exception as error:  # The library raises no narrower type.
+    raise ValueError(f'not a tokenizer.json: {error}') from error
+
+
+def _from_sentencepiece(data: bytes) -> tokenizers.Tokenizer:
+  """Builds what encodes as SentencePiece does."""
+  try:
+    from sentencepiece import sentencepiece_model_pb2
+  except ImportError as error:
+    raise ValueError(
+      "needs the extra of SentencePiece: pip install 'moe_jax[sentencepiece]'"
+    ) from error
+  proto = sentencepiece_model_pb2.ModelProto()
+  try:
+    proto.ParseFromString(data)
+  except Exception as error:  # protobuf's, which is not public.
+    raise ValueError('not a SentencePiece model') from error
+  pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+  if not pieces:
+    raise ValueError('not a SentencePiece model: it has no pieces')
+  trainer, rules = proto.trainer_spec, proto.normalizer_spec
+  if trainer.model_type == trainer.UNIGRAM:
+    model = models.Unigram(
+      pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback
+    )
+  elif trainer.model_type == trainer.BPE:
+    ids = {piece: i for i, (piece, _) in enumerate(pieces)}
+    model = models.BPE(
+      ids,
+      _merges(ids),
+      unk_token=trainer.unk_piece,
+      fuse_unk=True,
+      byte_fallback=trainer.byte_fallback,
+    )
+  else:
+    raise ValueError('a SentencePiece model that is neither unigram nor BPE')
+  tokenizer = tokenizers.Tokenizer(model)
+  steps = []
+  if rules.precompiled_charsmap:
+    steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+  if rules.remove_extra_whitespaces:
+    steps += [
+      normalizers.Strip(),
+      normalizers.Replace(tokenizers.Regex(' {2,}'), ' '),
+    ]
+  if steps:
+    tokenizer.normalizer = normalizers.Sequence(steps)
+  prepend = 'first' if rules.add_dummy_prefix else 'never'
+  space = {'replacement': '\u2581', 'prepend_scheme': prepend}
+  tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(**space, split=False)
+  tokenizer.decoder = decoders.Sequence(
+    [decoders.ByteFallback(), decoders.Metaspace(**space)]
+  )
+  kinds = proto.SentencePiece
+  tokenizer.add_special_tokens(
+    [
+      piece.piece
+      for piece in proto.pieces
+      if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
+    ]
+  )
+  return tokenizer
+
+
+def _merges(ids: dict[str, int]) -> list[tuple[str, str]]:
+  """Returns every way to make a piece of two; pieces come by their rank."""
+  merges = []
+  for piece in ids:
+    parts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+    both = [(a, b) for a, b in parts if a in ids and b in ids]
+    merges += sorted(both, key=lambda ab: (ids[ab[0]], ids[ab[1]]))
+  return merges
