@@ -3,14 +3,38 @@
 Shape letters: N tokens, B batch (sequences), S sequence.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+import zlib
 
 import grain
 import numpy as np
 
 
+class Tokens(Protocol):
+  """An array of tokens, or what is indexed like one and read lazily."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: slice | np.ndarray) -> np.ndarray: ...
+
+
+class Source(NamedTuple):
+  """One of the texts that are trained on.
+
+  Attributes:
+    name: of the text.
+    tokens: integer [N].
+    weight: its share of the rows, relative to the other weights.
+  """
+
+  name: str
+  tokens: Tokens
+  weight: float = 1.0
+
+
 def training_batches(
-  tokens_N: np.ndarray,
+  sources: Sequence[Source],
   *,
   sequence_length: int,
   batch_size: int,
@@ -24,13 +48,15 @@ def training_batches(
   Sequence i holds the tokens i*S .. i*S+S-1, its targets are one further on;
   sequences run across the ends of documents. Tokens after the last whole
   sequence are not used. In each epoch every sequence comes once, in an order
-  that depends on the seed and the epoch alone.
+  that depends on the seed and the epoch alone. Of several sources, each has
+  epochs of its own. Which source a row is of depends on the weights alone, and
+  after any number of rows shares are as near to them as whole rows can be.
 
   Its state is one integer: after t batches, start + t * batch_size, whatever
   the number of processes.
 
   Args:
-    tokens_N: integer [N], N > S.
+    sources: texts of N > S tokens.
     sequence_length: S.
     batch_size: sequences of a batch, over all processes; a multiple of their
       number.
@@ -44,21 +70,29 @@ def training_batches(
     An iterator over {'inputs': int32 [B_local, S], 'targets': int32
     [B_local, S]}, B_local = batch_size / process_count.
   """
-  # grain adds the epoch to the seed, so with neighbouring seeds one run's
-  # second epoch would be another's first. Hashed seeds are far apart.
-  seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
 
-  def sequence(index: int) -> dict[str, np.ndarray]:
-    start = index * sequence_length
-    window = tokens_N[start : start + sequence_length + 1].astype(np.int32)
-    return {'inputs': window[:-1], 'targets': window[1:]}
+  def rows(source: Source) -> grain.MapDataset:
+    # grain adds the epoch to the seed, so with neighbouring seeds one run's
+    # second epoch would be another's first. Hashed seeds are far apart.
+    entropy = [seed, zlib.crc32(source.name.encode())]
+    entropy = seed if len(sources) == 1 else entropy
+    order = int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
+    def sequence(index: int) -> dict[str, np.ndarray]:
+      first = index * sequence_length
+      window = source.tokens[first : first + sequence_length + 1]
+      window = window.astype(np.int32)
+      return {'inputs': window[:-1], 'targets': window[1:]}
+
+    count = (len(source.tokens) - 1) // sequence_length
+    return grain.MapDataset.range(count).shuffle(order).repeat().map(sequence)
+
+  mixed = list(map(rows, sources))
+  weights = [source.weight for source in sources]
+  whole = mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, weights)
   # Batch t * process_count + p of these is process p's share of step t.
   return iter(
-    grain.MapDataset.range((len(tokens_N) - 1) // sequence_length)
-    .shuffle(seed)
-    .repeat()[start:]
-    .map(sequence)
+    whole[start:]
     .batch(batch_size // process_count, drop_remainder=True)[
       process_index::process_count
     ]
@@ -67,7 +101,7 @@ def training_batches(
 
 
 def evaluation_batches(
-  tokens_N: np.ndarray,
+  tokens_N: Tokens,
   *,
   sequence_length: int,
   batch_size: int,

@@ -1,6 +1,7 @@
 """Which text to train and evaluate on."""
 
 import dataclasses
+import math
 
 from moe_jax.data.tokenizer import SMALLEST_VOCABULARY
 from moe_jax.options import check_options, expected, option
@@ -20,6 +21,11 @@ class DataConfig:
   """Name of a source in `moe_jax/data/sources.py`, such as 'sotu' (State of the
   Union addresses) or 'text_files', or of a TFDS data set, such as 'lm1b',
   prepared as array_record."""
+  corpus: str = option('')
+  """Prepared corpora to train on in place of `dataset`: a directory that
+  `python -m moe_jax.data.prepare` made, or several with their shares of the
+  rows, such as 'DIR1:0.7,gs://bucket/DIR2:0.2,sotu:0.1'. `vocabulary` follows
+  from their tokenizer."""
   files: str = option('')
   """For 'text_files', comma-separated paths and globs of .txt (one document a
   file), .jsonl (one a line) and .gz of both."""
@@ -50,6 +56,13 @@ class DataConfig:
         f'data.files={self.files}: data.dataset=text_files needs comma-'
         'separated paths or globs here'
       )
+    if self.corpus:
+      parse_corpora(self.corpus)
+      if self.maximum_documents:
+        raise ValueError(
+          f'data.maximum_documents={self.maximum_documents}: not with '
+          'data.corpus; prepare fewer documents'
+        )
     for name in ('files', 'validation_files'):
       value = getattr(self, name)
       if value and self.dataset != 'text_files':
@@ -62,6 +75,39 @@ class DataConfig:
         raise ValueError(
           f'data.evaluation_sets={name}: {expected(name, EVALUATION_SETS)}'
         )
+
+
+def parse_corpora(corpora: str) -> dict[str, float]:
+  """Returns the corpora that `data.corpus` names, and their weights.
+
+  Raises:
+    ValueError: a weight is missing or no number above 0, or a name comes twice.
+  """
+  names = split_names(corpora)
+  if len(names) == 1 and not _weight(names[0]):
+    return {names[0]: 1.0}
+  found = {}
+  for part in names:
+    name, weight = part.rpartition(':')[0], _weight(part)
+    if not name or not weight or not 0 < float(weight) < math.inf:
+      raise ValueError(
+        f'data.corpus={part}: must be DIR:WEIGHT, a number above 0, such as '
+        'DIR:0.7'
+      )
+    if name in found:
+      raise ValueError(f'data.corpus={name}: named twice; add its weights up')
+    found[name] = float(weight)
+  return found
+
+
+def _weight(part: str) -> str:
+  """Returns what stands after the last colon, if it is a number."""
+  text = part.rpartition(':')[2]
+  try:
+    float(text)
+  except ValueError:
+    return ''
+  return text if ':' in part else ''
 
 
 def split_names(names: str) -> list[str]:

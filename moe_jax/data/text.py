@@ -4,8 +4,10 @@ Shape letters: N tokens, V vocabulary.
 """
 
 from collections.abc import Iterator
+import dataclasses
 import functools
 import itertools
+import pathlib
 import time
 from typing import NamedTuple
 
@@ -13,8 +15,10 @@ import numpy as np
 import tokenizers
 
 from moe_jax.data import cache, sources
-from moe_jax.data.config import DataConfig, split_names
+from moe_jax.data.batches import Source, Tokens
+from moe_jax.data.config import DataConfig, parse_corpora, split_names
 from moe_jax.data.documents import Corpus
+from moe_jax.data.prepared import Prepared
 from moe_jax.data.tokenizer import Tokenizer, load_tokenizer, load_tokens
 
 _FORMAT = 1  # Part of every key: raise it when tokens are made differently.
@@ -29,15 +33,15 @@ class TextData(NamedTuple):
 
   Attributes:
     tokenizer: trained on the training text alone.
-    train_tokens: to give to `training_batches`.
+    train: to give to `training_batches`; one, unless `data.corpus` has several.
     evaluation: set name -> tokens, to give to `evaluation_batches`.
     not_evaluated: name of a set that was asked for -> why it is not there.
     fingerprint: hash of training text and tokenizer; equal on all machines.
   """
 
   tokenizer: Tokenizer
-  train_tokens: np.ndarray
-  evaluation: dict[str, np.ndarray]
+  train: tuple[Source, ...]
+  evaluation: dict[str, Tokens]
   not_evaluated: dict[str, str]
   fingerprint: str
 
@@ -56,6 +60,8 @@ def load_text(config: DataConfig) -> TextData:
     ValueError, FileNotFoundError: bad input; the message names the option and
       the file.
   """
+  if config.corpus:
+    return _load_corpora(config)
   cache_dir = cache.open_cache(config.cache_dir)
   corpus = sources.open_corpora(config)
   if count := config.maximum_documents:
@@ -72,14 +78,7 @@ def load_text(config: DataConfig) -> TextData:
     config.vocabulary,
   )
 
-  def tokens_key(part: Corpus) -> str:
-    return cache.content_key(_FORMAT, part.key, tokenizer.to_json())
-
-  def tokens(name: str, part: Corpus) -> np.ndarray:
-    documents = functools.partial(_read, part, f'tokenized ({name})')
-    path = cache_dir / f'tokens-{tokens_key(part)}.npy'
-    return load_tokens(path, documents, tokenizer)
-
+  tokens = functools.partial(_tokens, cache_dir, tokenizer)
   evaluation, not_evaluated = {}, {}
   for name in split_names(config.evaluation_sets):
     opener = sources.EVALUATION_SETS.get(name)
@@ -90,10 +89,95 @@ def load_text(config: DataConfig) -> TextData:
       evaluation[name] = tokens(name, part)
   return TextData(
     tokenizer=tokenizer,
-    train_tokens=tokens('train', train),
+    train=(Source('train', tokens('train', train)),),
     evaluation=evaluation,
     not_evaluated=not_evaluated,
-    fingerprint=tokens_key(train),
+    fingerprint=_tokens_key(train, tokenizer),
+  )
+
+
+def _tokens_key(part: Corpus, tokenizer: Tokenizer) -> str:
+  return cache.content_key(_FORMAT, part.key, tokenizer.to_json())
+
+
+def _tokens(
+  cache_dir: pathlib.Path, tokenizer: Tokenizer, name: str, part: Corpus
+) -> np.ndarray:
+  documents = functools.partial(_read, part, f'tokenized ({name})')
+  path = cache_dir / f'tokens-{_tokens_key(part, tokenizer)}.npy'
+  return load_tokens(path, documents, tokenizer)
+
+
+def resolve(config: DataConfig) -> DataConfig:
+  """Returns the options with the vocabulary that `corpus` decides."""
+  if not config.corpus:
+    return config
+  vocabulary = _open_prepared(config).tokenizer.vocabulary
+  return dataclasses.replace(config, vocabulary=vocabulary)
+
+
+def _open_prepared(config: DataConfig) -> Prepared:
+  """Opens the first prepared corpus, whose tokenizer is that of all."""
+  for name in parse_corpora(config.corpus):
+    if name not in sources.SOURCES:
+      return Prepared(name)
+  raise ValueError(
+    f'data.corpus={config.corpus}: none is prepared; for an embedded text '
+    'alone set data.dataset'
+  )
+
+
+def _load_corpora(config: DataConfig) -> TextData:
+  """Opens prepared corpora, which reads no token, and embedded ones beside."""
+  tokenizer = _open_prepared(config).tokenizer
+  tokens = functools.partial(
+    _tokens, cache.open_cache(config.cache_dir), tokenizer
+  )
+  train, evaluation, not_evaluated, keys = [], {}, {}, []
+  weights = parse_corpora(config.corpus)
+  sets = split_names(config.evaluation_sets)
+  for name, weight in weights.items():
+    label = name.rstrip('/').rpartition('/')[2]
+    if name in sources.SOURCES:
+      corpora = sources.open_corpora(DataConfig(dataset=name))
+      splits = {split: tokens(label, part) for split, part in corpora.items()}
+      keys.append(_tokens_key(corpora['train'], tokenizer))
+    else:
+      corpus = Prepared(name)
+      if corpus.tokenizer.to_json() != tokenizer.to_json():
+        raise ValueError(
+          f'data.corpus={name}: was prepared with another tokenizer than the '
+          'others; prepare it with theirs'
+        )
+      splits = corpus.splits
+      keys.append(corpus.fingerprint)
+    train.append(Source(label, splits['train'], weight))
+    held_out = 'validation' if len(weights) == 1 else f'validation_{label}'
+    if 'validation' not in sets:
+      continue
+    if len(splits['validation']) < 2:
+      not_evaluated[held_out] = 'no document of it was held out'
+    else:
+      evaluation[held_out] = splits['validation']
+  labels = [source.name for source in train]
+  if len(set(labels)) < len(labels):
+    raise ValueError(
+      f'data.corpus={config.corpus}: two directories have the same last name, '
+      'by which metrics would tell them apart; rename one'
+    )
+  for name in sets:
+    if opener := sources.EVALUATION_SETS.get(name):
+      part = opener()
+      if isinstance(part, str):
+        not_evaluated[name] = part
+      else:
+        evaluation[name] = tokens(name, part)
+  return TextData(
+    tokenizer,
+    tuple(train),
+    evaluation,
+    not_evaluated,
+    keys[0] if len(keys) == 1 else cache.content_key('mixture', keys),
   )
 
 

@@ -1,6 +1,6 @@
 """Batches of text on the devices of a mesh."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import functools
 from typing import NamedTuple
 
@@ -39,11 +39,11 @@ def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Batch:
 
 
 def training_batches(
-  config: Config, mesh: Mesh, tokens_N: np.ndarray, sequence: int
+  config: Config, mesh: Mesh, sources: Sequence[data.Source], sequence: int
 ) -> Iterator[Batch]:
   """Returns the batches from a global sequence index on, without end."""
   batches = data.training_batches(
-    tokens_N,
+    sources,
     sequence_length=config.sequence_length,
     batch_size=config.batch_size,
     seed=config.seed,

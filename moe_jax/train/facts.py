@@ -6,6 +6,7 @@ import uuid
 
 import jax
 from jax.sharding import Mesh
+import numpy as np
 
 import moe_jax
 from moe_jax import nn
@@ -14,6 +15,8 @@ from moe_jax.data import TextData
 from moe_jax.train import evaluate as evaluation
 from moe_jax.train.state import shards_of
 
+# Tokens of each training text whose frequencies are counted.
+_COUNTED = 1 << 24
 _PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers')
 
 
@@ -38,15 +41,16 @@ def of_run(
     'parameters': total,
     'active_parameters': active,
     'tokens_per_step': config.batch_size * config.sequence_length,
-    'train_tokens_in_corpus': len(text.train_tokens),
+    'train_tokens_in_corpus': sum(len(s.tokens) for s in text.train),
     'text_fingerprint': text.fingerprint,
     'evaluated_tokens': {k: len(x) - 1 for k, x in evaluated.items()},
     'not_evaluated': text.not_evaluated,
   }
   if 'validation' in evaluated:
     tokens_N = evaluated['validation']
+    some = [source.tokens[:_COUNTED] for source in text.train]
     loss = evaluation.unigram_loss(
-      text.train_tokens, tokens_N, config.data.vocabulary
+      np.concatenate(some), tokens_N, config.data.vocabulary
     )
     size = int(text.tokenizer.token_bytes_V[tokens_N[1:]].sum())
     facts |= {

@@ -55,7 +55,7 @@ def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
     if preempted() or (late and not run.add(evaluate, state, preempted)):
       raise preemption.Preempted(f'after step {done} of {steps}')
     batches = training_batches(
-      plan.config, plan.mesh, plan.text.train_tokens, position.next_sequence
+      plan.config, plan.mesh, plan.text.train, position.next_sequence
     )
     for step in range(done + 1, steps + 1):
       state, *told = train_step(state, next(batches))

@@ -80,6 +80,7 @@ class Plan(NamedTuple):
 
 def sharding(config: Config) -> str:
   """Lists where each array of a run would be, and its bytes on each device."""
+  config = dataclasses.replace(config, data=data.resolve(config.data))
   mesh = state.make_mesh(config)
   return state.sharding_table(state.make_training(config, mesh).abstract)
 
@@ -103,16 +104,18 @@ def plan(
   """
   with processes.agreement() as agreed:
     directory = files.open_workdir(workdir)
+    config = dataclasses.replace(config, data=data.resolve(config.data))
     mesh = state.make_mesh(config)
     training = state.make_training(config, mesh)
     state.check_memory(training.abstract)
     _check_config(directory, config, allow_config_change)  # Text takes longer.
     text = data.load_text(config.data)
-    if config.sequence_length >= len(text.train_tokens):
-      raise ValueError(
-        f'sequence_length={config.sequence_length}: the training text has '
-        f'{len(text.train_tokens)} tokens only'
-      )
+    for source in text.train:
+      if config.sequence_length >= len(source.tokens):
+        raise ValueError(
+          f'sequence_length={config.sequence_length}: the training text '
+          f'{source.name} has {len(source.tokens)} tokens only'
+        )
     planned = Plan(
       config, mesh, training, text, directory, tuple(allow_config_change)
     )

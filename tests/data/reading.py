@@ -52,6 +52,6 @@ def load(folder, files, **options):
 
 def train_and_validation(text):
   return (
-    documents_of(text.train_tokens, text.tokenizer),
+    documents_of(text.train[0].tokens, text.tokenizer),
     documents_of(text.evaluation['validation'], text.tokenizer),
   )

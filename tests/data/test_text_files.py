@@ -420,7 +420,7 @@ config = data.DataConfig(
   dataset='text_files', files=sys.argv[1], vocabulary=300,
   evaluation_sets='validation', cache_dir=sys.argv[2])
 text = data.load_text(config)
-print(text.fingerprint, text.train_tokens.sum())
+print(text.fingerprint, text.train[0].tokens.sum())
 """
 
 
@@ -443,7 +443,7 @@ def test_processes_may_start_together_and_after_a_killed_one(tmp_path):
   output = [process.communicate(timeout=60)[0] for process in together]
   assert [process.returncode for process in together] == [0, 0]
   text = load(tmp_path, str(tmp_path / 'a.jsonl'))
-  expected = f'{text.fingerprint} {text.train_tokens.sum()}\n'
+  expected = f'{text.fingerprint} {text.train[0].tokens.sum()}\n'
   assert output == [expected, expected]  # And stdout has nothing else.
 
 
@@ -451,7 +451,7 @@ def test_processes_may_start_together_and_after_a_killed_one(tmp_path):
 def test_processes_may_find_damage_together(tmp_path):
   write(tmp_path / 'a.jsonl', [f'document {i}' * 9 for i in range(500)])
   text = load(tmp_path, str(tmp_path / 'a.jsonl'))
-  expected = f'{text.fingerprint} {text.train_tokens.sum()}\n'
+  expected = f'{text.fingerprint} {text.train[0].tokens.sum()}\n'
   for path in [*(tmp_path / 'cache').rglob('*')]:
     if path.is_file():
       flip(path)

@@ -51,7 +51,7 @@ def latest(plan):
 
 def batches_of(plan, sequence=0):
   return batches_lib.training_batches(
-    plan.config, plan.mesh, plan.text.train_tokens, sequence
+    plan.config, plan.mesh, plan.text.train, sequence
   )
 
 
@@ -570,7 +570,7 @@ def test_the_unigram_model_predicts_what_the_model_does(finished):
   facts = json.loads((finished.workdir / 'run.json').read_text())
   assert facts['evaluated_tokens'] == {'validation': 8 * 16}
   tokens = finished.text.evaluation['validation'][: 8 * 16 + 1]
-  loss = evaluation.unigram_loss(finished.text.train_tokens, tokens, 300)
+  loss = evaluation.unigram_loss(finished.text.train[0].tokens, tokens, 300)
   assert facts['unigram_perplexity'] == pytest.approx(np.exp(loss / 128))
 
 
