@@ -13,8 +13,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 PYTHONS = ('3.11', '3.12', '3.13')
-# Modules that another distribution requires: etils[epath] does the latter.
-COMES_WITH = {'jaxlib': 'jax', 'fsspec': 'etils'}
+# Modules that another distribution requires.
+COMES_WITH = {'jaxlib': 'jax'}
 
 
 def read(file):
