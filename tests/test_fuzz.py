@@ -38,6 +38,7 @@ def paths(options, prefix='config'):
 # --- Every option has a range ------------------------------------------------
 
 FREE_TEXT = {  # On purpose: names of data sets, files and features.
+  'data.corpus',
   'data.dataset',
   'data.files',
   'data.validation_files',

@@ -99,6 +99,11 @@ def test_this_environment_has_the_pins():
 
 def test_all_imports_are_declared():
   names = {canonicalize_name(each.name) for each in declared()}
+  extras = {
+    canonicalize_name(each.name)
+    for extra in ('beam', 'sentencepiece', 'zstd')
+    for each in declared(extra)
+  }
   distributions = importlib.metadata.packages_distributions()
   for path in (ROOT / 'moe_jax').rglob('*.py'):
     modules = set()
@@ -109,5 +114,7 @@ def test_all_imports_are_declared():
         modules.add(node.module)
     for module in {module.partition('.')[0] for module in modules}:
       if module != 'moe_jax' and module not in sys.stdlib_module_names:
-        options = distributions[COMES_WITH.get(module, module)]
-        assert names & set(map(canonicalize_name, options)), f'{path}: {module}'
+        module = COMES_WITH.get(module, module)
+        options = distributions.get(module, [module])  # Of an extra, maybe.
+        options = set(map(canonicalize_name, options))
+        assert options & (names | extras), f'{path}: {module}'
