@@ -18,14 +18,15 @@ class DataConfig:
   """
 
   dataset: str = option('sotu')
-  """Name of a source in `moe_jax/data/sources.py`, such as 'sotu' (State of the
-  Union addresses) or 'text_files', or of a TFDS data set, such as 'lm1b',
-  prepared as array_record."""
+  """Name of a source in `moe_jax/data/sources.py`: 'sotu' (State of the Union
+  addresses), 'python' (its standard library), 'shakespeare' or 'text_files'; or
+  of a TFDS data set, such as 'lm1b', prepared as array_record."""
   corpus: str = option('')
   """Prepared corpora to train on in place of `dataset`: a directory that
   `python -m moe_jax.data.prepare` made, or several with their shares of the
   rows, such as 'DIR1:0.7,gs://bucket/DIR2:0.2,sotu:0.1'. `vocabulary` follows
-  from their tokenizer."""
+  from their tokenizer. Where all are embedded, as in 'sotu:1,python:1', one is
+  learnt of all."""
   files: str = option('')
   """For 'text_files', comma-separated paths and globs of .txt (one document a
   file), .jsonl (one a line) and .gz of both."""

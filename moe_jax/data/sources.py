@@ -8,11 +8,13 @@ among the data sets of TFDS, which is imported only then: it is slow.
 
 from collections.abc import Callable
 
-from moe_jax.data import shakespeare, sotu, text_files
+from moe_jax.data import python, shakespeare, sotu, text_files
 from moe_jax.data.config import DataConfig
 from moe_jax.data.documents import Corpus
 
 SOURCES: dict[str, Callable[[DataConfig], dict[str, Corpus]]] = {
+  'python': python.open_corpora,
+  'shakespeare': shakespeare.open_corpora,
   'sotu': sotu.open_corpora,
   'text_files': text_files.open_corpora,
 }

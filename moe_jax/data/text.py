@@ -110,29 +110,47 @@ def _tokens(
 
 def resolve(config: DataConfig) -> DataConfig:
   """Returns the options with the vocabulary that `corpus` decides."""
-  if not config.corpus:
+  corpus = _first_prepared(config)
+  if corpus is None:
     return config
-  vocabulary = _open_prepared(config).tokenizer.vocabulary
-  return dataclasses.replace(config, vocabulary=vocabulary)
+  return dataclasses.replace(config, vocabulary=corpus.tokenizer.vocabulary)
 
 
-def _open_prepared(config: DataConfig) -> Prepared:
+def _first_prepared(config: DataConfig) -> Prepared | None:
   """Opens the first prepared corpus, whose tokenizer is that of all."""
   for name in parse_corpora(config.corpus):
     if name not in sources.SOURCES:
       return Prepared(name)
-  raise ValueError(
-    f'data.corpus={config.corpus}: none is prepared; for an embedded text '
-    'alone set data.dataset'
+  return None
+
+
+def _tokenizer_of(config: DataConfig, cache_dir: pathlib.Path) -> Tokenizer:
+  """Returns that of the prepared corpora; else learns one of all texts."""
+  corpus = _first_prepared(config)
+  if corpus is not None:
+    return corpus.tokenizer
+  parts = [
+    sources.open_corpora(DataConfig(dataset=name))['train']
+    for name in sorted(parse_corpora(config.corpus))
+  ]
+
+  def documents() -> Iterator[str]:
+    for part in parts:
+      yield from _read(part, 'read for the tokenizer')
+
+  keys = [part.key for part in parts]
+  key = cache.content_key(
+    _FORMAT, keys, config.vocabulary, tokenizers.__version__
   )
+  path = cache_dir / f'tokenizer-{key}.json'
+  return load_tokenizer(path, documents, config.vocabulary)
 
 
 def _load_corpora(config: DataConfig) -> TextData:
   """Opens prepared corpora, which reads no token, and embedded ones beside."""
-  tokenizer = _open_prepared(config).tokenizer
-  tokens = functools.partial(
-    _tokens, cache.open_cache(config.cache_dir), tokenizer
-  )
+  cache_dir = cache.open_cache(config.cache_dir)
+  tokenizer = _tokenizer_of(config, cache_dir)
+  tokens = functools.partial(_tokens, cache_dir, tokenizer)
   train, evaluation, not_evaluated, keys = [], {}, {}, []
   weights = parse_corpora(config.corpus)
   sets = split_names(config.evaluation_sets)

@@ -100,3 +100,17 @@ def test_a_run_on_local_text_does_not_import_tfds(tmp_path):
     check=True,
     cwd=pathlib.Path(__file__).parents[2],
   )
+
+
+def test_python_is_a_text_that_every_machine_has():
+  corpora = sources.open_corpora(data.DataConfig(dataset='python'))
+  again = sources.open_corpora(data.DataConfig(dataset='python'))
+  texts = {split: list(part.documents()) for split, part in corpora.items()}
+  assert len(texts['train']) > 400 and len(texts['validation']) > 20
+  assert not set(texts['train']) & set(texts['validation'])
+  assert sum(map(len, texts['train'])) > 8e6
+  every = texts['train'] + texts['validation']
+  assert any('def urlopen(' in text for text in every)
+  for split, part in corpora.items():
+    assert part.key == again[split].key
+  assert corpora['train'].key != corpora['validation'].key

@@ -74,7 +74,6 @@ def test_a_run_on_a_mixture(corpora, tmp_path):
     ('{0}:0.5,{1}', 'must be DIR:WEIGHT'),
     ('{0}:0.5,{0}:0.5', 'named twice'),
     ('{0}:0.5,nowhere:1', 'nowhere: no prepared corpus'),
-    ('sotu', 'none is prepared; for an embedded text alone set data.dataset'),
   ],
 )
 def test_bad_mixtures_are_refused(corpora, mixture, words, tmp_path):
@@ -96,3 +95,17 @@ def test_an_embedded_text_goes_beside(corpora):
   assert [source.name for source in text.train] == ['a_tokens', 'sotu']
   assert text.train[1].tokens.max() < 290
   assert set(text.evaluation) == {'validation_a_tokens', 'validation_sotu'}
+
+
+@pytest.mark.long
+def test_embedded_texts_share_a_tokenizer_that_is_learnt_of_all():
+  """As experiments/domains_16e.py has it."""
+  config = data.DataConfig(
+    corpus='sotu:1,python:1', evaluation_sets='validation'
+  )
+  text = data.load_text(data.resolve(config))
+  assert set(text.evaluation) == {'validation_sotu', 'validation_python'}
+  for source in text.train:
+    tokens = source.tokens
+    size = data.token_counts(tokens, 6400) @ text.tokenizer.token_bytes_V
+    assert size / len(tokens) > 3  # Bytes per token: it knows both.
