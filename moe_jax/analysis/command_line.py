@@ -1,10 +1,10 @@
-"""What the programs of this folder share: how they refuse bad input."""
+"""What the programs of this folder share: options, refusals and tables."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import pathlib
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,3 +41,14 @@ def answer(program: Callable[[], str]) -> int:
     return 2
   print(text)
   return 0
+
+
+def table(columns: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+  """Writes a table in Markdown; floats with four digits."""
+  columns = list(columns)
+  lines = [columns, ['---'] * len(columns), *rows]
+  return '\n'.join(f'| {" | ".join(map(_cell, line))} |' for line in lines)
+
+
+def _cell(value: Any) -> str:
+  return f'{value:.4g}' if isinstance(value, float) else str(value)

@@ -28,17 +28,16 @@ step would take.
 Prints Markdown. Exit codes: 0 answered; 2 refused (bad input).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import json
 import pathlib
 import sys
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from moe_jax.analysis import drawing
-from moe_jax.analysis.command_line import Parser, answer, check_output
+from moe_jax.analysis.command_line import Parser, answer, check_output, table
 from moe_jax.analysis.placement_study import Options, Study
 from moe_jax.analysis.results import Results
 from moe_jax.analysis.step_time import ASSUMPTIONS
@@ -60,20 +59,20 @@ def markdown(study: Study) -> str:
       f'{options.interval} records, with {options.copies} redundant copies in '
       '*replicas*.',
       '## Policies',
-      _table(study.policies.columns, study.policies.itertuples(index=False)),
+      table(study.policies.columns, study.policies.itertuples(index=False)),
       '*max / mean*: load of the fullest device over the mean, mean over '
       'layers and records; *worst layer*, *worst record*: the same of these '
       'alone; *moves*: experts that a device gets anew, a layer and record; '
       '*over even*: time beyond that of even loads.',
       f'## In hindsight, by {options.predictor}, on {len(study.hindsight)} '
       'records',
-      _table(['placement', 'max / mean'], hindsight.items()),
+      table(['placement', 'max / mean'], hindsight.items()),
       '*split at best*: the linear program over the splits of tokens among the '
       'copies that there are. *optimum without copies*: the integer program of '
       'whole experts, to 1 % or as far as 2 seconds lead; *bound*: none has '
       'less. It is 1 for experts that may be split over all devices.',
       '## Predictors',
-      _table(
+      table(
         ['predictor', *study.errors.columns],
         study.errors.itertuples(),
       ),
@@ -82,7 +81,7 @@ def markdown(study: Study) -> str:
       f'{options.interval} ahead from records where a layer does.',
       '## When loads settle',
       study.settling,
-      _table(range(layers), [settled]),
+      table(range(layers), [settled]),
       '## Assumptions',
       '\n'.join(f'- {line}' for line in ASSUMPTIONS),
     ]
@@ -144,16 +143,6 @@ def _answer(argv: Sequence[str] | None) -> str:
   if drawn:
     drawing.save_figure(figure(study), drawn)
   return markdown(study)
-
-
-def _table(columns: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
-  columns = list(columns)
-  lines = [columns, ['---'] * len(columns), *rows]
-  return '\n'.join(f'| {" | ".join(map(_cell, line))} |' for line in lines)
-
-
-def _cell(value: Any) -> str:
-  return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 
 if __name__ == '__main__':
