@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from moe_jax import nn
-from moe_jax.analysis import causality as audit
+from moe_jax.analysis import causality as program
+from moe_jax.analysis import causality_audit as audit
 from moe_jax.config import METHODS
 from moe_jax.config.balancers import make_balancer
 from tests.train import tiny
@@ -97,6 +98,27 @@ def test_capacity_sees_the_future(tokens):
   assert found['training'].logits > 10 * ROUNDING
 
 
+def test_expert_choice_sees_the_future(tokens):
+  """Frozen as well."""
+  model = build('unbalanced', selection='choose_by_experts')
+  found = audit.causality(model, tokens, POSITIONS, passes=['frozen'])
+  assert found['frozen'].flipped > 0
+  with pytest.raises(ValueError, match='cannot decode token by token'):
+    audit.decoding(model, tokens)
+
+
+def test_dynamic_activation_does_not_see_the_future(tokens):
+  """By the threshold of the step before; here, one that some scores exceed."""
+  model = build('threshold', selection='choose_above')
+  state = model.moe_blocks.feed_forward.state
+  q_LxE = np.full((2, 8), 0.13, np.float32)
+  state.set_value(state.get_value()._replace(q=q_LxE))
+  found = audit.causality(model, tokens, POSITIONS, passes=('frozen', 'solved'))
+  for each in found.values():
+    assert each.flipped == 0
+    assert each.logits < ROUNDING
+
+
 def test_decoding_routes_as_the_whole_text(tokens):
   decoded = audit.decoding(build('bip'), tokens)
   assert decoded.position == SEQUENCE - 1
@@ -115,6 +137,11 @@ def test_shares_by_hand():
   flipped_L, largest = audit.difference((logits, experts), (moved, other), kept)
   np.testing.assert_allclose(flipped_L, [0, 0.75])
   assert largest == 0.5
+  # A slot that is not used is no route: 2 and 3 are lost, of 3 + 2 in the end.
+  fewer = np.array([[[[0, -1], [2, 3], [4, 5]]], [[[0, 1], [2, 3], [4, 5]]]])
+  other = np.array([[[[0, -1], [9, -1], [4, 5]]], [[[0, 1], [2, 3], [4, 5]]]])
+  flipped_L, _ = audit.difference((logits, fewer), (logits, other), kept)
+  np.testing.assert_allclose(flipped_L, [3 / 5, 0])
 
 
 @pytest.mark.parametrize(
@@ -144,7 +171,7 @@ def workdir(tmp_path, monkeypatch):
 def test_a_run_is_audited(workdir, tmp_path, capsys):
   out = tmp_path / 'out.json'
   command = [f'--run={workdir}', '--positions=3,7', f'--out={out}']
-  assert audit.main(command) == 0
+  assert program.main(command) == 0
   page = capsys.readouterr().out
   found = json.loads(out.read_text())
   assert found['method'] == 'bip'
@@ -172,7 +199,7 @@ def test_a_run_is_audited(workdir, tmp_path, capsys):
   ],
 )
 def test_refuses_in_one_line(options, words, workdir, capsys):
-  assert audit.main([f'--run={workdir}', *options]) == 2
+  assert program.main([f'--run={workdir}', *options]) == 2
   captured = capsys.readouterr()
   assert captured.out == ''
   assert words in captured.err
@@ -181,5 +208,5 @@ def test_refuses_in_one_line(options, words, workdir, capsys):
 
 def test_a_text_that_has_changed_is_refused(workdir, capsys):
   (workdir.parent / '00.txt').write_text('another text of the expert ' * 99)
-  assert audit.main([f'--run={workdir}']) == 2
+  assert program.main([f'--run={workdir}']) == 2
   assert 'has changed since; give a file' in capsys.readouterr().err
