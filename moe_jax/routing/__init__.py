@@ -13,6 +13,7 @@ from .balancer import (
   zero_observation,
 )
 from .bip import bip, dual_iterations, midpoint
+from .causal import causal_prices
 from .loss_free import loss_free
 from .losses import (
   auxiliary_loss,
@@ -62,6 +63,7 @@ __all__ = [
   'assign_stream',
   'auxiliary_loss',
   'bip',
+  'causal_prices',
   'check_groups',
   'choose',
   'choose_above',

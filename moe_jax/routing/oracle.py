@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .selection import check_k, choose
+from .selection import check_groups, check_k, choose
 
 
 class Optimum(NamedTuple):
@@ -17,8 +17,9 @@ class Optimum(NamedTuple):
   Attributes:
     value: the greatest sum of scores.
     q: float64 [E], optimal prices, 0 or more; often one choice of many.
-    assignment: bool [T, E]. The constraint matrix is totally unimodular, so
-      that a vertex of the relaxation is integral.
+    assignment: bool [T, E]. Without group limits, the constraint matrix is
+      totally unimodular, so that a vertex of the relaxation is integral. With
+      them, these are the choices made by more than half, feasible or not.
   """
 
   value: float
@@ -101,17 +102,27 @@ def optimality(scores: ArrayLike, q: ArrayLike, k: int) -> Optimality:
     max_violation=float(np.max(choice.load)) * experts / (tokens * k) - 1,
     lp_optimum=best.value,
     lp_q=best.q,
-    dual_value=_dual_value(scores_TxE, q_E, k, rows_equal=False),
+    dual_value=dual_value(scores_TxE, q_E, k, rows_equal=False),
     lp_rows_equal_optimum=rows_equal.value,
     lp_rows_equal_q=rows_equal.q,
-    rows_equal_dual_value=_dual_value(scores_TxE, q_E, k, rows_equal=True),
+    rows_equal_dual_value=dual_value(scores_TxE, q_E, k, rows_equal=True),
   )
 
 
 def lp_optimum(
-  scores: ArrayLike, k: int, *, rows_equal: bool = False
+  scores: ArrayLike,
+  k: int,
+  *,
+  rows_equal: bool = False,
+  groups: int = 1,
+  groups_per_token: int = 1,
 ) -> Optimum:
   """Solves for the assignment of the greatest sum of scores.
+
+  With groups, a token may use experts of so many of them only: x_ij <= y_ig for
+  each expert j of group g, and sum_g y_ig <= groups_per_token. y may be a
+  fraction here, so the value is an upper bound: nothing that picks whole groups
+  and keeps within capacity exceeds it.
 
   Args:
     scores: router scores [tokens, experts], finite; taken as float32.
@@ -119,43 +130,75 @@ def lp_optimum(
     rows_equal: whether each token gets exactly k experts, or at most k. The
       optima differ where scores are so skewed that k experts of a token cost
       others more than it gains.
+    groups: equal, consecutive parts of the experts.
+    groups_per_token: groups that a token may use.
 
   Returns:
     Its value, prices that prove it, and the assignment.
 
   Raises:
-    ValueError: for scores that are no matrix of finite numbers, or k out of
-      range.
+    ValueError: for scores that are no matrix of finite numbers, k out of range,
+      or no token could have k experts of so many groups.
   """
   # Only where it is used: it takes a good part of a second to import.
   from scipy import optimize, sparse
 
   scores_TxE = _check_scores(scores, k)
   tokens, experts = scores_TxE.shape
-  # Variables are in the order of the rows of x_TxE.
+  check_groups(k, experts, groups, groups_per_token)
+  # Variables are in the order of the rows of x_TxE, then of y_TxG.
   rows = sparse.kron(sparse.eye(tokens), np.ones((1, experts)), format='csr')
   columns = sparse.kron(np.ones((1, tokens)), sparse.eye(experts), format='csr')
-  k_T = np.full(tokens, k)
-  capacity_E = np.full(experts, _capacity(scores_TxE, k))
-  if rows_equal:
-    limits = {'A_ub': columns, 'b_ub': capacity_E, 'A_eq': rows, 'b_eq': k_T}
-  else:
-    limits = {
-      'A_ub': sparse.vstack([columns, rows]),
-      'b_ub': np.concatenate([capacity_E, k_T]),
-    }
+  at_most = [(columns, np.full(experts, _capacity(scores_TxE, k)))]
+  exactly = [(rows, np.full(tokens, k))]
+  if not rows_equal:
+    at_most, exactly = at_most + exactly, []
+  if groups > 1:
+    at_most += _group_limits(tokens, experts, groups, groups_per_token)
+  costs = np.zeros(max(matrix.shape[1] for matrix, _ in at_most))
   # HiGHS takes costs below an absolute 1e-7 for 0.
   scale = np.abs(scores_TxE).max(initial=0) or 1.0
-  result = optimize.linprog(
-    -scores_TxE.ravel() / scale, bounds=(0, 1), method='highs', **limits
-  )
+  costs[: scores_TxE.size] = -scores_TxE.ravel() / scale
+  limits = _joined(at_most, 'ub', costs.size)
+  limits |= _joined(exactly, 'eq', costs.size)
+  result = optimize.linprog(costs, bounds=(0, 1), method='highs', **limits)
   if not result.success:
     raise RuntimeError(f'HiGHS: {result.message}')
   return Optimum(
     value=-float(result.fun) * scale,
     q=-result.ineqlin.marginals[:experts] * scale,
-    assignment=result.x.reshape(tokens, experts) > 0.5,
+    assignment=result.x[: scores_TxE.size].reshape(tokens, experts) > 0.5,
   )
+
+
+def _group_limits(tokens, experts, groups, groups_per_token):
+  """Returns the rows x_ij - y_ig <= 0 and sum_g y_ig <= groups_per_token."""
+  from scipy import sparse
+
+  size = tokens * experts
+  member = np.ones((experts // groups, 1))
+  group_of = sparse.kron(sparse.eye(tokens * groups), member)
+  number = sparse.kron(sparse.eye(tokens), np.ones((1, groups)))
+  nothing = sparse.csr_matrix((tokens, size))
+  return [
+    (sparse.hstack([sparse.eye(size), -group_of]), np.zeros(size)),
+    (sparse.hstack([nothing, number]), np.full(tokens, groups_per_token)),
+  ]
+
+
+def _joined(limits, kind: str, variables: int) -> dict:
+  """Returns the arguments of `linprog`; later variables are in no early row."""
+  from scipy import sparse
+
+  if not limits:
+    return {}
+  matrices, bounds = zip(*limits, strict=True)
+  for matrix in matrices:
+    matrix.resize(matrix.shape[0], variables)
+  return {
+    f'A_{kind}': sparse.vstack(matrices, format='csr'),
+    f'b_{kind}': np.concatenate(bounds),
+  }
 
 
 def _check_scores(scores, k: int) -> np.ndarray:
@@ -180,13 +223,18 @@ def _capacity(scores_TxE: np.ndarray, k: int) -> int:
   return -(-tokens * k // experts)
 
 
-def _dual_value(scores_TxE, q_E, k, *, rows_equal) -> float:
-  """Returns C sum_j q_j + sum_i (the k largest of s_i - q), for q >= 0.
+def dual_value(
+  scores_TxE: np.ndarray, q_E: np.ndarray, k: int, *, rows_equal: bool
+) -> float:
+  """Returns the bound of the optimum that prices prove, for any prices.
 
-  Where a token may have fewer experts, only positive ones of the k count.
+  It is C sum_j q_j + sum_i (the k largest of s_i - q), with C = ceil(T k / E)
+  and q shifted to 0 or more. Where a token may have fewer experts than k, only
+  positive ones of them count.
   """
   # A shift changes no choice. Prices below 0 become valid by one. With equal
   # rows, C E >= T k makes the bound the better the lower all prices are.
+  scores_TxE, q_E = np.float64(scores_TxE), np.float64(q_E)
   q_E = q_E - (q_E.min() if rows_equal else min(q_E.min(), 0.0))
   best_TxK = np.sort(scores_TxE - q_E, axis=1)[:, -k:]
   if not rows_equal:

@@ -129,6 +129,8 @@ def kth_largest(
 
   Args:
     x: values, any float dtype; compared in float32. NaN orders below -inf.
+      Where the backend flushes subnormal numbers, below 1.2e-38, to 0 (CPUs
+      do), they count as 0 and 0 is returned for them.
     k: rank from 1, the same for every slice; may be traced.
     axis: the axis to select along.
     where: False excludes an element; broadcasts against `x`.

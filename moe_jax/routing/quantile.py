@@ -11,10 +11,12 @@ import jax.numpy as jnp
 
 from . import balancer as base
 from .bip import dual_iterations
-from .order_statistic import kth_and_next_of_row, total
+from .order_statistic import kth_and_next_of_row, kth_largest, total
 from .selection import check_k, rankable
 
-_ESTIMATORS = ('exact', 'histogram')
+# For those that average, the rank of a part's quantile beyond its c.
+_AVERAGED = {'shard_mean': 0, 'microbatch_mean': 1}
+_ESTIMATORS = ('exact', 'histogram', *_AVERAGED)
 
 
 def quantile(
@@ -34,11 +36,25 @@ def quantile(
       'histogram' counts margins in bins, integers that add up over shards and
       microbatches, and interpolates; its error is at most about a bin's
       width, (2 + max q - min q) / bins. It takes scores in [0, 1].
+      'shard_mean' and 'microbatch_mean' are what others compute in place of
+      the quantile, to measure what that costs: the mean over devices and
+      microbatches of the quantile of each one's own tokens, their c-th and
+      (c+1)-th largest.
     bins: of the histogram; the more, the smaller its error.
+
+  A mean of quantiles depends on how tokens are split and is not the quantile of
+  all of them. Every device with a token counts alike, however many it has; one
+  with fewer choices than experts, c = 0, counts with the q that it has.
 
   References:
     Su, kexue.fm/archives/11619 (2026); the histogram: Kimi K3 report (2026),
-    section 2.3.3 and appendices C and D.
+    section 2.3.3 and appendices C and D, and pytorch/torchtitan#4577
+    (September 2026). 'shard_mean': marin-community/marin, experiments/grug/moe
+    (2026), a mean over devices in each forward pass; later versions weight it
+    by tokens, or count a histogram. 'microbatch_mean': NVIDIA/Megatron-LM#5349
+    (July 2026), `qb_dual_update` of a data-parallel rank's microbatch, averaged
+    over microbatches and then over ranks; #6637 (August 2026) adds a histogram
+    of the global batch.
   """
   base.check_fraction(ema=ema)
   base.check_known(_ESTIMATORS, estimator=estimator)
@@ -49,6 +65,12 @@ def quantile(
       observe=base.bound(_observe_histogram, bins=bins),
       update=base.bound(_update_by_histogram, ema=ema),
       bounded_scores=True,
+    )
+  if estimator in _AVERAGED:
+    return base.Balancer(
+      observe=base.bound(_observe_own, beyond=_AVERAGED[estimator]),
+      update=base.bound(_update_by_mean, ema=ema),
+      per_shard=True,
     )
   return base.Balancer(
     observe=_observe_price,
@@ -87,6 +109,33 @@ def _update_by_price(state, prices, *, k, ema):
     )
   q_E = base.mean_price(prices, otherwise=state.q)
   return _moved(state, q_E, ema)
+
+
+def _observe_own(
+  state, q_E, scores_TxE, choice, *, k, beyond, mask_T=None, axis_name=None
+):
+  own_E = _quantile_of_one(scores_TxE, q_E, k, mask_T, beyond)
+  return base.observe_prices(own_E, choice, axis_name)
+
+
+def _update_by_mean(state, prices, *, k, ema):
+  return _moved(state, base.mean_price(prices, otherwise=state.q), ema)
+
+
+def _quantile_of_one(scores_TxE, q_E, k: int, mask_T, beyond: int):
+  """Selects the margin of rank c + beyond of one part's tokens; else q_E."""
+  experts = scores_TxE.shape[-1]
+  check_k(k, experts)
+  if k == experts or not len(scores_TxE):
+    return q_E
+  scores_TxE, q_E = rankable(scores_TxE), lax.stop_gradient(q_E)
+  n = base.count_tokens(scores_TxE, mask_T, None)
+  capacity = jnp.int32(base.even_share(n, k, experts))
+  _, p_T = kth_and_next_of_row(scores_TxE, k, minus_E=q_E)
+  where = None if mask_T is None else mask_T[:, None]
+  margin_TxE = scores_TxE - p_T[:, None]
+  own_E = kth_largest(margin_TxE, capacity + beyond, axis=0, where=where)
+  return jnp.where((capacity > 0) & jnp.isfinite(own_E), own_E, q_E)
 
 
 def _observe_histogram(
@@ -181,5 +230,6 @@ def _price(count_ExN, q_E, k: int) -> jax.Array:
   rank_E = (capacity - (through_E - inside_E)) + 0.5
   depth_E = bin_E + rank_E / jnp.maximum(inside_E, 1)
   top, span = _range(q_E)
-  price_E = top - base.rounded(depth_E * (span / bins))
+  # Not `span / bins`, which compiled programs compute as this product.
+  price_E = top - base.rounded(depth_E * (span * (1 / bins)))
   return jnp.where(capacity > 0, price_E, q_E)

@@ -58,7 +58,7 @@ def _solve(
 ):
   experts = scores_TxE.shape[-1]
   check_k(k, experts)
-  if k == experts:
+  if k == experts or not len(scores_TxE):
     return state.q, state
   scores_TxE = lax.stop_gradient(scores_TxE.astype(jnp.float32))
   n = base.count_tokens(scores_TxE, mask_T, axis_name)

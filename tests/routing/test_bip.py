@@ -1,6 +1,7 @@
 """The dual iterations against values worked by hand, and their edge cases."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import pytest
 
 from moe_jax import routing
 from tests.routing.rules import SCORES
+
+bip = importlib.import_module('moe_jax.routing.bip')
 
 
 def test_bip_by_hand():
@@ -28,6 +31,83 @@ def test_bip_by_hand():
     SCORES, jnp.zeros(3), k=1, iterations=1, clip=False, cutoff='midpoint'
   )
   np.testing.assert_allclose(q, [0.1, 0.1, -0.2], atol=1e-7)
+
+
+def test_upper_and_interpolated_cutoffs_by_hand():
+  """As above, from the k-th and the c-th largest; k / E = 1/3, c / n = 1/4."""
+  solve = functools.partial(
+    routing.dual_iterations, SCORES, jnp.zeros(3), k=1, iterations=1
+  )
+  # p: the largest of each row, 0.6, 0.5, 0.7, 0.4; s - p =
+  #   0.0 -.3 -.5 | 0.0 -.1 -.4 | -.5 0.0 -.6 | 0.0 -.1 -.1
+  q = solve(clip=False, cutoff='kth')
+  np.testing.assert_allclose(q, [0.0, 0.0, -0.1], atol=1e-7)
+  np.testing.assert_array_equal(solve(cutoff='kth'), np.zeros(3))
+  # p: a third of the way from the second to the largest, in thirtieths 12, 13,
+  # 11, 10; s - p, in thirtieths =
+  #   6 -3 -9 | 2 -1 -10 | -5 10 -8 | 2 -1 -1
+  # q: a quarter of the way: 2 + 4/4, -1 + 11/4, -8 + 7/4.
+  q = solve(clip=False, cutoff='linear')
+  np.testing.assert_allclose(q, np.array([3, 1.75, -6.25]) / 30, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+  ('cutoff', 'method'), [('linear', 'linear'), ('midpoint', 'hazen')]
+)
+def test_interpolated_cutoffs_are_quantiles_of_numpy(scores, cutoff, method):
+  """Where c / n = k / E; padding is as if it were not there."""
+  mask = np.arange(256) % 4 != 2
+  start = np.linspace(0, 0.1, 8, dtype=np.float32)
+  q = routing.dual_iterations(
+    scores, start, k=2, iterations=1, clip=False, cutoff=cutoff, mask_T=mask
+  )
+  quantile = functools.partial(np.quantile, q=1 - 2 / 8, method=method)
+  left = np.float64(scores)[mask]
+  p = quantile(left - start, axis=1, keepdims=True)
+  np.testing.assert_allclose(q, quantile(left - p, axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize('cutoff', ['linear', 'kth'])
+def test_other_cutoffs_lower_the_dual_as_well(scores, cutoff):
+  """Each iteration, from prices of 0: k sum p + c sum q + sum max(0, ...)."""
+  solve = jax.jit(
+    functools.partial(
+      routing.dual_iterations, k=2, iterations=1, clip=False, cutoff=cutoff
+    )
+  )
+
+  def dual_value(q):
+    s_TxE, q = np.float64(scores), np.float64(q)
+    p = np.sort(s_TxE - q, axis=1)[:, -3:-2]
+    slack = np.maximum(s_TxE - p - q, 0)
+    return 2 * p.sum() + 64 * q.sum() + slack.sum()
+
+  q = jnp.zeros(8)
+  values = [dual_value(q)]
+  for _ in range(8):
+    q = solve(scores, q)
+    values.append(dual_value(q))
+  assert np.all(np.diff(values) <= 1e-5)
+  assert values[-1] < values[0] - 1
+
+
+def test_states_can_be_donated(scores):
+  """No two leaves share a buffer, at the start and after each step."""
+  balancer = routing.bip(1, lag=True)
+
+  def step(state, scores):
+    _, state = balancer.solve(state, scores, k=2)
+    return balancer.update(state, (), k=2)
+
+  donating = jax.jit(step, donate_argnums=0)
+  states = [balancer.init(8)]
+  states.append(step(states[0], scores))
+  for state in states:
+    q, pending = (leaf.unsafe_buffer_pointer() for leaf in state)
+    assert q != pending
+    for _ in range(2):
+      state = donating(state, scores)
+  assert np.any(state.q)
 
 
 def test_bip_resumes_from_batch_to_batch(scores):
@@ -87,12 +167,64 @@ def test_dual_iterations_have_no_gradient(scores):
     np.testing.assert_array_equal(gradient, 0)
 
 
+# Group limits
+
+
+def test_what_brings_a_group_in(scores):
+  """A little more than what an expert needs, or a little less."""
+  limits = {'groups': 4, 'groups_per_token': 2}
+  least = np.asarray(bip._to_compete(scores, 'kth', **limits))
+  competes = np.asarray(routing.competing(scores, jnp.zeros(8), **limits))
+  # Without it, a group that does not compete never does.
+  assert np.all(least[~competes] > np.asarray(scores)[~competes])
+  competing = jax.jit(functools.partial(routing.competing, **limits))
+  for expert in range(8):
+    for by, comes_in in ((1e-5, True), (-1e-5, False)):
+      changed = scores.at[:, expert].set(least[:, expert] + by)
+      found = np.asarray(competing(changed, jnp.zeros(8)))[:, expert]
+      outside = ~competes[:, expert]
+      assert np.all(found[outside] == comes_in)
+
+
+def test_group_limits_that_exclude_nothing_change_no_bit(scores):
+  solve = functools.partial(
+    routing.dual_iterations, scores, jnp.zeros(8), k=2, iterations=2
+  )
+  np.testing.assert_array_equal(solve(groups=4, groups_per_token=4), solve())
+  with pytest.raises(ValueError, match='groups=3: must divide the 8 experts'):
+    solve(groups=3)
+
+
+@pytest.mark.parametrize('cutoff', ['next', 'midpoint'])
+def test_prices_that_mind_the_groups_balance_better(scores, cutoff):
+  limits = {'groups': 4, 'groups_per_token': 2}
+
+  def violation(**options):
+    q = jax.jit(
+      functools.partial(
+        routing.dual_iterations,
+        k=3,
+        iterations=12,
+        clip=False,
+        cutoff=cutoff,
+        **options,
+      )
+    )(scores, jnp.zeros(8))
+    return routing.max_violation(routing.choose(scores, q, k=3, **limits).load)
+
+  assert violation(**limits) < 0.5 * violation()
+
+
 # Edge cases
 
 RULES = pytest.mark.parametrize(
   'options',
-  [{}, {'clip': False}, {'clip': False, 'cutoff': 'midpoint'}],
-  ids=['bip', 'quantile', 'midpoint'],
+  [{}]
+  + [
+    {'clip': False, 'cutoff': cutoff}
+    for cutoff in ('next', 'midpoint', 'linear', 'kth')
+  ],
+  ids=['bip', 'quantile', 'midpoint', 'linear', 'kth'],
 )
 START = jnp.array([0.25, 0.0, 0.5])
 

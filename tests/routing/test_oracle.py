@@ -14,6 +14,7 @@ import pytest
 
 from moe_jax import routing
 from tests import golden_data
+from tests.routing import rules
 
 TOKENS, EXPERTS = 7, 4
 SCORES = arrays.arrays(
@@ -99,6 +100,67 @@ def test_assignment_is_feasible_and_worth_its_value(scores, k, rows_equal):
     found.value, abs=TOLERANCE
   )
   assert found.q.shape == (EXPERTS,) and np.all(found.q >= 0)
+
+
+# Group limits
+
+
+def test_group_limits_by_hand():
+  """Each token wants one expert of either group; C = 1, k = 2."""
+  scores = np.array([[0.9, 0.1, 0.8, 0.1], [0.1, 0.7, 0.1, 0.6]], np.float32)
+  solve = functools.partial(
+    routing.lp_optimum, scores, 2, rows_equal=True, groups=2
+  )
+  assert solve(groups_per_token=2).value == pytest.approx(3.0)
+  # 1.0 + 0.7 or 0.9 + 0.8.
+  found = solve(groups_per_token=1)
+  assert found.value == pytest.approx(1.7)
+  assert found.q.shape == (4,) and found.assignment.shape == (2, 4)
+
+
+@PROPERTY
+@given(scores=SCORES, k=st.integers(1, 2), rows_equal=st.booleans())
+def test_group_limits_bound_all_assignments_within_them(scores, k, rows_equal):
+  """Of three tokens, two groups of two, one a token: tried in turn."""
+  scores = scores[:3]
+  sizes = [k] if rows_equal else range(k + 1)
+  rows = [
+    [j in chosen for j in range(EXPERTS)]
+    for size in sizes
+    for group in ((0, 1), (2, 3))
+    for chosen in itertools.combinations(group, size)
+  ]
+  tables = np.array(list(itertools.product(rows, repeat=3)))
+  tables = tables[np.all(tables.sum(axis=1) <= math.ceil(3 * k / 4), axis=1)]
+  values = np.sum(tables * scores.astype(np.float64), axis=(1, 2))
+  free = routing.lp_optimum(scores, k, rows_equal=rows_equal).value
+  try:
+    bound = routing.lp_optimum(
+      scores, k, rows_equal=rows_equal, groups=2, groups_per_token=1
+    ).value
+  except RuntimeError:  # No fractions do, either.
+    assert not len(values)
+    return
+  assert bound <= free + TOLERANCE
+  assert not len(values) or np.max(values) <= bound + TOLERANCE
+
+
+def test_prices_under_group_limits_are_near_the_bound():
+  scores = rules.skewed_scores(192, 16, 3)
+  limits = {'groups': 4, 'groups_per_token': 2}
+  bound = routing.lp_optimum(scores, 2, rows_equal=True, **limits).value
+  solve = functools.partial(
+    routing.dual_iterations, k=2, clip=False, cutoff='midpoint', iterations=12
+  )
+  q = jax.jit(functools.partial(solve, **limits))(scores, jnp.zeros(16))
+  choice = routing.choose(scores, q, k=2, **limits)
+  assert routing.max_violation(choice.load) < 0.15
+  assert 0.97 < float(jnp.sum(choice.gates)) / bound < 1.01
+
+
+def test_groups_that_do_not_fit_are_refused():
+  with pytest.raises(ValueError, match='groups=3: must divide'):
+    routing.lp_optimum(PAIR, 1, groups=3)
 
 
 # Duality

@@ -320,3 +320,13 @@ def test_dual_iterations_do_not_depend_on_the_devices(tokens, devices):
   sharded = jax.device_put(scores, NamedSharding(mesh, meshes.BATCH))
   actual = jax.jit(solve)(sharded, jnp.zeros(6), mask_T=mask)
   np.testing.assert_array_equal(actual, expected)
+
+
+def test_subnormal_numbers_count_as_zero_on_cpu():
+  """XLA's CPU code flushes them; 1.2e-38 is nearly the least normal one."""
+  x = np.float32([1e-40, -1e-40, 5e-39, 0.0, 1.2e-38, -1.0])[:, None]
+  found = [
+    float(_compiled(0)(x, k, np.ones_like(x, bool))[0]) for k in range(1, 7)
+  ]
+  assert found == [np.float32(1.2e-38), 0, 0, 0, 0, -1]
+  assert routing.kth_largest(x, 2, axis=0) == 0
