@@ -16,14 +16,12 @@ worst), of all tokens together, and the change of the sum of chosen scores.
 """
 
 import argparse
-import functools
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
-from experiments.benchmarks import balance
+from experiments.benchmarks import balance, duality
 from moe_jax import analysis, routing
 
 STREAMS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.3))  # topic, drift
@@ -31,7 +29,7 @@ STRENGTHS = (0.1, 0.2, 0.4, 0.8, 1.6)
 PARTS = (0.15, 0.3, 0.5, 1.0)
 
 
-def make_scores(seed, sequences, length, experts, topic, drift) -> jax.Array:
+def make_scores(seed, sequences, length, experts, topic, drift) -> np.ndarray:
   """Returns softmax scores, float32 [B, S, E]."""
   random = np.random.default_rng(seed)
   logits = random.normal(size=(sequences, length, experts))
@@ -42,61 +40,55 @@ def make_scores(seed, sequences, length, experts, topic, drift) -> jax.Array:
     logits[:, t] += drift * walk_BxE
     fresh_BxE = random.normal(size=(sequences, experts))
     walk_BxE = 0.98 * walk_BxE + np.sqrt(1 - 0.98**2) * fresh_BxE
-  return jax.nn.softmax(jnp.asarray(logits, jnp.float32))
+  return special.softmax(np.float32(logits), axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames='k')
-def prepare(scores_BxSxE, *, k):
-  """Returns prices of all tokens, of each sequence, and the experts chosen."""
-  experts = scores_BxSxE.shape[-1]
-
-  def solve(scores_TxE, q_E):
-    return routing.dual_iterations(
-      scores_TxE, q_E, k=k, iterations=14, clip=False, cutoff='midpoint'
-    )
-
-  scores_TxE = scores_BxSxE.reshape(-1, experts)
-  q_E = solve(scores_TxE, jnp.zeros(experts))
-  own_BxE = jax.vmap(lambda scores_SxE: solve(scores_SxE, q_E))(scores_BxSxE)
-  chosen = routing.choose(scores_TxE, q_E, k=k).experts
-  return q_E, own_BxE, chosen.reshape(*scores_BxSxE.shape[:2], k)
+def solve(scores_TxE: np.ndarray, k: int) -> np.ndarray:
+  """Returns the prices of the midpoint rule after 14 iterations, centred."""
+  q_E = np.zeros(scores_TxE.shape[1], np.float32)
+  for _ in range(14):
+    q_E = duality.iterate(scores_TxE, q_E, k, clip=False, cutoff='midpoint')
+  return q_E - q_E.mean()
 
 
-@functools.partial(jax.jit, static_argnames='k')
-def measure(scores_BxSxE, q_BxSxE, *, k):
-  """Returns MaxVio of each sequence, of all, and the sum of chosen scores."""
-  adjusted = scores_BxSxE - q_BxSxE
-  experts_BxSxK = jax.lax.top_k(adjusted, k)[1]
-  gates = jnp.take_along_axis(scores_BxSxE, experts_BxSxK, axis=-1)
-  chosen = jax.nn.one_hot(experts_BxSxK, adjusted.shape[-1], dtype=jnp.int32)
-  load_BxE = jnp.sum(chosen, axis=(1, 2))
-  return (
-    routing.max_violation(load_BxE),
-    routing.max_violation(jnp.sum(load_BxE, axis=0)),
-    jnp.sum(gates),
+def choose(adjusted_BxSxE: np.ndarray, k: int) -> np.ndarray:
+  """Returns the k best experts, int [B, S, K]; ties to the lower index."""
+  return np.argsort(-adjusted_BxSxE, axis=-1, kind='stable')[..., :k]
+
+
+def measure(scores_BxSxE, q_BxSxE, k: int) -> np.ndarray:
+  """Returns MaxVio of a sequence, of the worst, of all; and the score."""
+  _, length, experts = scores_BxSxE.shape
+  experts_BxSxK = choose(scores_BxSxE - q_BxSxE, k)
+  load_BxE = np.stack(
+    [np.bincount(x.ravel(), minlength=experts) for x in experts_BxSxK]
   )
+  most_B = load_BxE.max(axis=1) * experts / (length * k) - 1
+  of_all = load_BxE.mean(axis=0).max() * experts / (length * k) - 1
+  gates = np.take_along_axis(scores_BxSxE, experts_BxSxK, axis=-1)
+  score = gates.sum(dtype=np.float64)
+  return np.array([most_B.mean(), most_B.max(), of_all, score])
 
 
-def rows_of(scores_BxSxE: jax.Array, k: int) -> dict[str, np.ndarray]:
-  """Returns mean and worst MaxVio, that of all, and the change of score."""
-  q_E, own_BxE, experts_BxSxK = prepare(scores_BxSxE, k=k)
-  spread = float(jnp.mean(jnp.std(scores_BxSxE, axis=-1)))
-
-  def row(q_BxSxE):
-    violation_B, of_all, score = measure(
-      scores_BxSxE, jnp.broadcast_to(q_BxSxE, scores_BxSxE.shape), k=k
-    )
-    return np.array([violation_B.mean(), violation_B.max(), of_all, score])
-
-  rows = {'one price': row(q_E)}
+def rows_of(scores_BxSxE: np.ndarray, k: int) -> dict[str, np.ndarray]:
+  """Returns what `measure` does, the score as a change in percent."""
+  q_E = solve(scores_BxSxE.reshape(-1, scores_BxSxE.shape[-1]), k)
+  own_BxE = np.stack([solve(scores_SxE, k) for scores_SxE in scores_BxSxE])
+  spread = float(scores_BxSxE.std(axis=-1).mean())
+  experts_BxSxK = choose(scores_BxSxE - q_E, k)
+  rows = {'one price': measure(scores_BxSxE, q_E, k)}
   for strength in STRENGTHS:
     prices, _ = routing.causal_prices(
       experts_BxSxK, q_E, strength=strength * spread
     )
-    rows[f'causal, strength {strength}'] = row(prices)
+    rows[f'causal, strength {strength}'] = measure(
+      scores_BxSxE, np.asarray(prices), k
+    )
   for part in PARTS:
     moved_BxE = q_E + part * (own_BxE - q_E)
-    rows[f'own price, {part} of the way'] = row(moved_BxE[:, None])
+    rows[f'own price, {part} of the way'] = measure(
+      scores_BxSxE, moved_BxE[:, None], k
+    )
   first = rows['one price'][3]
   for values in rows.values():
     values[3] = 100 * (values[3] / first - 1)
@@ -130,7 +122,7 @@ def main() -> None:
     length = run.restore().config.sequence_length
     layers, tokens, experts = routed.scores.shape
     whole = routed.scores[:, : tokens // length * length]
-    parts = jnp.asarray(whole).reshape(layers, -1, length, experts)
+    parts = whole.reshape(layers, -1, length, experts)
     k = routed.experts.shape[-1]
     found = [rows_of(scores, k) for scores in parts]
     mean = {name: np.mean([r[name] for r in found], 0) for name in found[0]}

@@ -212,7 +212,7 @@ def test_prices_that_mind_the_groups_balance_better(scores, cutoff):
     )(scores, jnp.zeros(8))
     return routing.max_violation(routing.choose(scores, q, k=3, **limits).load)
 
-  assert violation(**limits) < 0.5 * violation()
+  assert violation(**limits) < 0.7 * violation()
 
 
 # Edge cases
