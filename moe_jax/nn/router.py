@@ -255,14 +255,18 @@ def _solve(
     'mask_T': tokens.mask,
     'axis_name': axis_name,
   }
-  # Rules solve for what may be chosen, as far as is known before.
-  priced_TxE = _competing(tokens.priced, balancer.price(state), config)
-  q_E, new_state = balancer.solve(state, priced_TxE, **over)
+  limits = {}
+  if balancer.knows_groups:
+    limits = {
+      'groups': config.expert_groups,
+      'groups_per_token': config.groups_per_token,
+    }
+  q_E, new_state = balancer.solve(state, tokens.priced, **over, **limits)
   # A backward pass that recomputes the rest neither solves nor, see `choose`,
   # chooses again.
   q_E = checkpoint_name(lax.stop_gradient(q_E), 'q')
   choice = _choice(select, tokens, q_E, config)
-  seen = balancer.observe(new_state, q_E, priced_TxE, choice, **over)
+  seen = balancer.observe(new_state, q_E, tokens.priced, choice, **over)
   moved = Moved(new_state, seen)
   if not rounding or tokens.experts is not None:
     return moved, choice, choice

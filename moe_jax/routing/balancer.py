@@ -122,6 +122,8 @@ class Balancer(NamedTuple):
     per_shard: whether each shard has prices of its own, so that a choice
       depends on how tokens are spread over shards.
     bounded_scores: whether the rule takes scores in [0, 1] only.
+    knows_groups: whether `solve` also takes `groups` and `groups_per_token`,
+      the limits of the choice. Other rules solve as if there were none.
   """
 
   init: Callable[[int], Any] = zero_prices
@@ -133,6 +135,7 @@ class Balancer(NamedTuple):
   additive: bool = True
   per_shard: bool = False
   bounded_scores: bool = False
+  knows_groups: bool = False
 
 
 def with_losses(

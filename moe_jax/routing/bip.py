@@ -230,14 +230,18 @@ def bip(
       observe=base.bound(_observe_shard, improve, lag),
       update=_update_shard,
       per_shard=True,
+      knows_groups=not lag,  # Then `observe` solves.
     )
   if lag:
     return base.Balancer(
       init=_init_lagged,
       solve=base.bound(_solve_lagged, improve),
       update=_update_lagged,
+      knows_groups=True,
     )
-  return base.Balancer(solve=base.bound(_solve_chained, improve))
+  return base.Balancer(
+    solve=base.bound(_solve_chained, improve), knows_groups=True
+  )
 
 
 def _improve(
@@ -249,6 +253,8 @@ def _improve(
   clip,
   cutoff,
   mask_T=None,
+  groups=1,
+  groups_per_token=1,
   axis_name=None,
 ):
   solved_E = dual_iterations(
@@ -259,6 +265,8 @@ def _improve(
     clip=clip,
     cutoff=cutoff,
     mask_T=mask_T,
+    groups=groups,
+    groups_per_token=groups_per_token,
     axis_name=axis_name,
   )
   return solved_E if clip else base.centred(solved_E, unless=q_E)
@@ -268,9 +276,25 @@ def _improve(
 
 
 def _solve_chained(
-  improve, state, scores_TxE, *, k, mask_T=None, axis_name=None
+  improve,
+  state,
+  scores_TxE,
+  *,
+  k,
+  mask_T=None,
+  groups=1,
+  groups_per_token=1,
+  axis_name=None,
 ):
-  q_E = improve(state.q, scores_TxE, k=k, mask_T=mask_T, axis_name=axis_name)
+  q_E = improve(
+    state.q,
+    scores_TxE,
+    k=k,
+    mask_T=mask_T,
+    groups=groups,
+    groups_per_token=groups_per_token,
+    axis_name=axis_name,
+  )
   return q_E, base.State(q_E)
 
 
@@ -282,10 +306,24 @@ def _init_lagged(experts):
 
 
 def _solve_lagged(
-  improve, state, scores_TxE, *, k, mask_T=None, axis_name=None
+  improve,
+  state,
+  scores_TxE,
+  *,
+  k,
+  mask_T=None,
+  groups=1,
+  groups_per_token=1,
+  axis_name=None,
 ):
   pending_E = improve(
-    state.pending, scores_TxE, k=k, mask_T=mask_T, axis_name=axis_name
+    state.pending,
+    scores_TxE,
+    k=k,
+    mask_T=mask_T,
+    groups=groups,
+    groups_per_token=groups_per_token,
+    axis_name=axis_name,
   )
   return state.q, LaggedState(state.q, pending_E)
 
@@ -299,11 +337,28 @@ def _update_lagged(state, observation, *, k):
 
 
 def _solve_shard(
-  improve, lag, state, scores_TxE, *, k, mask_T=None, axis_name=None
+  improve,
+  lag,
+  state,
+  scores_TxE,
+  *,
+  k,
+  mask_T=None,
+  groups=1,
+  groups_per_token=1,
+  axis_name=None,
 ):
   if lag:
     return state.q, state
-  return improve(state.q, scores_TxE, k=k, mask_T=mask_T), state
+  q_E = improve(
+    state.q,
+    scores_TxE,
+    k=k,
+    mask_T=mask_T,
+    groups=groups,
+    groups_per_token=groups_per_token,
+  )
+  return q_E, state
 
 
 def _observe_shard(

@@ -244,17 +244,21 @@ def test_a_frozen_router_asks_for_the_price(x):
   assert np.any(trained.experts != expected.experts)
 
 
-def test_rules_solve_on_the_groups_that_compete(x):
+def test_rules_solve_for_the_groups_that_compete(x):
   options = {'expert_groups': 4, 'groups_per_token': 2}
   moe = _layer(routing.bip(3), **options)
   q = jnp.linspace(0, 0.1, EXPERTS)
   moe.state.set_value(routing.State(q))
   _, aux = call(moe, x)
-  may = routing.competing(aux.scores, q, groups=4, groups_per_token=2)
-  assert np.all(may.sum(axis=1) == 4)
-  expected = routing.dual_iterations(
-    jnp.where(may, aux.scores, -jnp.inf), q, k=K, iterations=3
-  )
+  expected = jax.jit(
+    functools.partial(
+      routing.dual_iterations,
+      k=K,
+      iterations=3,
+      groups=4,
+      groups_per_token=2,
+    )
+  )(aux.scores, q)
   np.testing.assert_array_equal(moe.state.get_value().q, expected)
   choice = routing.choose(
     aux.scores, expected, k=K, groups=4, groups_per_token=2
