@@ -121,7 +121,7 @@ def _row(
 
 def _range(said: Option) -> str:
   if said.among:
-    return ', ' + ' or '.join(said.among)
+    return ', ' + ' or '.join(value or 'empty' for value in said.among)
   if said.most is None:
     return ''
   least = said.least if said.above is None else said.above

@@ -45,11 +45,14 @@ def write(runs: dict[str, list[analysis.Run]], workdir: pathlib.Path) -> str:
     ('loss', analysis.loss_figure(firsts)),
   ):
     analysis.save_figure(figure, workdir / name)
-  try:
-    frontier = analysis.frontier_figure(runs)
-    analysis.save_figure(frontier, workdir / 'frontier')
-  except ValueError as error:  # The table says it of a run that diverged.
-    print(f'warning: no frontier is drawn: {error}', file=sys.stderr)
+  for name, draw, of in (
+    ('sequences', analysis.sequence_violation_figure, firsts),
+    ('frontier', analysis.frontier_figure, runs),
+  ):
+    try:
+      analysis.save_figure(draw(of), workdir / name)
+    except ValueError as error:  # Of an older run, or one that diverged.
+      print(f'warning: no {name} is drawn: {error}', file=sys.stderr)
   return markdown
 
 

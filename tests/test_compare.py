@@ -68,7 +68,7 @@ def get_config(method='bip'):
   assert list(table.index) == ['loss_free', 'bip']
   first = table['first_max_violation']
   assert first['bip'] < first['loss_free']
-  for name in ('max_violation', 'load', 'loss', 'frontier'):
+  for name in ('max_violation', 'sequences', 'load', 'loss', 'frontier'):
     assert (runs / f'{name}.png').stat().st_size > 1000
     assert (runs / f'{name}.svg').read_text().startswith('<?xml')
   # Again: nothing is trained, and what changes nothing may differ.

@@ -189,5 +189,9 @@ def test_the_inspection_of_a_run_runs(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv('MPLBACKEND', 'agg')
   names = run_blocks(PAGES / 'inspect.md')
+  page = (PAGES / 'inspect.md').read_text()
+  for metric in names['run'].metrics:
+    metric = re.sub(r'layer_\d+', 'layer_00', metric)
+    assert f'`{metric.replace("validation", "SET")}`' in page, metric
   assert names['checkpoint'].step == names['run'].checkpoints[-1]
   assert (tmp_path / 'max_violation.svg').stat().st_size > 1000

@@ -42,6 +42,7 @@ FREE_TEXT = {  # On purpose: names of data sets, files and features.
   'data.dataset',
   'data.files',
   'data.validation_files',
+  'tracker_project',
   'data.text_field',
   'data.tfds_dir',
   'data.cache_dir',

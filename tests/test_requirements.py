@@ -58,6 +58,7 @@ def pins(file, python):
     ('tpu', 'requirements-tpu.txt'),
     ('gcs', 'requirements-tpu.txt'),
     ('notebooks', 'requirements-notebooks.txt'),
+    ('wandb', 'requirements-wandb.txt'),
   ],
 )
 def test_ranges_admit_the_pins(extra, file, python):
@@ -101,7 +102,7 @@ def test_all_imports_are_declared():
   names = {canonicalize_name(each.name) for each in declared()}
   extras = {
     canonicalize_name(each.name)
-    for extra in ('beam', 'sentencepiece', 'zstd')
+    for extra in ('beam', 'sentencepiece', 'wandb', 'zstd')
     for each in declared(extra)
   }
   distributions = importlib.metadata.packages_distributions()

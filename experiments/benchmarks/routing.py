@@ -10,9 +10,11 @@ range of the ratios of pairs. `memory` is what XLA needs at its peak beside
 inputs and results, in units of the score matrix. Where torch is not installed,
 its columns are skipped. For figures of one device, give JAX just one.
 
-Then, for the train step of each model under bip: layers x solve of as many
-tokens as the first size with its experts has, as a share of the time that the
-step takes for as many tokens.
+Then, how long a layer's router takes with what the metrics of a step are made
+of, as a share of the time without it, for pairs in turns. Last, for the train
+step of each model under bip: layers x solve of as many tokens as the first size
+with its experts has, as a share of the time that the step takes for as many
+tokens.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import statistics
 import time
 from typing import Any, NamedTuple
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +33,8 @@ import numpy as np
 from experiments.benchmarks import train_step
 from moe_jax import config as config_lib
 from moe_jax import main as command_line
-from moe_jax import routing
+from moe_jax import nn, routing
+from moe_jax.nn import router
 from moe_jax.routing import order_statistic
 
 try:
@@ -255,6 +259,42 @@ def share_of_step(path: str, sizes: list[tuple[int, int, int]], repeats: int):
   )
 
 
+def cost_of_metrics(tokens: int, experts: int, k: int, repeats: int) -> None:
+  """Prints how long a router takes with what its metrics need, over without."""
+  config = nn.MoEConfig(experts=experts, experts_per_token=k, hidden=1)
+  moe = nn.MoE(config, routing.bip(ITERATIONS), rngs=nnx.Rngs(0))
+  x_BxSxD = jax.random.normal(jax.random.key(1), (8, tokens // 8, config.width))
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def forward(x_BxSxD, measured):
+    output, moved = router.route(
+      x_BxSxD,
+      moe.router[...],
+      moe.state.get_value(),
+      moe.so_far.get_value(),
+      moe.balancer,
+      moe.select,
+      config,
+      train=True,
+    )
+    told = (output.sums, output.most) if measured else None
+    return output.choice, moved, told
+
+  runs = [
+    lambda: jax.block_until_ready(forward(x_BxSxD, False)),
+    lambda: jax.block_until_ready(forward(x_BxSxD, True)),
+  ]
+  for run in runs:
+    run()
+  times = [[milliseconds(run) for run in runs] for _ in range(repeats)]
+  ratios = sorted(measured / plain for plain, measured in times)
+  print(
+    f'router of {tokens} tokens, {experts} experts, {k} per token: with '
+    f'metrics {statistics.median(ratios):.3f} ({ratios[0]:.3f} to '
+    f'{ratios[-1]:.3f}) of the time without'
+  )
+
+
 def random_scores(tokens: int, experts: int) -> jax.Array:
   """Some experts are liked better, as they are before balancing."""
   logits, bias = (
@@ -298,6 +338,8 @@ def main() -> None:
       cells = [row.get(column, '') for column in COLUMNS]
       print(f'{name:14s}' + ''.join(f'{cell:>26s}' for cell in cells))
   print()
+  for tokens, experts, k in sizes:
+    cost_of_metrics(tokens, experts, k, options.repeats)
   for path in filter(None, options.models.split(',')):
     share_of_step(path, sizes, options.repeats)
 

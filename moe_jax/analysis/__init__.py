@@ -5,16 +5,24 @@ from moe_jax.analysis.drawing import save_figure
 from moe_jax.analysis.expert_figures import (
   coactivation_figure,
   cutoff_figure,
+  domain_figure,
   margin_figure,
+  saturation_figure,
   similarity_figure,
 )
-from moe_jax.analysis.expert_statistics import coactivation, typical_tokens
+from moe_jax.analysis.expert_statistics import (
+  coactivation,
+  domain_shares,
+  saturation,
+  typical_tokens,
+)
 from moe_jax.analysis.figures import (
   load_heatmap_figure,
   loss_figure,
   max_violation_figure,
   price_figure,
   progress_figure,
+  sequence_violation_figure,
 )
 from moe_jax.analysis.frontier import frontier_figure
 from moe_jax.analysis.markdown import comparison_markdown
@@ -33,6 +41,8 @@ __all__ = [
   'comparison_markdown',
   'cutoff_figure',
   'difference',
+  'domain_figure',
+  'domain_shares',
   'frontier_figure',
   'load_heatmap_figure',
   'loss_figure',
@@ -40,7 +50,10 @@ __all__ = [
   'max_violation_figure',
   'price_figure',
   'progress_figure',
+  'saturation',
+  'saturation_figure',
   'save_figure',
+  'sequence_violation_figure',
   'similarity_figure',
   'summarize',
   'text_figure',

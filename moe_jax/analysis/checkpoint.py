@@ -9,6 +9,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 import optax
@@ -175,4 +176,6 @@ class Checkpoint:
 def _route(graphdef, state, tokens_BxS, mask_BxS):
   model = nnx.merge(graphdef, state, copy=True)
   _, outputs = model(tokens_BxS, mask_BxS, train=False)
-  return outputs.choice.experts, outputs.choice.gates, outputs.scores
+  choice = outputs.choice
+  experts = jnp.where(choice.active, choice.experts, -1)
+  return experts, choice.gates, outputs.scores

@@ -71,6 +71,10 @@ def _steady(run: Results, metric: str, quantile: float = 0.5) -> float:
   return run.metrics[metric].iloc[COMPILING_STEPS:].quantile(quantile)
 
 
+def _mean(run: Results, metric: str) -> float:
+  return run.metrics[metric].mean(skipna=False)
+
+
 class Runs:
   """What the runs are."""
 
@@ -157,6 +161,39 @@ class Balance:
     return sup.fillna(math.inf).idxmax()
 
 
+class Spread:
+  """How routes spread over sequences, experts and devices: means over all
+  steps, the first included."""
+
+  @column('sequence MaxVio', '.3f')
+  def sequence_violation(run):
+    """MaxVio within a sequence, mean over sequences and layers. The fewer
+    tokens a sequence has, the higher it is by chance."""
+    return _mean(run, 'router/sequence_violation')
+
+  @column('worst sequence', '.3f')
+  def worst_sequence_violation(run):
+    """The same of the step's worst sequence and layer."""
+    return _mean(run, 'router/worst_sequence_violation')
+
+  @column('dead experts', '.2%')
+  def dead_experts(run):
+    """Share of experts with less than a tenth of the mean load."""
+    return _mean(run, 'router/dead_experts')
+
+  @column('used experts', '.1%')
+  def used_experts(run):
+    """Exp of the entropy of the load, over the number of experts: 100 % where
+    all loads are equal, 50 % where half of the experts share all evenly."""
+    return _mean(run, 'router/used_experts')
+
+  @column('device load', '.3f')
+  def device_load(run):
+    """Load of the fullest device over the mean of the devices, in the layer
+    where it is largest; 1 is even, and all that one device can have."""
+    return _mean(run, 'router/device_load')
+
+
 class Training:
   """What was learnt."""
 
@@ -215,7 +252,7 @@ class Cost:
   @column('dropped', '.2%')
   def dropped(run):
     """Share of token-expert pairs that found no room, mean over all steps."""
-    return run.metrics['router/dropped'].mean(skipna=False)
+    return _mean(run, 'router/dropped')
 
 
 _EVALUATED = {
@@ -242,8 +279,8 @@ _SOLVED = (
 
 def sections(sets: Iterable[str]) -> list[Section]:
   """Returns all sections of runs that were evaluated on these sets."""
-  first, last = map(_section, (Runs, Balance, Training)), _section(Cost)
-  return [*first, *map(_evaluation, sets), last]
+  first = map(_section, (Runs, Balance, Spread, Training))
+  return [*first, *map(_evaluation, sets), _section(Cost)]
 
 
 def _section(table: type) -> Section:

@@ -178,9 +178,13 @@ def line(axes: Axes, values: pd.Series, **style: Any) -> None:
 
 def balance(axes: Axes, run: Results, **style: Any) -> None:
   """Draws MaxVio by step: a line, and a band up to the worst layer."""
-  mean = run.max_violation
-  line(axes, mean, **style)
   worst = run.layer_max_violation.max(axis='columns')
+  band(axes, run.max_violation, worst, **style)
+
+
+def band(axes: Axes, mean: pd.Series, worst: pd.Series, **style: Any) -> None:
+  """Draws a line by step, and a band from it up to the worst."""
+  line(axes, mean, **style)
   axes.fill_between(
     mean.index, mean, worst, color=style['color'], alpha=0.2, linewidth=0
   )

@@ -1,13 +1,17 @@
 """What the experts of a layer do: prices, margins, who is like whom."""
 
+from collections.abc import Mapping
+
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 import numpy as np
 
 from moe_jax import nn
 from moe_jax.analysis import drawing, expert_statistics
 from moe_jax.analysis.checkpoint import Checkpoint
 from moe_jax.analysis.routed_text import RoutedText
+from moe_jax.analysis.run import Run
 
 _RATIO = 4.0  # of observed to expected pairs, where the colours end
 
@@ -160,6 +164,63 @@ def coactivation_figure(
   bar = figure.colorbar(image, ax=axes, label=label, extend='both', aspect=30)
   bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=['1/4', '1/2', '1', '2', '4'])
   bar.ax.minorticks_off()
+  return figure
+
+
+def saturation_figure(run: Run, text: str) -> Figure:
+  """Draws when routes settle, a line a layer; see `Run.saturation`.
+
+  Raises:
+    ValueError: there are no two checkpoints, or the text is empty.
+  """
+  table = run.saturation(text)
+  model = run.restore().config.model
+  figure, axes = drawing.subplots(4.0)
+  layers = table.shape[1]
+  for layer in table:
+    color = drawing.CMAP(0.9 * layer / max(1, layers - 1))
+    look = {'marker': drawing.MARKERS[layer % len(drawing.MARKERS)]}
+    look |= {'color': color, 'markersize': 4, 'linewidth': 1.2}
+    named = layer % max(1, layers // 8) == 0  # 61 would not fit.
+    label = f'layer {layer}' if named else None
+    axes.plot(table[layer], label=label, **look)
+  chance = model.experts_per_token / model.experts
+  axes.axhline(chance, color='0.4', linewidth=1, linestyle=':', label='chance')
+  share = f'routes shared with step {run.checkpoints[-1]}'
+  axes.set(xlabel='optimizer step', ylabel=share, ylim=(0, 1))
+  axes.yaxis.set_major_formatter('{x:.0%}')
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+  drawing.grid(axes)
+  drawing.legend(figure, axes)
+  return figure
+
+
+def domain_figure(domains: Mapping[str, RoutedText], *, layer: int) -> Figure:
+  """Draws the share of each domain's tokens that an expert gets.
+
+  A row a domain, a column an expert; see `expert_statistics.domain_shares`. The
+  colour in the middle is the even share, the top is twice that or more.
+
+  Args:
+    domains: a text of each, routed by one checkpoint.
+    layer: which MoE layer.
+
+  Raises:
+    ValueError: there is no domain, or no such layer.
+  """
+  table = expert_statistics.domain_shares(domains, layer=layer).T
+  experts = table.shape[1]
+  even = table.sum(axis='columns').mean() / experts
+  figure, axes = drawing.subplots(1.2 + 0.35 * len(table))
+  look = {'cmap': drawing.CMAP, 'vmin': 0.0, 'vmax': 2 * even}
+  image = axes.imshow(table, aspect='auto', interpolation='nearest', **look)
+  axes.set_yticks(range(len(table)), labels=table.index, parse_math=False)
+  _name_experts(axes, np.arange(experts), 'x')
+  axes.set_xlabel('expert')
+  drawing.title(axes, f'layer {layer} (the middle colour: {even:.0%}, even)')
+  label = "share of the domain's tokens"
+  bar = figure.colorbar(image, ax=axes, label=label, extend='max')
+  bar.ax.yaxis.set_major_formatter('{x:.0%}')
   return figure
 
 

@@ -3,6 +3,8 @@
 Shape letters: S tokens, E experts, K chosen; P pairs of a row and an expert.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from scipy.cluster import hierarchy
@@ -27,9 +29,72 @@ def chosen(routed: RoutedText, layer: int) -> np.ndarray:
     ValueError: there is no such layer.
   """
   check_layer(layer, len(routed.q))
+  experts_SxK = routed.experts[layer]
+  token, slot = np.nonzero(experts_SxK >= 0)
   chosen_SxE = np.zeros(routed.scores.shape[1:], bool)
-  np.put_along_axis(chosen_SxE, routed.experts[layer], True, axis=1)
+  chosen_SxE[token, experts_SxK[token, slot]] = True
   return chosen_SxE
+
+
+def saturation(routed: RoutedText, last: RoutedText) -> np.ndarray:
+  """Computes the share of a text's routes that another model has as well.
+
+  Router saturation, where `last` is of the last checkpoint of a run.
+
+  Returns:
+    float64 [L]; with all loads even, routes by chance have k / E.
+
+  Raises:
+    ValueError: they are not of the same tokens, layers and experts.
+
+  References:
+    Muennighoff et al., arXiv 2409.02060, section 5.1.
+  """
+  if not (
+    np.array_equal(routed.ids, last.ids) and routed.q.shape == last.q.shape
+  ):
+    raise ValueError(
+      f'{routed} and {last}: must be of one text, with as many layers and '
+      'experts'
+    )
+  return np.array(
+    [
+      (chosen(routed, layer) & chosen(last, layer)).sum()
+      / max(1, (routed.experts[layer] >= 0).sum())
+      for layer in range(len(routed.q))
+    ]
+  )
+
+
+def domain_shares(
+  domains: Mapping[str, RoutedText], *, layer: int
+) -> pd.DataFrame:
+  """Computes the share of each domain's tokens that an expert gets.
+
+  Domain specialization: an expert that does not mind the domain has the same
+  share of all, k / E where loads are even. A column adds up to k.
+
+  Args:
+    domains: a text of each, routed by one checkpoint.
+    layer: which MoE layer.
+
+  Returns:
+    A row an expert, a column a domain.
+
+  Raises:
+    ValueError: there is no domain, or no such layer.
+
+  References:
+    Muennighoff et al., arXiv 2409.02060, section 5.3.
+  """
+  if not domains:
+    raise ValueError('domains: must have one text at least')
+  return pd.DataFrame(
+    {
+      name: chosen(routed, layer).mean(axis=0)
+      for name, routed in domains.items()
+    }
+  ).rename_axis('expert')
 
 
 def score_quantiles(routed: RoutedText, *, layer: int) -> pd.DataFrame:
@@ -160,7 +225,8 @@ def coactivation(
     both; on the diagonal, the loads.
 
   Raises:
-    ValueError: there is no such layer, or a token goes to one expert only.
+    ValueError: there is no such layer, a token goes to one expert only, or
+      tokens go to different numbers of experts.
 
   References:
     Chen, Dempster and Liu, Biometrika 81 (1994), for the w.
@@ -168,6 +234,10 @@ def coactivation(
   k = routed.experts.shape[2]
   if k < 2:
     raise ValueError(f'k={k}: a token must go to two experts at least')
+  if (routed.experts < 0).any():
+    raise ValueError(
+      'tokens go to different numbers of experts: by chance is not defined'
+    )
   chosen_SxE = chosen(routed, layer).astype(np.int64)
   observed_ExE = chosen_SxE.T @ chosen_SxE
   return observed_ExE, _expected_pairs(np.diag(observed_ExE), len(chosen_SxE))

@@ -15,6 +15,7 @@ from moe_jax.analysis.columns import COMPILING_STEPS, VALIDATION
 from moe_jax.analysis.results import Results
 
 _PACE = 20  # of the last steps tell how fast a run is
+_SEQUENCES = 'router/sequence_violation'
 _NAMED = 3  # experts of the highest, and of the lowest prices
 _FULLEST = 2.0  # load over mean load at the top of the colours
 
@@ -49,13 +50,52 @@ def max_violation_figure(runs: Mapping[str, Results]) -> Figure:
   return figure
 
 
+def sequence_violation_figure(runs: Mapping[str, Results]) -> Figure:
+  """Draws MaxVio within sequences beside that of the batch, a line a method.
+
+  Left as in `max_violation_figure`. Right, the line is the mean over sequences
+  and layers, the band reaches up to the worst sequence and layer of the step.
+  Loads that are even over the batch need not be so within any sequence; a
+  sequence has few tokens, so that chance alone makes its MaxVio higher.
+
+  Args:
+    runs: a run of each method, by the method's name.
+
+  Raises:
+    ValueError: a run has no step, or recorded nothing of its sequences.
+  """
+  _check_begun(runs.values())
+  for run in runs.values():
+    if _SEQUENCES not in run.metrics:
+      raise ValueError(f'{run}: has no {_SEQUENCES}; older runs recorded none')
+  figure, (batch, sequences) = drawing.subplots(4.0, 1, 2, sharey=True)
+  drawn = []
+  for label, style in drawing.styles(runs).items():
+    run = runs[label]
+    mean = run.metrics[_SEQUENCES]
+    drawing.balance(batch, run, **style)
+    worst = run.metrics['router/worst_sequence_violation']
+    drawing.band(sequences, mean, worst, **style)
+    drawn += [run.max_violation, mean]
+  drawing.log_axis(batch, pd.concat(drawn).dropna())
+  batch.set_ylabel('MaxVio (fullest expert / mean - 1)')
+  drawing.title(batch, 'of the batch, up to the worst layer')
+  drawing.title(sequences, 'of a sequence, up to the worst one')
+  for axes in (batch, sequences):
+    axes.set_xlabel('optimizer step')
+    drawing.grid(axes)
+  drawing.legend(figure, batch)
+  return figure
+
+
 def load_heatmap_figure(
   runs: Mapping[str, Results], *, layer: int | None = None
 ) -> Figure:
-  """Draws the load of each expert over the steps, a panel a method.
+  """Draws the load of each expert over the steps, a row of panels a method.
 
   Perfect balance has the colour in the middle, all loads of twice the mean or
-  more that of the top.
+  more that of the top. Where all runs recorded them, the gates by which the
+  experts were mixed are beside the loads, likewise.
 
   Args:
     runs: a run of each method, by the method's name.
@@ -65,19 +105,27 @@ def load_heatmap_figure(
     ValueError: a run has no loads of that layer.
   """
   _check_begun(runs.values())
+  gates = all('router/gates/layer_00' in run.metrics for run in runs.values())
   height = 0.6 + 1.9 * len(runs)
-  shape = {'nrows': len(runs), 'squeeze': False}
+  shape = {'nrows': len(runs), 'ncols': 1 + gates, 'squeeze': False}
   figure, panels = drawing.subplots(height, sharex=True, **shape)
-  for axes, (method, run) in zip(panels.flat, runs.items(), strict=True):
+  for row, (method, run) in zip(panels, runs.items(), strict=True):
     chosen, why = layer, ''
     if chosen is None:
       chosen, why = run.least_balanced_layer, ' (its least balanced)'
-    loads = run.loads(chosen)
-    loads = loads.div(loads.mean(axis='columns'), axis='index')
-    image = drawing.heat_map(axes, loads, vmin=0.0, vmax=_FULLEST)
-    drawing.title(axes, f'{method}, layer {chosen}{why}', 'large')
-  axes.set_xlabel('optimizer step')
-  label = 'load / mean load (1: balanced)'
+    for axes, of_layer in zip(row, (run.loads, run.gates), strict=False):
+      values = of_layer(chosen)
+      values = values.div(values.mean(axis='columns'), axis='index')
+      image = drawing.heat_map(axes, values, vmin=0.0, vmax=_FULLEST)
+    size = 'medium' if gates else 'large'
+    drawing.title(row[0], f'{method}, layer {chosen}{why}', size)
+    for axes in row[1:]:
+      drawing.title(axes, 'its gates', size)
+      axes.set_ylabel('')
+  for axes in panels[-1]:
+    axes.set_xlabel('optimizer step')
+  what = 'load, gates / their mean' if gates else 'load / mean load'
+  label = f'{what} (1: balanced)'
   figure.colorbar(image, ax=panels, label=label, extend='max', aspect=30)
   return figure
 

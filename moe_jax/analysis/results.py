@@ -102,6 +102,15 @@ class Results(Reader):
     """
     return self._by_expert('load', layer)
 
+  def gates(self, layer: int) -> pd.DataFrame:
+    """Sum of the gates by which each expert of a layer was mixed; as `loads`.
+
+    Raises:
+      ValueError: the run has no gates of that layer; older ones recorded
+        none.
+    """
+    return self._by_expert('gates', layer)
+
   def prices(self, layer: int) -> pd.DataFrame:
     """q of each expert of a layer, as it was after a step; as `loads`.
 

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 import pandas as pd
 
 from moe_jax.analysis.checkpoint import Checkpoint
+from moe_jax.analysis.expert_statistics import saturation
 from moe_jax.analysis.results import Results
 from moe_jax.analysis.routed_text import RoutedText
 from moe_jax.analysis.table import difference
@@ -56,6 +57,25 @@ class Run(Results):
   def route(self, text: str, step: int | None = None) -> RoutedText:
     """Tells where the model sends each token; see `Checkpoint.route`."""
     return self.restore(step).route(text)
+
+  def saturation(self, text: str) -> pd.DataFrame:
+    """Tells when routes settle: the share that the last checkpoint has as well.
+
+    Args:
+      text: whose tokens every checkpoint routes, with its own q.
+
+    Returns:
+      A row for each checkpoint but the last, by its step; a column a layer.
+
+    Raises:
+      ValueError: there are no two checkpoints, or the text is empty.
+    """
+    *steps, newest = self.checkpoints or [0]
+    if not steps:
+      raise ValueError(f'{self}: has no two checkpoints')
+    last = self.route(text, newest)
+    found = [saturation(self.route(text, step), last) for step in steps]
+    return pd.DataFrame(found, index=pd.Index(steps, name='step'))
 
   def generate(
     self, prompt: str, *, step: int | None = None, **options: Any

@@ -47,7 +47,7 @@ def text_figure(
   part = slice(start, start + count)
   tokens = [_cut(visible(token), 40) for token in routed.tokens[part]]
   experts = routed.experts[layer, part]
-  numbers = [_numbers(row) for row in experts]
+  numbers = [_numbers(row[row >= 0]) for row in experts]
   columns = int(drawing.WIDTH * 72 / (_CHARACTER * _TYPE)) - 2
   # Pixels make small type up to a tenth wider.
   widths = [
@@ -66,7 +66,7 @@ def text_figure(
     tokens, experts, numbers, widths, places, strict=True
   ):
     y, width = line * height, width - 0.15
-    color = expert_color(row[0])
+    color = expert_color(row[0]) if row[0] >= 0 else 'white'
     axes.add_patch(Rectangle((column, y), width, 1.4 * _TYPE, facecolor=color))
     _write(axes, column + width / 2, y + 0.7 * _TYPE, token, _TYPE)
     for i, text in enumerate(below):
@@ -178,7 +178,7 @@ def _cut(text: str, length: int) -> str:
 def _numbers(experts_K: np.ndarray) -> list[str]:
   texts = [str(expert) for expert in experts_K]
   starts = range(0, len(texts), _NUMBERS_A_LINE)
-  return [' '.join(texts[i : i + _NUMBERS_A_LINE]) for i in starts]
+  return [' '.join(texts[i : i + _NUMBERS_A_LINE]) for i in starts] or ['']
 
 
 def _write(axes, x, y, text, size):

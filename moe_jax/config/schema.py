@@ -116,8 +116,13 @@ class Config:
   """Number of skipped steps in a row that end the run. A step whose loss,
   gradient or router logits are not finite is skipped: it changes nothing."""
   experts_every: int = option(1, least=1, most=10**9, change='yes')
-  """Steps between records of every expert's load and price, the greater part of
-  the metrics where there are many experts."""
+  """Steps between records of every expert's load, gates and price, the greater
+  part of the metrics where there are many experts."""
+  tracker: str = option('', among=('', 'wandb'), change='yes')
+  """Service that gets a copy of the metrics: 'wandb', Weights & Biases, for
+  which the user is logged in or has set WANDB_MODE=offline; empty for none."""
+  tracker_project: str = option('moe_jax', change='yes')
+  """Name of the tracker's project that the run is in."""
   balancer: Mapping[str, Any] = dataclasses.field(
     default_factory=lambda: balancer_options('bip'),
     metadata={Option: Option(change='named')},

@@ -11,21 +11,52 @@ from typing import Any
 
 import numpy as np
 from tensorboardX import event_file_writer, summary
-from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.proto import event_pb2
 
 _SECONDS_BETWEEN_FLUSHES = 30.0
 # So many a run, however long: TensorBoard keeps 500 of a name and draws 51.
-# For 61 layers of 256 experts that is 16 MB; 100k steps of scalars, 240 MB.
+# For 61 layers of 256 experts that is 24 MB; 100k steps of scalars, 240 MB.
 _HISTOGRAMS = 200
 _BUCKETS = 30  # TensorBoard's own number
-_LOAD = 'router/load/'
+_OVER_MEAN = ('router/load/', 'router/gates/')
+
+
+class Shown:
+  """Picks what is shown of records: all scalars, and lists now and then.
+
+  Lists are over experts: loads and gates in units of their mean (a peak at 1 is
+  balance), all else as it is. What is not finite is skipped.
+
+  Args:
+    step: steps completed before.
+    steps: steps in total.
+  """
+
+  def __init__(self, *, step: int, steps: int):
+    self._between = math.ceil(steps / _HISTOGRAMS)
+    self._next = step + 1
+
+  def of(
+    self, record: Mapping[str, Any]
+  ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Returns the scalars of a record and, if they are due, its lists."""
+    lists = {k: x for k, x in record.items() if isinstance(x, list)}
+    scalars = {
+      k: x
+      for k, x in record.items()
+      if k != 'step' and k not in lists and math.isfinite(x)
+    }
+    if not lists or record['step'] < self._next:
+      return scalars, {}
+    self._next = record['step'] + self._between
+    found = {k: _over_experts(k, values) for k, values in lists.items()}
+    return scalars, {
+      k: x_E for k, x_E in found.items() if np.isfinite(x_E).all()
+    }
 
 
 class Events:
-  """Writes a file of events.
-
-  Histograms are of lists, over experts: of loads in units of the mean load (a
-  peak at 1 is balance), of all else as it is. What is not finite is left out.
+  """Writes a file of events: scalars, and histograms over experts, see `Shown`.
 
   Written by this thread: tensorboardX's own would leave the run waiting for
   ever if the disk were full.
@@ -46,24 +77,17 @@ class Events:
     if text:
       described = summary.text('run', text)
       self._write(event_pb2.Event(step=step + 1, summary=described))
-    self._between_histograms = math.ceil(steps / _HISTOGRAMS)
-    self._next_histograms = step + 1
+    self._shown = Shown(step=step, steps=steps)
     self._due = time.monotonic()
 
   def show(self, record: Mapping[str, Any]) -> None:
     """Writes the metrics of a step."""
-    step = record['step']
-    event = event_pb2.Event(step=step)
-    lists = {}
-    for name, value in record.items():
-      if isinstance(value, list):
-        lists[name] = value
-      elif name != 'step' and math.isfinite(value):
-        event.summary.MergeFrom(summary.scalar(name, value))
-    if lists and step >= self._next_histograms:
-      self._next_histograms = step + self._between_histograms
-      for name, values in lists.items():
-        event.summary.MergeFrom(_histogram(name, values))
+    event = event_pb2.Event(step=record['step'])
+    scalars, lists = self._shown.of(record)
+    for name, value in scalars.items():
+      event.summary.MergeFrom(summary.scalar(name, value))
+    for name, values_E in lists.items():
+      event.summary.MergeFrom(summary.histogram(name, values_E, bins=_BUCKETS))
     self._write(event)
     if time.monotonic() >= self._due:
       self.sync()
@@ -103,8 +127,9 @@ def describe(
   """
   parts = [
     f'# {label}',
-    'Histograms are over the experts of a layer: `router/load` is each '
-    "expert's load / mean load, a peak at 1 is balance.",
+    'Histograms are over the experts of a layer. `router/load` and '
+    "`router/gates` are each expert's load and gates over their mean: a peak "
+    'at 1 is balance.',
   ]
   for title, values in (('Options', options), ('Facts', facts)):
     # A block of code: what is in it means itself.
@@ -113,11 +138,9 @@ def describe(
   return '\n\n'.join(parts)
 
 
-def _histogram(name: str, values: list[float]) -> summary_pb2.Summary:
-  """A histogram's summary; an empty one where a value is not finite."""
+def _over_experts(name: str, values: list[float]) -> np.ndarray:
+  """Returns a list's histogram values; NaN where their mean is no unit."""
   values_E = np.array(values, np.float64)
-  if name.startswith(_LOAD):
+  if name.startswith(_OVER_MEAN):
     values_E /= values_E.mean() or math.nan  # No token, no load.
-  if not np.isfinite(values_E).all():
-    return summary_pb2.Summary()
-  return summary.histogram(name, values_E, bins=_BUCKETS)
+  return values_E

@@ -16,7 +16,15 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from moe_jax.runs import checkpoints, events, files, lock, processes, records
+from moe_jax.runs import (
+  checkpoints,
+  events,
+  files,
+  lock,
+  processes,
+  records,
+  tracker,
+)
 from moe_jax.runs.progress import Screen
 from moe_jax.runs.reader import Reader
 from moe_jax.runs.saver import Saver
@@ -180,8 +188,24 @@ class Writer:
         )
         if self._last:  # It may be known from the checkpoint alone.
           board.show(self._last)
-        self._outputs += [board, Screen(self._label, step, steps)]
+        self._outputs.append(board)
+        if self._config['tracker']:
+          self._outputs.append(self._open_tracker(step, steps))
+        self._outputs.append(Screen(self._label, step, steps))
     self._clock = time.perf_counter()
+
+  def _open_tracker(self, step: int, steps: int) -> tracker.Tracker:
+    # What is uploaded of a remote work directory is files, no folders.
+    remote = files.is_remote(self._workdir)
+    return tracker.Tracker(
+      None if remote else self._directory,
+      project=self._config['tracker_project'],
+      label=self._label,
+      options=self._config,
+      facts=self.facts,
+      step=step,
+      steps=steps,
+    )
 
   def record(
     self, step: int, metrics: dict[str, Any], diagnostics: dict[str, Any]

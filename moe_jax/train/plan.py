@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from moe_jax import config as config_lib
 from moe_jax import data
 from moe_jax.config import Config
-from moe_jax.runs import files, processes
+from moe_jax.runs import files, processes, tracker
 from moe_jax.runs.reader import Reader
 from moe_jax.train import facts, state
 
@@ -104,6 +104,7 @@ def plan(
   """
   with processes.agreement() as agreed:
     directory = files.open_workdir(workdir)
+    tracker.check(config.tracker)
     config = dataclasses.replace(config, data=data.resolve(config.data))
     mesh = state.make_mesh(config)
     training = state.make_training(config, mesh)

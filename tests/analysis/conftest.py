@@ -15,6 +15,14 @@ LOADS = [
   [[4, 4, 4, 4], [8, 8, 0, 0]],
   [[4, 4, 4, 4], [6, 4, 3, 3]],
 ]
+# Of steps 1, 2, 3, as runs record it today.
+SPREAD = {
+  'router/sequence_violation': [2.0, 1.0, 0.75],
+  'router/worst_sequence_violation': [3.0, 3.0, 1.5],
+  'router/dead_experts': [0.25, 0.125, 0.0],
+  'router/used_experts': [0.5, 0.75, 1.0],
+  'router/device_load': [2.0, 1.5, 1.0],
+}
 EVALUATIONS = {
   2: {
     'eval/validation/perplexity': 40.0,
@@ -57,6 +65,17 @@ def records():
     for step, (violations, loads) in enumerate(
       zip(VIOLATIONS, LOADS, strict=True), start=1
     )
+  ]
+
+
+@pytest.fixture
+def spread(records):
+  """The same steps with what else is recorded today; gates of layer 0 and 1."""
+  return [
+    record
+    | {name: values[i] for name, values in SPREAD.items()}
+    | {f'router/gates/layer_{j:02d}': [3.0, 1.0, 0.0, 0.0] for j in (0, 1)}
+    for i, record in enumerate(records)
   ]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import moe_jax
 from moe_jax import nn
-from moe_jax.analysis import Run
+from moe_jax.analysis import Run, domain_figure, saturation_figure
 from moe_jax.parallel import mesh as meshes
 from moe_jax.runs import checkpoints
 from tests.train import tiny
@@ -84,6 +84,28 @@ def test_a_text_is_routed_as_in_training(trained, opened, shape):
         ours[:, part], np.asarray(theirs)[:, of_row], atol=1e-6
       )
   assert routed.load.sum(axis=1).tolist() == [2 * tokens] * 2
+
+
+def test_routes_settle_towards_the_last_checkpoint(opened, tmp_path):
+  table = opened.saturation(TEXT)
+  assert table.index.tolist() == [3] and list(table) == [0, 1]
+  early, late = (opened.route(TEXT, step) for step in (3, 6))
+  for layer in (0, 1):
+    shared = [
+      len({*a} & {*b}) / 2
+      for a, b in zip(early.experts[layer], late.experts[layer], strict=True)
+    ]
+    assert table.loc[3, layer] == pytest.approx(np.mean(shared))
+  assert 0.25 < table.loc[3].mean() < 1
+  (axes,) = saturation_figure(opened, TEXT).axes
+  first, second, chance = axes.get_lines()
+  assert first.get_ydata().tolist() == [table.loc[3, 0]]
+  assert list(chance.get_ydata()) == [0.25] * 2  # 2 of 8 experts
+  domains = {'one': early, 'two': late}
+  axes, bar = domain_figure(domains, layer=1).axes
+  assert axes.images[0].get_array().shape == (2, 8)
+  assert axes.images[0].get_clim() == (0.0, 0.5)
+  assert 'share of the domain' in bar.get_ylabel()
 
 
 def test_text_goes_on_from_a_prompt(opened):

@@ -1,11 +1,17 @@
 """Numbers about experts: by hand, and by looking at every set of experts."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
-from moe_jax.analysis import coactivation, typical_tokens
+from moe_jax.analysis import (
+  coactivation,
+  domain_shares,
+  saturation,
+  typical_tokens,
+)
 from moe_jax.analysis.expert_statistics import (
   cluster_order,
   cosine_similarity,
@@ -105,6 +111,38 @@ def test_clusters_are_neighbours(blank):
 
 def test_few_experts_keep_their_order():
   assert cluster_order(np.ones((2, 2))).tolist() == [0, 1]
+
+
+def test_saturation_is_the_share_of_common_routes(route):
+  early = of_sets(route, [(0, 1), (0, 1), (2, 3), (0, 3)], 4)
+  late = of_sets(route, [(0, 1), (0, 2), (0, 1), (2, 3)], 4)
+  # 2, 1, 0 and 1 of 2 experts each.
+  assert saturation(early, late).tolist() == [0.5]
+  assert saturation(late, late).tolist() == [1.0]
+  with pytest.raises(ValueError, match='must be of one text'):
+    saturation(early, of_sets(route, [(0, 1)] * 3, 4))
+
+
+def test_saturation_where_tokens_have_different_numbers_of_experts(route):
+  early = of_sets(route, [(0, 1), (0, 1)], 3)
+  early = dataclasses.replace(early, experts=np.int32([[[0, 1], [0, -1]]]))
+  late = of_sets(route, [(0, 2), (1, 2)], 3)
+  # Of the three routes of the first, the second has one.
+  assert saturation(early, late).tolist() == [1 / 3]
+
+
+def test_shares_of_domains(route):
+  domains = {
+    'code': of_sets(route, [(0, 1), (0, 1), (0, 2), (0, 3)], 4),
+    'verse': of_sets(route, [(2, 3), (1, 3)], 4),
+  }
+  table = domain_shares(domains, layer=0)
+  assert table['code'].tolist() == [1.0, 0.5, 0.25, 0.25]
+  assert table['verse'].tolist() == [0.0, 0.5, 0.5, 1.0]
+  with pytest.raises(ValueError, match='layer=1'):
+    domain_shares(domains, layer=1)
+  with pytest.raises(ValueError, match='one text at least'):
+    domain_shares({}, layer=0)
 
 
 def test_two_of_three_experts_leave_nothing_to_chance(route):

@@ -14,6 +14,7 @@ from moe_jax.analysis import (
   price_figure,
   progress_figure,
   save_figure,
+  sequence_violation_figure,
 )
 from moe_jax.config import METHODS
 
@@ -146,6 +147,43 @@ def test_load_heatmap(runs):
   assert first.get_ylabel() == 'expert'
   assert 'step' in second.get_xlabel()
   assert 'load / mean load' in bar.get_ylabel()
+
+
+def test_gates_are_beside_the_loads(write_run, records, spread):
+  today = Run(write_run(records=spread))
+  loads, gates, bar = load_heatmap_figure({'bip': today}, layer=0).axes
+  np.testing.assert_array_equal(
+    gates.collections[0].get_array()[:, 0], [3.0, 1.0, 0.0, 0.0]
+  )
+  np.testing.assert_array_equal(
+    loads.collections[0].get_array()[:, 0], [2.5, 1.0, 0.5, 0.0]
+  )
+  assert gates.yaxis.get_inverted() and loads.yaxis.get_inverted()
+  assert gates.get_title('left') == 'its gates'
+  assert bar.get_ylabel() == 'load, gates / their mean (1: balanced)'
+  older = Run(write_run('older', records=records))
+  both = load_heatmap_figure({'bip': today, 'older': older})
+  assert len(both.axes) == 3  # Two of loads, and the bar.
+
+
+def test_sequences_beside_the_batch(write_run, records, spread, tmp_path):
+  runs = {m: Run(write_run(m, records=spread)) for m in ('bip', 'loss_free')}
+  figure = sequence_violation_figure(runs)
+  batch, sequences = figure.axes
+  assert lines(batch)['bip'].get_ydata().tolist() == [1.0, 0.5, 0.25]
+  drawn = lines(sequences)
+  assert drawn['bip'].get_ydata().tolist() == [2.0, 1.0, 0.75]
+  looks = {(x.get_linestyle(), x.get_marker()) for x in drawn.values()}
+  assert len(looks) == 2  # Also without colour.
+  band = sequences.collections[0].get_paths()[0].vertices
+  assert {(1.0, 3.0), (2.0, 3.0), (3.0, 1.5)} <= set(map(tuple, band))
+  assert batch.get_yscale() == sequences.get_yscale() == 'log'
+  assert batch.get_ylim() == sequences.get_ylim()
+  assert 'MaxVio' in batch.get_ylabel()
+  save_figure(figure, tmp_path / 'sequences')
+  runs['older'] = Run(write_run('older', records=records))
+  with pytest.raises(ValueError, match='has no router/sequence_violation'):
+    sequence_violation_figure(runs)
 
 
 def test_load_heatmap_of_a_chosen_layer(runs):

@@ -9,10 +9,12 @@ import shutil
 import time
 
 from matplotlib.figure import Figure
+import numpy as np
 from playwright import sync_api
 import pytest
 from rich.console import Console
 
+from moe_jax.analysis import Run
 from moe_jax.analysis.report import __main__ as report
 from moe_jax.analysis.report import pictures
 
@@ -181,7 +183,8 @@ def test_a_figure_that_cannot_be_drawn_says_why(write_run, records, page):
   html = page(write_run('bare', records=records))
   assert re.search(r'Not drawn: .* has no router/load/layer_01', html)
   assert re.search(r'Not drawn: .* has no router/q/layer_01', html)
-  assert html.count('data:image/png') == len(pictures.PICTURES) - 2
+  assert re.search(r'Not drawn: .* has no router/sequence_violation', html)
+  assert html.count('data:image/png') == len(pictures.PICTURES) - 3
 
 
 @pytest.mark.parametrize(
@@ -271,6 +274,38 @@ def test_figures_of_all_runs_and_of_each(write_run, page, monkeypatch):
   assert list(drawn[4]) == ['d', 'e']
 
 
+def test_texts_are_routed(write_run, route, tmp_path, capsys, monkeypatch):
+  random = np.random.default_rng(0)
+
+  def routed(run, text, step=None):
+    scores = random.random((2, 60, 4))
+    return route(scores, k=2, tokens=(text.split() * 60)[:60])
+
+  monkeypatch.setattr(Run, 'route', routed)
+  for name in ('laws', 'poems'):
+    (tmp_path / f'{name}.txt').write_text(f'words of {name}')
+  laws, poems = (f'--text={tmp_path / name}.txt' for name in ('laws', 'poems'))
+  run = str(write_run())
+  out = f'--out={tmp_path / "report.html"}'
+  assert report.main([run, laws, poems, out]) == 0
+  html = (tmp_path / 'report.html').read_text()
+  for title in ('Domain specialization', 'Co-activation'):
+    (shown,) = re.findall(f'<h3>{title}: bip</h3>\n<(.*?)[ >]', html)
+    assert shown == 'div'
+  assert 'has no two checkpoints' in text_of(html)
+  monkeypatch.undo()
+  assert report.main([run, laws, out]) == 0
+  html = (tmp_path / 'report.html').read_text()
+  assert html.count('there are none') == 2  # No checkpoint to route by.
+  (tmp_path / 'bad.txt').write_bytes(b'\xff')
+  bad = f'--text={tmp_path / "bad.txt"}'
+  capsys.readouterr()
+  for texts in ([bad], [laws, laws], [f'{bad}.gone']):
+    assert report.main([run, *texts, out]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: --text=') and error.count('\n') == 1
+
+
 def test_says_what_takes_long(write_run, tmp_path, monkeypatch):
   """On a terminal."""
   screen = io.StringIO()
@@ -319,7 +354,8 @@ OVERFLOWING = """
 
 @pytest.mark.long
 @pytest.mark.parametrize('width', [1280, 375])
-def test_in_a_browser(write_run, records, tmp_path, chromium, page, width):
+def test_in_a_browser(write_run, spread, tmp_path, chromium, page, width):
+  records = spread
   long = 'a_rather_long_name_for_a_run_' * 4 + 'x' * 60
   for record in records:
     record |= {f'router/q/layer_{i:02d}': [0.0, 0.1, 0.2, 0.3] for i in (0, 1)}

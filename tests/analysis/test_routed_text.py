@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -53,6 +55,23 @@ def test_no_margin_where_all_are_chosen(routed):
   )
   with pytest.raises(ValueError, match='goes to all 4 experts'):
     _ = everything.margins
+
+
+def test_slots_that_are_not_used(routed):
+  experts = np.int32([[[1, 2], [3, -1], [-1, -1]]])
+  routed = dataclasses.replace(routed, experts=experts)
+  assert routed.load.tolist() == [[0, 1, 1, 1]]
+  assert routed.table()['expert'].tolist() == [1, 2, 3]
+  assert routed.table()['position'].tolist() == [0, 0, 1]
+  with pytest.raises(ValueError, match='margins: tokens did not go'):
+    _ = routed.margins
+
+
+def test_no_margin_where_something_else_decides(routed):
+  """Prices of logits, groups of experts."""
+  experts = np.int32([[[1, 3], [3, 2], [0, 1]]])
+  with pytest.raises(ValueError, match='margins: tokens did not go'):
+    _ = dataclasses.replace(routed, experts=experts).margins
 
 
 def test_table(routed):

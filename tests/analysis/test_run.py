@@ -32,6 +32,13 @@ def test_layers(write_run):
     run.loads(2)
   with pytest.raises(ValueError, match='layer 0: .*no router/q/layer_00'):
     run.prices(0)
+  with pytest.raises(ValueError, match='layer 0: .*no router/gates/layer_00'):
+    run.gates(0)
+
+
+def test_gates(write_run, spread):
+  run = Run(write_run(records=spread))
+  assert run.gates(1).loc[2].tolist() == [3.0, 1.0, 0.0, 0.0]
 
 
 def test_prices_of_the_steps_that_have_them(write_run, records):

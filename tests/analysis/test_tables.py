@@ -104,6 +104,24 @@ def test_a_metric_that_came_later_is_unknown(write_run, records):
   assert cells(markdown, 'bip', 'Cost')[-1] == '–'
 
 
+def test_spread(write_run, records, spread):
+  """Beside an older run, which knows nothing of it."""
+  today = Run(write_run('bip', records=spread))
+  older = Run(write_run('loss_free', records=records))
+  summary = summarize(today)
+  assert summary['sequence_violation'] == 1.25
+  assert summary['worst_sequence_violation'] == 2.5
+  assert summary['dead_experts'] == 0.125
+  assert summary['used_experts'] == 0.75
+  assert summary['device_load'] == 1.5
+  assert summarize(older)['device_load'] is None
+  for runs in ({'loss_free': [older]}, {'loss_free': [older], 'bip': [today]}):
+    markdown = comparison_markdown(comparison(runs))
+    assert cells(markdown, 'loss_free', 'Spread') == ['–'] * 5
+  written = ['1.250', '2.500', '12.50%', '75.0%', '1.500']
+  assert cells(markdown, 'bip', 'Spread') == written
+
+
 def test_a_run_that_diverged_is_a_result(write_run, records):
   for record in records[1:]:
     record['train/loss'] = None

@@ -31,6 +31,7 @@ def record(step, **more):
     'step': step,
     'train/loss': 10.0 - step,
     'router/load/layer_00': [0, 10, 20, 10],
+    'router/gates/layer_00': [0.0, 3.0, 1.0, 4.0],
     'router/q/layer_00': [-0.5, 0.0, 0.25, 0.25],
   } | more
 
@@ -89,6 +90,9 @@ def test_a_histogram_counts_experts_by_load_over_mean_load(tmp_path):
   assert list(counts.values()) == [1, 2, 1]
   at_0, at_1, at_2 = counts
   assert 0.0 < at_0 < 0.1 and 1.0 <= at_1 < 1.1 and at_2 == 2.0
+  (gates,) = found.Histograms('router/gates/layer_00')
+  assert gates.histogram_value.min == 0.0
+  assert gates.histogram_value.max == 2.0  # 4 over a mean of 2
   (price,) = found.Histograms('router/q/layer_00')
   assert price.histogram_value.min == -0.5
   assert price.histogram_value.max == 0.25
@@ -109,6 +113,7 @@ def test_no_histogram_of_what_is_not_finite(tmp_path):
     1,
     **{
       'router/load/layer_00': [0, 0, 0, 0],
+      'router/gates/layer_00': [0.0] * 4,
       'router/q/layer_00': [0.0, float('inf'), 0.0, 0.0],
     },
   )

@@ -25,6 +25,7 @@ CONFIG = {
   'checkpoints_kept_best': 0,
   'skipped_steps': 1,
   'experts_every': 1,
+  'tracker': '',
 }
 EVALUATED = {'eval/validation/perplexity': 7.0}
 FACTS = {'run': 'name'}
@@ -53,6 +54,7 @@ def metrics(value=1.5, kind=OnHost):
     'train/loss': kind(value),
     'router/max_violation': kind(0.25),
     'router/load/layer': kind([[1, 2], [3, 4]]),
+    'router/gates/layer': kind([[0.5, 1.5], [2.0, 0.0]]),
   }
 
 
@@ -108,6 +110,7 @@ def test_record(tmp_path):
   (record,) = read(tmp_path)
   assert record['router/load/layer_00'] == [1, 2]
   assert record['router/load/layer_01'] == [3, 4]
+  assert record['router/gates/layer_00'] == [0.5, 1.5]
   assert record['eval/validation/perplexity'] == 7.0
   seconds = record['time/step_seconds']
   assert record['time/tokens_per_second'] == pytest.approx(100 / seconds)
@@ -178,10 +181,8 @@ def test_the_best_are_known_to_a_run_that_resumes(tmp_path, bucket):
 def test_records_of_experts_may_be_rarer(tmp_path):
   record_steps(tmp_path, [1, 2, 3], experts_every=2)
   first, second, third = read(tmp_path)
-  assert set(second) - set(first) == {
-    'router/load/layer_00',
-    'router/load/layer_01',
-  }
+  lists = ('load/layer_00', 'load/layer_01', 'gates/layer_00', 'gates/layer_01')
+  assert set(second) - set(first) == {f'router/{name}' for name in lists}
   assert set(first) == set(third)
 
 

@@ -1,9 +1,11 @@
 """Makes one page of runs: results, figures, differences, configuration.
 
-  python -m moe_jax.analysis.report WORKDIR... [--out=report.html]
+  python -m moe_jax.analysis.report WORKDIR... [--out=report.html] \\
+      [--text=a.txt --text=b.txt]
 
 The page is a single file that fetches nothing. Runs may be unfinished, and of
-different configs.
+different configs. With texts, each of them a domain, it shows which experts
+the checkpoints send them to.
 """
 
 import argparse
@@ -17,6 +19,8 @@ from moe_jax.analysis.report.page import render
 from moe_jax.analysis.run import Run
 from moe_jax.runs import files
 
+_CHARACTERS = 20_000  # of a text
+
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the program; returns its exit code."""
@@ -28,6 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument(
     '--out', default='report.html', metavar='FILE', help='default: report.html'
   )
+  parser.add_argument(
+    '--text',
+    action='append',
+    default=[],
+    metavar='FILE',
+    help='text that the checkpoints are to route, its first 20,000 characters',
+  )
   arguments = parser.parse_args(argv)
   out = pathlib.Path(arguments.out)
   try:
@@ -35,13 +46,30 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise ValueError(f'--out={out}: must be a file in an existing directory')
     runs = [Run(path) for path in arguments.workdir]
     with Console(stderr=True).status('report') as status:
-      page = render(runs, status.update)
+      page = render(runs, _read(arguments.text), status.update)
     files.write(out, page.encode(errors='replace'))
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   print(f'{out}: {out.stat().st_size / 1e6:.1f} MB')
   return 0
+
+
+def _read(paths: Sequence[str]) -> dict[str, str]:
+  """Returns the starts of texts, by the names of their files."""
+  texts = {}
+  for path in paths:
+    name = pathlib.Path(path).stem
+    if name in texts:
+      raise ValueError(f'--text={path}: there is another text named {name}')
+    try:
+      text = pathlib.Path(path).read_text(encoding='utf-8')[:_CHARACTERS]
+    except (OSError, UnicodeDecodeError) as error:
+      raise ValueError(f'--text={path}: cannot be read: {error}') from error
+    if not text:
+      raise ValueError(f'--text={path}: is empty')
+    texts[name] = text
+  return texts
 
 
 if __name__ == '__main__':

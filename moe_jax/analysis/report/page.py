@@ -28,11 +28,16 @@ class Part(NamedTuple):
   tables: list[cells.Cells]
 
 
-def render(runs: Sequence[Run], tell: Callable[[str], None]) -> str:
+def render(
+  runs: Sequence[Run],
+  texts: Mapping[str, str],
+  tell: Callable[[str], None],
+) -> str:
   """Returns the page, HTML.
 
   Args:
     runs: each with one step at least.
+    texts: by their names; where there are any, their routes are drawn.
     tell: called with what is being done.
 
   Raises:
@@ -42,7 +47,7 @@ def render(runs: Sequence[Run], tell: Callable[[str], None]) -> str:
   named = name_runs(runs)
   tell(f'reading {len(runs)} runs')
   table = tables.tabulate(named)
-  pictures = draw_all(named, tell)
+  pictures = draw_all(named, texts, tell)
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader('moe_jax.analysis.report'),
     autoescape=True,

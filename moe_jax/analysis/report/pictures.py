@@ -8,6 +8,11 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from moe_jax.analysis import figures
+from moe_jax.analysis.expert_figures import (
+  coactivation_figure,
+  domain_figure,
+  saturation_figure,
+)
 from moe_jax.analysis.frontier import frontier_figure
 from moe_jax.analysis.run import Run
 from moe_jax.analysis.table import by_method
@@ -32,10 +37,18 @@ PICTURES = (
     'is the mean over the layers, the band reaches up to the worst layer.',
   ),
   Picture(
+    'Balance within sequences',
+    figures.sequence_violation_figure,
+    'MaxVio of the batch, as above, beside that of single sequences: the line '
+    'is the mean over sequences and layers, the band reaches up to the worst '
+    'one. A sequence has few tokens: chance alone makes its MaxVio higher.',
+  ),
+  Picture(
     'Load of each expert',
     figures.load_heatmap_figure,
     "Of each run's least balanced layer. Dark is idle, light is twice the mean "
-    'load or more.',
+    'or more. Right, where they were recorded, are the gates by which the '
+    'experts are mixed.',
   ),
   Picture(
     'Loss',
@@ -59,13 +72,55 @@ PICTURES = (
 )
 
 
+def _of_texts(texts: Mapping[str, str]) -> tuple[Picture, ...]:
+  """Returns figures of where each run's checkpoints send texts."""
+  if not texts:
+    return ()
+  whole = '\n'.join(texts.values())
+  layer = "in the run's least balanced layer, with q frozen"
+
+  def domains(run):
+    routed = {name: run.route(text) for name, text in texts.items()}
+    return domain_figure(routed, layer=run.least_balanced_layer)
+
+  def coactivation(run):
+    layer = run.least_balanced_layer
+    return coactivation_figure(run.route(whole), layer=layer)
+
+  return (
+    Picture(
+      'Router saturation',
+      lambda run: saturation_figure(run, whole),
+      'Share of the routes of earlier checkpoints that the last one has as '
+      'well: 100 % once routes have settled.',
+      each=True,
+    ),
+    Picture(
+      'Domain specialization',
+      domains,
+      f"Share of each text's tokens that an expert gets, {layer}.",
+      each=True,
+    ),
+    Picture(
+      'Co-activation',
+      coactivation,
+      'How much more often than by chance, given the loads, two experts share '
+      f'a token, {layer}.',
+      each=True,
+    ),
+  )
+
+
 def draw_all(
-  named: Mapping[str, Run], tell: Callable[[str], None]
+  named: Mapping[str, Run],
+  texts: Mapping[str, str],
+  tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
   """Draws all figures; returns what the page says of each.
 
   Args:
     named: runs by their names.
+    texts: texts by their names, to be routed; there need not be any.
     tell: called with what is being done.
 
   Returns:
@@ -73,7 +128,7 @@ def draw_all(
     an image, or the reason why it is `missing`.
   """
   drawn, together = [], _labelled(named)
-  for picture in PICTURES:
+  for picture in (*PICTURES, *_of_texts(texts)):
     tell(f'drawing {picture.title}')
     shown = {picture.title: together}
     if picture.each:
@@ -86,7 +141,7 @@ def _draw(picture: Picture, of: Any, title: str) -> dict[str, Any]:
   shown = {'title': title, 'caption': picture.caption}
   try:
     figure = picture.draw(of)
-  except ValueError as error:  # It needs what one of the runs has not.
+  except (ValueError, FileNotFoundError) as error:  # A run lacks what it needs.
     return shown | {'missing': str(error)}
   image = io.BytesIO()
   figure.savefig(image, dpi=200)
