@@ -218,7 +218,7 @@ def domain_figure(domains: Mapping[str, RoutedText], *, layer: int) -> Figure:
   _name_experts(axes, np.arange(experts), 'x')
   axes.set_xlabel('expert')
   drawing.title(axes, f'layer {layer} (the middle colour: {even:.0%}, even)')
-  label = "share of the domain's tokens"
+  label = 'share of tokens'
   bar = figure.colorbar(image, ax=axes, label=label, extend='max')
   bar.ax.yaxis.set_major_formatter('{x:.0%}')
   return figure

@@ -15,7 +15,7 @@ from tensorboardX.proto import event_pb2
 
 _SECONDS_BETWEEN_FLUSHES = 30.0
 # So many a run, however long: TensorBoard keeps 500 of a name and draws 51.
-# For 61 layers of 256 experts that is 24 MB; 100k steps of scalars, 240 MB.
+# For 61 layers of 256 experts, about 24 MB; 100k steps of scalars, 240 MB.
 _HISTOGRAMS = 200
 _BUCKETS = 30  # TensorBoard's own number
 _OVER_MEAN = ('router/load/', 'router/gates/')

@@ -105,7 +105,7 @@ def test_routes_settle_towards_the_last_checkpoint(opened, tmp_path):
   axes, bar = domain_figure(domains, layer=1).axes
   assert axes.images[0].get_array().shape == (2, 8)
   assert axes.images[0].get_clim() == (0.0, 0.5)
-  assert 'share of the domain' in bar.get_ylabel()
+  assert bar.get_ylabel() == 'share of tokens'
 
 
 def test_text_goes_on_from_a_prompt(opened):
