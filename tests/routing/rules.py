@@ -27,6 +27,7 @@ RULES = {
   'midpoint_lag_shard': routing.midpoint(2, lag=True, scope='shard'),
   'quantile': routing.quantile(ema=0.25),
   'quantile_histogram': routing.quantile(ema=0.25, estimator='histogram'),
+  'quantile_shard_mean': routing.quantile(ema=0.25, estimator='shard_mean'),
   'sinkhorn': routing.sinkhorn(2),
   'threshold': routing.threshold(ema=0.25),
 }

@@ -65,7 +65,7 @@ def _one_iteration(k, clip, cutoff):
   skew=st.floats(0, 4, width=32),
   k=st.sampled_from([1, 3, 7]),
   clip=st.booleans(),
-  cutoff=st.sampled_from(['next', 'midpoint']),
+  cutoff=st.sampled_from(['next', 'midpoint', 'linear', 'kth']),
   start=st.floats(0, 0.5, width=32),
 )
 def test_dual_value_never_rises(seed, skew, k, clip, cutoff, start):
