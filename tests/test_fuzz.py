@@ -46,6 +46,7 @@ FREE_TEXT = {  # On purpose: names of data sets, files and features.
   'data.text_field',
   'data.tfds_dir',
   'data.cache_dir',
+  'replay_routes',
 }
 OPTIONS = options_of(config.Config)
 NUMBERS = {
@@ -540,6 +541,8 @@ def test_refused_flags_leave_work_directories_alone_long(argv):
   [
     'mesh.data=77',
     'batch_size=9',
+    'replay_routes=nothing_of_that_name',
+    'replay_routes=' + 'x' * 300,
     'data.dataset=nothing_of_that_name',
     'data.dataset=text_files',
     'data.files=nothing_of_that_name.txt',

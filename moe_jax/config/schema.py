@@ -123,6 +123,13 @@ class Config:
   which the user is logged in or has set WANDB_MODE=offline; empty for none."""
   tracker_project: str = option('moe_jax', change='yes')
   """Name of the tracker's project that the run is in."""
+  record_routes: bool = option(False, change='yes')
+  """Whether the experts of every token are recorded, a file a step and process
+  in DIR/routes."""
+  replay_routes: str = option('', change='named')
+  """Work directory of a run that recorded its routes: each step takes its
+  experts instead of choosing, and the balancer moves as if it had chosen them.
+  Evaluation chooses. '' chooses always."""
   balancer: Mapping[str, Any] = dataclasses.field(
     default_factory=lambda: balancer_options('bip'),
     metadata={Option: Option(change='named')},

@@ -38,6 +38,24 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
   return epath.Path(path if is_remote(path) else os.path.abspath(path))
 
 
+def check_place(name: str, path: str | os.PathLike[str]) -> None:
+  """Raises ValueError, which has the name, if a bucket cannot be opened."""
+  if not is_remote(path):
+    return
+  if not os.fspath(path).startswith(_REMOTE):
+    raise ValueError(
+      f'{name}={path}: must be a local directory or {_REMOTE}BUCKET/...'
+    )
+  try:
+    import fsspec
+
+    fsspec.get_filesystem_class('gs')
+  except ImportError as error:
+    raise ValueError(
+      f'{name}={path}: needs a package that is not installed; pip install gcsfs'
+    ) from error
+
+
 def open_workdir(path: str | os.PathLike[str]) -> epath.Path:
   """Returns the path of a local or remote directory that can be written to.
 
@@ -47,20 +65,8 @@ def open_workdir(path: str | os.PathLike[str]) -> epath.Path:
     ValueError: the scheme is unknown, or its package is not installed.
     OSError: no files can be made there.
   """
+  check_place('--workdir', path)
   if is_remote(path):
-    if not os.fspath(path).startswith(_REMOTE):
-      raise ValueError(
-        f'--workdir={path}: must be a local directory or {_REMOTE}BUCKET/...'
-      )
-    try:
-      import fsspec
-
-      fsspec.get_filesystem_class('gs')
-    except ImportError as error:
-      raise ValueError(
-        f'--workdir={path}: needs a package that is not installed; '
-        'pip install gcsfs'
-      ) from error
     return epath.Path(path)
   place = workdir = absolute(path)
   while not place.exists():

@@ -25,6 +25,7 @@ from moe_jax.runs import (
   records,
   tracker,
 )
+from moe_jax.runs import routes as routes_lib
 from moe_jax.runs.progress import Screen
 from moe_jax.runs.reader import Reader
 from moe_jax.runs.saver import Saver
@@ -157,6 +158,7 @@ class Writer:
         files.write_json(self._workdir / 'config.json', self._config)
         files.write_json(self._workdir / 'tokenizer.json', tokenizer)
         files.write_json(self._workdir / 'run.json', facts)
+        routes_lib.remove_after(self._workdir, self.saved_step)
     with processes.agreement():
       files.check_shared(self._workdir, self._config)
     self._losses = {
@@ -216,8 +218,8 @@ class Writer:
       step: its number.
       metrics: scalars; of names that end in '/layer', an array [L, ...] that is
         recorded layer by layer.
-      diagnostics: `infinite`, counts [L] that must be 0, and `squares`, sums of
-        squares for when the step is not finite.
+      diagnostics: `infinite`, counts [L] that must be 0; `squares`, sums of
+        squares for when the step is not finite; `routes` to record, or None.
 
     Raises:
       FloatingPointError: too many steps in a row were not finite.
@@ -305,6 +307,9 @@ class Writer:
       self._record = {
         k: v for k, v in record.items() if not isinstance(v, list)
       }
+    routes_BxLxSxK = diagnostics.get('routes')
+    if routes_BxLxSxK is not None:
+      routes_lib.write(self._workdir, step, routes_BxLxSxK)
     if cause:
       self._warn(cause, record, diagnostics['squares'])
 

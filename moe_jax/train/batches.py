@@ -11,6 +11,7 @@ import numpy as np
 from moe_jax import data
 from moe_jax.config import Config
 from moe_jax.parallel import mesh as meshes
+from moe_jax.runs import routes
 
 
 class Batch(NamedTuple):
@@ -20,11 +21,14 @@ class Batch(NamedTuple):
     inputs: int32 [B, S].
     targets: int32 [B, S].
     mask: bool [B, S], False for padding; None where there is none.
+    experts: int16 [B, L, S, K], what each MoE layer takes instead of choosing,
+      -1 for slots that are not used; None where it chooses.
   """
 
   inputs: jax.Array
   targets: jax.Array
   mask: jax.Array | None = None
+  experts: jax.Array | None = None
 
 
 def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Batch:
@@ -41,7 +45,10 @@ def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Batch:
 def training_batches(
   config: Config, mesh: Mesh, sources: Sequence[data.Source], sequence: int
 ) -> Iterator[Batch]:
-  """Returns the batches from a global sequence index on, without end."""
+  """Returns the batches from a global sequence index on, without end.
+
+  With the experts to take, where routes are replayed.
+  """
   batches = data.training_batches(
     sources,
     sequence_length=config.sequence_length,
@@ -51,7 +58,20 @@ def training_batches(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
+  if config.replay_routes:
+    step = sequence // config.batch_size + 1
+    batches = _with_experts(config, batches, step)
   return map(functools.partial(to_devices, mesh), batches)
+
+
+def _with_experts(config, batches, step) -> Iterator[dict[str, np.ndarray]]:
+  """Adds the recorded experts to the batches of this and the next steps."""
+  recorded = routes.Reader(config.replay_routes)
+  count = config.batch_size // jax.process_count()
+  first = jax.process_index() * count
+  for number, batch in enumerate(batches, start=step):
+    experts = recorded.read(number, range(first, first + count))
+    yield batch | {'experts': experts}
 
 
 def evaluation_batches(

@@ -13,7 +13,7 @@ from moe_jax import config as config_lib
 from moe_jax import nn
 from moe_jax.data.cache import open_cache
 from moe_jax.parallel import exchange
-from moe_jax.runs import checkpoints, checksums, preemption, writer
+from moe_jax.runs import checkpoints, checksums, preemption, routes, writer
 from moe_jax.train import facts as facts_lib
 from moe_jax.train.batches import training_batches
 from moe_jax.train.evaluate import make_evaluation
@@ -49,6 +49,8 @@ def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
       print(f'{plan.workdir}: already at step {done}', file=sys.stderr)
       return
     run.open()
+    if plan.config.record_routes:
+      _tell_size_of_routes(plan, done)
     train_step = make_train_step(plan.config, plan.training)
     evaluate = make_evaluation(plan.config, plan.training, plan.mesh, plan.text)
     # The first question is of the time while text and checkpoint were read.
@@ -72,6 +74,23 @@ def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
       if stop:
         run.save(state, wait=True)
         raise preemption.Preempted(f'saved after step {step} of {steps}')
+
+
+def _tell_size_of_routes(plan: Plan, done: int) -> None:
+  """Says how much will be written, after so many steps."""
+  config, slots = plan.config, plan.config.model.slots_per_token
+  if config.replay_routes and done < config.steps:
+    recorded = routes.Reader(config.replay_routes)
+    slots = recorded.read(done + 1, range(1)).shape[-1]
+  layers = config.model.layers - config.model.dense_layers
+  size = 2 * config.batch_size * layers * config.sequence_length * slots
+  if jax.process_index() == 0:
+    print(
+      f'note: record_routes=True: writes {size / 1e6:.3g} MB a step, '
+      f'{size * (config.steps - done) / 1e6:.3g} MB in total, into '
+      f'{plan.workdir}/routes',
+      file=sys.stderr,
+    )
 
 
 def _restore_or_begin(

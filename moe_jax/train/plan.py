@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from moe_jax import config as config_lib
 from moe_jax import data
 from moe_jax.config import Config
-from moe_jax.runs import files, processes, tracker
+from moe_jax.runs import checkpoints, files, processes, routes, tracker
 from moe_jax.runs.reader import Reader
 from moe_jax.train import facts, state
 
@@ -110,7 +110,10 @@ def plan(
     training = state.make_training(config, mesh)
     state.check_memory(training.abstract)
     _check_config(directory, config, allow_config_change)  # Text takes longer.
+    recorded = _routes_to_replay(config, directory)
     text = data.load_text(config.data)
+    if recorded:
+      recorded.check_text(text.fingerprint)
     for source in text.train:
       if config.sequence_length >= len(source.tokens):
         raise ValueError(
@@ -129,6 +132,34 @@ def plan(
       **config_lib.flatten({'config': planned.options}),
     }
   return planned
+
+
+def _routes_to_replay(
+  config: Config, workdir: epath.Path
+) -> routes.Reader | None:
+  """Returns the routes to be replayed, if any.
+
+  Raises:
+    ValueError: they are not there, or not of such a run.
+  """
+  source = config.replay_routes
+  if not source:
+    return None
+  if files.absolute(source) == workdir:
+    raise ValueError(
+      f'replay_routes={source}: is --workdir itself; choose another work '
+      'directory for the run that replays'
+    )
+  files.check_place('replay_routes', source)
+  try:
+    recorded = routes.Reader(source)
+  except (OSError, ValueError) as error:  # No path at all.
+    raise ValueError(f'replay_routes={source}: {error}') from error
+  done = max(checkpoints.steps(workdir / 'checkpoints'), default=0)
+  if done >= config.steps:
+    return None
+  recorded.check(config_lib.to_dict(config), first=done + 1)
+  return recorded
 
 
 def _check_config(

@@ -8,10 +8,11 @@ from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import optax
 
-from moe_jax import nn
+from moe_jax import nn, routing
 from moe_jax.config import Config
 from moe_jax.parallel import mesh as meshes
 from moe_jax.train.batches import Batch
@@ -40,12 +41,11 @@ def make_train_step(
     donated. Metrics have a value for each MoE layer where their name ends in
     '/layer'. Diagnostics are for the report of a step that was skipped:
     `infinite` [L], more than 0 where a router's logits are not finite, and the
-    `squares` of `gradient` and `parameters`.
+    `squares` of `gradient` and `parameters`; with `config.record_routes` also
+    `routes`, int16 [B, L, S, K], split over the batch, see `Batch.experts`.
   """
   schedule = make_schedule(config)
-  gradients = functools.partial(
-    _gradients, training.graphdef, config.accumulation
-  )
+  gradients = functools.partial(_gradients, training.graphdef, config)
   mesh = training.abstract.step.sharding.mesh
   # Parameters that are split have gradients too large to be kept whole.
   if config.accumulation > 1 and mesh.size > 1 and not config.mesh.fsdp:
@@ -54,7 +54,7 @@ def make_train_step(
   def train_step(state, batch):
     tokens = batch.inputs.size if batch.mask is None else jnp.sum(batch.mask)
     tokens = jnp.maximum(tokens, 1)
-    (gradient, sums, most), router = gradients(
+    (gradient, sums, most), router, routes = gradients(
       state.params, state.router, batch, tokens
     )
     gradient_squares = squares(gradient)
@@ -80,15 +80,18 @@ def make_train_step(
         'gradient': gradient_squares,
         'parameters': squares_unless(finite, new.params),
       },
+      'routes': routes,
     }
     return new._replace(step=state.step + 1), metrics, diagnostics
 
   shardings = jax.tree.map(lambda x: x.sharding, training.abstract)
   whole = shardings.step  # So that every process can read them.
+  by_row = NamedSharding(mesh, meshes.BATCH)
+  diagnostics = {'infinite': whole, 'squares': whole, 'routes': by_row}
   return jax.jit(
     train_step,
     donate_argnums=0,
-    out_shardings=(shardings, whole, whole),
+    out_shardings=(shardings, whole, diagnostics),
     compiler_options=training.compiler_options,
   )
 
@@ -113,31 +116,29 @@ def _summed_once(gradients, params, mesh):
 
   def of_device(params, router, batch, tokens):
     own = over_copies(functools.partial(lax.pcast, to='varying'), params)
-    (gradient, sums, most), router = gradients(
+    (gradient, sums, most), router, routes = gradients(
       own, router, batch, tokens, axis_name=meshes.AXES
     )
-    return (over_copies(lax.psum, gradient), sums, most), router
+    return (over_copies(lax.psum, gradient), sums, most), router, routes
 
   same = P()
   return jax.shard_map(
     of_device,
     mesh=mesh,
     in_specs=(specs, same, meshes.BATCH, same),
-    out_specs=((specs, same, same), same),
+    out_specs=((specs, same, same), same, meshes.BATCH),
   )
 
 
-def _gradients(
-  graphdef, microbatches, params, router, batch, tokens, axis_name=None
-):
+def _gradients(graphdef, config, params, router, batch, tokens, axis_name=None):
   """Adds up the gradients and sums of microbatches; routers move in each."""
-  losses = functools.partial(_losses, graphdef, microbatches, axis_name)
+  losses = functools.partial(_losses, graphdef, config, axis_name)
 
   def of_microbatch(router, batch):
-    gradient, (sums, most, router) = jax.grad(losses, has_aux=True)(
+    gradient, (sums, most, router, routes) = jax.grad(losses, has_aux=True)(
       params, router, batch, tokens
     )
-    return (gradient, sums, most), router
+    return (gradient, sums, most), router, routes
 
   def combine(so_far, new):
     *sums, most = so_far
@@ -145,23 +146,40 @@ def _gradients(
     sums = jax.tree.map(jnp.add, sums, more)
     return *sums, jax.tree.map(jnp.maximum, most, of_new)
 
-  return add_up(of_microbatch, router, batch, microbatches, combine)
+  return add_up(of_microbatch, router, batch, config.accumulation, combine)
 
 
-def _losses(graphdef, microbatches, axis_name, params, router, batch, tokens):
-  """Returns the loss of a microbatch; its sums, what is greatest, routers."""
+def _losses(graphdef, config, axis_name, params, router, batch, tokens):
+  """Returns the loss of a microbatch; sums, what is greatest, routers, routes.
+
+  Routes are None where nobody records them.
+  """
   model = nnx.merge(graphdef, params, router, copy=True)
-  logits, outputs = model(batch.inputs, batch.mask, train=True)
+  experts = batch.experts
+  if experts is not None:
+    experts = experts.swapaxes(0, 1)
+  logits, outputs = model(batch.inputs, batch.mask, experts, train=True)
   loss = jnp.sum(cross_entropy(logits, batch)) / tokens
   if axis_name is not None:
     loss = lax.psum(loss, axis_name)
   sums = {
     'loss': loss,
-    'auxiliary_loss': jnp.sum(outputs.loss) / microbatches,
+    'auxiliary_loss': jnp.sum(outputs.loss) / config.accumulation,
     'router': outputs.sums,
   }
   loss = sums['loss'] + sums['auxiliary_loss']
-  return loss, (sums, outputs.most, _router_state(model))
+  routes = None
+  if config.record_routes:
+    routes = _routes(outputs.choice, batch.inputs.shape)
+  return loss, (sums, outputs.most, _router_state(model), routes)
+
+
+def _routes(choice: routing.Choice, shape_BxS: tuple[int, int]) -> jax.Array:
+  """Returns the experts of all layers, int16 [B, L, S, K]; -1 is no expert."""
+  experts_LxTxK = jnp.where(choice.active, choice.experts, -1)
+  layers, _, slots = experts_LxTxK.shape
+  experts_LxBxSxK = experts_LxTxK.reshape(layers, *shape_BxS, slots)
+  return experts_LxBxSxK.swapaxes(0, 1).astype(jnp.int16)
 
 
 def _update(training, gradient, router, state) -> TrainState:
@@ -185,23 +203,25 @@ def _add(sums: Any, new: Any) -> Any:
 
 
 def add_up(
-  function: Callable[[Any, Batch], tuple[Any, Any]],
+  function: Callable[[Any, Batch], tuple[Any, Any, Any]],
   carry: Any,
   batch: Batch,
   count: int,
   combine: Callable[[Any, Any], Any] = _add,
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, Any]:
   """Sums over microbatches what a function returns, one after the other.
 
   Args:
-    function: `(carry, microbatch) -> (sums, carry)`.
+    function: `(carry, microbatch) -> (sums, carry, rows)`; rows are arrays with
+      an element for each row of the microbatch.
     carry: what the first microbatch starts from.
     batch: to be split.
     count: microbatches, of equal size.
     combine: `(sums, sums) -> sums`; starts from zeros.
 
   Returns:
-    The sums, and the carry of the last microbatch.
+    The sums, the carry of the last microbatch, and the rows in the order of
+    the batch.
   """
   if count == 1:
     return function(carry, batch)
@@ -210,15 +230,19 @@ def add_up(
     lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch
   )
   first = jax.tree.map(lambda x: x[0], microbatches)
-  shapes, _ = jax.eval_shape(function, carry, first)
+  shapes, *_ = jax.eval_shape(function, carry, first)
   zeros = jax.tree.map(jnp.zeros_like, shapes)
 
   def add(totals, microbatch):
     sums, carry = totals
-    new, carry = function(carry, microbatch)
-    return (combine(sums, new), carry), None
+    new, carry, rows = function(carry, microbatch)
+    return (combine(sums, new), carry), rows
 
-  return lax.scan(add, (zeros, carry), microbatches)[0]
+  (sums, carry), rows = lax.scan(add, (zeros, carry), microbatches)
+  rows = jax.tree.map(
+    lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), rows
+  )
+  return sums, carry, rows
 
 
 def apply_if(
