@@ -12,6 +12,7 @@ import shutil
 import jax.numpy as jnp
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
+import numpy as np
 import pytest
 
 from docs import configuration
@@ -195,3 +196,21 @@ def test_the_inspection_of_a_run_runs(tmp_path, monkeypatch):
     assert f'`{metric.replace("validation", "SET")}`' in page, metric
   assert names['checkpoint'].step == names['run'].checkpoints[-1]
   assert (tmp_path / 'max_violation.svg').stat().st_size > 1000
+
+
+@pytest.mark.long
+def test_the_page_on_replay_runs(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  text = tiny.write_text(tmp_path)
+  options = {'steps': 2, 'data.evaluation_sets': ''}
+  recorded = tiny.tiny_config(text, record_routes=True, **options)
+  tiny.run(recorded, 'runs/recorded')
+  for method in ('bip', 'loss_free'):
+    config = tiny.tiny_config(
+      text, method, replay_routes='runs/recorded', **options
+    )
+    tiny.run(config, f'runs/on_the_same_routes/{method}')
+  names = run_blocks(PAGES / 'replay.md')
+  assert names['bip'].loads(0).equals(names['loss_free'].loads(0))
+  assert names['experts_BxLxSxK'].shape == (8, 2, 16, 2)
+  np.testing.assert_allclose(names['same_BxSxD'], names['y_BxSxD'], atol=1e-6)

@@ -295,19 +295,3 @@ def test_damaged_routes_are_refused(text, tmp_path, recorded, damage, reason):
   damage(source / 'routes/step_00000001_rows_0_8.npy')
   said = refused(text, tmp_path / 'run', replay_routes=str(source))
   assert re.search(reason, said), said
-
-
-def test_routes_are_read_by_row_whoever_wrote_them(tmp_path, recorded):
-  """Files of three processes, two of which a reader's rows are in."""
-  whole = routes.Reader(recorded).read(1)
-  source = tmp_path / 'source'
-  (source / 'routes').mkdir(parents=True)
-  shutil.copy(recorded / 'config.json', source)
-  for first, end in ((0, 3), (3, 6), (6, 8)):
-    path = source / f'routes/step_00000001_rows_{first}_{end}.npy'
-    np.save(path, whole[first:end])
-  reader = routes.Reader(source)
-  assert reader.steps == [1]
-  np.testing.assert_array_equal(reader.read(1), whole)
-  np.testing.assert_array_equal(reader.read(1, range(4, 8)), whole[4:])
-  np.testing.assert_array_equal(reader.read(1, range(1, 5)), whole[1:5])
