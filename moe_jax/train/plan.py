@@ -151,13 +151,10 @@ def _routes_to_replay(
       'directory for the run that replays'
     )
   files.check_place('replay_routes', source)
-  try:
-    recorded = routes.Reader(source)
-  except (OSError, ValueError) as error:  # No path at all.
-    raise ValueError(f'replay_routes={source}: {error}') from error
   done = max(checkpoints.steps(workdir / 'checkpoints'), default=0)
   if done >= config.steps:
     return None
+  recorded = routes.Reader(source)
   recorded.check(config_lib.to_dict(config), first=done + 1)
   return recorded
 

