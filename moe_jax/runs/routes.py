@@ -26,7 +26,7 @@ _NAME = re.compile(r'step_(\d+)_rows_(\d+)_(\d+)\.npy')
 
 # Options without which a batch, or its routes, would have another meaning.
 _SAME = (
-  *('batch_size', 'sequence_length', 'seed'),
+  *('batch_size', 'sequence_length', 'seed', 'data.corpus'),
   *('model.layers', 'model.dense_layers', 'model.experts'),
 )
 
