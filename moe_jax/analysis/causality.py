@@ -70,7 +70,7 @@ def text_of(
         '--text: the text that the options of the run name has changed since; '
         'give a file'
       )
-    tokens_N = next(iter(text.evaluation.values()), text.train_tokens)
+    tokens_N = next(iter(text.evaluation.values()), text.train[0].tokens)
   count = sequences or config.batch_size // config.accumulation
   length = config.sequence_length
   if len(tokens_N) < count * length:

@@ -221,6 +221,6 @@ def test_refuses_in_one_line(options, words, workdir, capsys):
 
 def test_a_text_that_has_changed_is_refused(workdir, capsys):
   for path in workdir.parent.glob('*.txt'):
-    path.write_text('another text of the expert ' * 99)
+    path.write_text(f'{path.name}: another text of the expert ' * 99)
   assert program.main([f'--run={workdir}']) == 2
   assert 'has changed since; give a file' in capsys.readouterr().err
