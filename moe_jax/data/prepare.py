@@ -13,7 +13,8 @@ bpe:N, which learns N tokens from a sample of the source.
 --validation: share of the documents that are held out, by their hash.
 --beam: runs on Apache Beam; further flags are its own (--runner=...).
 
-Killed, the same command goes on: what is finished is kept. Exit codes: 0 done,
+Killed, the same command resumes: what is finished is kept. With --verify and
+--out alone, every block of a corpus is read and checked. Exit codes: 0 done,
 2 refused, 1 anything else.
 """
 
@@ -364,6 +365,23 @@ def _write(path: epath.Path, text: str) -> None:
   beside.replace(path)
 
 
+def _prepared_by(
+  values: argparse.Namespace, rest: list[str]
+) -> prepared.Prepared:
+  run = functools.partial(in_threads, workers=values.workers)
+  if values.beam:
+    run = functools.partial(on_beam, flags=rest)
+  return prepare(
+    values.source,
+    values.tokenizer,
+    values.out,
+    text_field=values.text_field,
+    validation=values.validation,
+    licence=values.licence,
+    run=run,
+  )
+
+
 def main(argv: Sequence[str]) -> int:
   """Runs the program; returns its exit code."""
   parser = argparse.ArgumentParser(
@@ -380,25 +398,21 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument('--validation', type=float, default=0.005)
   parser.add_argument('--workers', type=int, default=0)
   parser.add_argument('--beam', action='store_true')
+  parser.add_argument('--verify', action='store_true')
   try:
     values, rest = parser.parse_known_args(argv[1:])
-    for name in ('source', 'tokenizer', 'out'):
+    needed = ('out',) if values.verify else ('source', 'tokenizer', 'out')
+    for name in needed:
       if not getattr(values, name):
         raise ValueError(f'--{name}=...: missing; --help says what it is')
     if rest and not values.beam:
       raise ValueError(f'{rest[0]}: unknown; --help lists the flags')
-    run = functools.partial(in_threads, workers=values.workers)
-    if values.beam:
-      run = functools.partial(on_beam, flags=rest)
-    corpus = prepare(
-      values.source,
-      values.tokenizer,
-      values.out,
-      text_field=values.text_field,
-      validation=values.validation,
-      licence=values.licence,
-      run=run,
-    )
+    if values.verify:
+      corpus = prepared.Prepared(values.out)
+      for tokens in corpus.splits.values():
+        tokens.verify()
+    else:
+      corpus = _prepared_by(values, rest)
   except (argparse.ArgumentError, ValueError, OSError) as error:
     print(f'error: {one_line(error)}', file=sys.stderr)
     return 2

@@ -174,7 +174,7 @@ class _File:
   def _bad(self, why: Any) -> ValueError:
     return ValueError(
       f'{self._path}: {getattr(why, "strerror", None) or why}; restore the '
-      'shard, or prepare the corpus again: only what is missing is made'
+      'shard from a copy, or prepare the corpus anew in another directory'
     )
 
 

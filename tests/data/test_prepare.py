@@ -359,3 +359,18 @@ def test_a_tokenizer_is_learnt_from_a_sample(tmp_path, monkeypatch):
   assert corpus.tokenizer.vocabulary == 290
   both = documents(corpus, 'train') + documents(corpus, 'validation')
   assert sorted(both) == sorted(TEXTS)
+
+
+def test_a_corpus_is_verified_as_a_whole(whole, tmp_path, capsys):
+  corpus, tokens = whole
+  argv = ['prepare', '--verify', f'--out={corpus.directory}']
+  assert prepare.main(argv) == 0
+  assert f'{len(tokens)} tokens' in capsys.readouterr().out
+  copy = tmp_path / 'copy'
+  copy.mkdir()
+  for path in corpus.directory.iterdir():
+    (copy / path.name).write_bytes(path.read_bytes())
+  last = copy / corpus.splits['train'].shards[-1].file
+  last.write_bytes(b'?' + last.read_bytes()[1:])
+  assert prepare.main(['prepare', '--verify', f'--out={copy}']) == 2
+  assert last.name in capsys.readouterr().err
