@@ -89,6 +89,7 @@ def test_what_sees_the_future(method, tokens):
     assert solved.logits < ROUNDING
 
 
+@pytest.mark.long
 def test_rounding_sees_the_future(tokens):
   model = build('unbalanced', round_to_capacity=True)
   found = audit.causality(model, tokens, POSITIONS)

@@ -332,6 +332,7 @@ def test_update_routers_walks_any_model_and_stacks(x):
     model.stack.update_router()
 
 
+@pytest.mark.long
 def test_models_copy_and_equal_ones_are_traced_once(x):
   traces = []
 

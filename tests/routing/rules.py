@@ -36,10 +36,8 @@ RULES = {
 _QUICK = (
   'loss_free',
   'bip',
-  'bip_shard',
   'midpoint_lag',
   'quantile_histogram',
-  'sinkhorn',
 )
 
 # Prices from sums of floats, whose last bits depend on the order of the terms.

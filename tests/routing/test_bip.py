@@ -110,6 +110,7 @@ def test_states_can_be_donated(scores):
   assert np.any(state.q)
 
 
+@pytest.mark.long
 def test_bip_resumes_from_batch_to_batch(scores):
   balancer = routing.bip(3)
   state, q = balancer.init(8), jnp.zeros(8)

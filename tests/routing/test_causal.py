@@ -80,6 +80,7 @@ def test_parts_and_single_tokens_have_the_same_bits(sequences):
   jax.tree.map(np.testing.assert_array_equal, seen, counts)
 
 
+@pytest.mark.long
 def test_padding_is_not_counted(sequences):
   _, q, experts, mask = sequences
   prices, counts = _prices()(experts, q, mask_BxS=mask)

@@ -59,7 +59,7 @@ def _one_iteration(k, clip, cutoff):
   )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(
   seed=st.integers(0, 2**31),
   skew=st.floats(0, 4, width=32),
@@ -264,6 +264,7 @@ def test_counts_beyond_int32_are_shared_out_exactly():
   assert q[3] > 0 and np.all(np.delete(q, 3) == -q[3])
 
 
+@pytest.mark.long
 @rules.each(
   [
     'bip_unclipped',

@@ -173,6 +173,7 @@ def _rounded(k, capacity):
   )
 
 
+@pytest.mark.long
 @PROPERTY
 @given(scores=SCORES, q=PRICES, k=st.integers(1, EXPERTS))
 def test_prices_bound_the_optimum(scores, q, k):

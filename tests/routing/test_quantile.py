@@ -77,6 +77,7 @@ def test_means_of_quantiles_add_up_over_microbatches(estimator):
   np.testing.assert_allclose(q, expected - expected.mean(), atol=1e-7)
 
 
+@pytest.mark.long
 def test_the_mean_of_one_part_is_the_exact_quantile():
   scores = rules.skewed_scores(96, 8)
   seen = []

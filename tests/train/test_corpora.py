@@ -54,6 +54,7 @@ def test_the_vocabulary_follows_the_tokenizer(corpora, tmp_path):
   assert embedding.shape[0] == 290
 
 
+@pytest.mark.long
 def test_a_run_on_a_mixture(corpora, tmp_path):
   mixture = f'{corpora[0]}:0.75,{corpora[1]}:0.25'
   config = _options(mixture, steps=4, eval_every=4)
@@ -87,6 +88,7 @@ def test_another_tokenizer_is_refused(corpora, tmp_path):
     plan_lib.plan(_options(f'{corpora[0]}:1,{other}:1'), tmp_path / 'run')
 
 
+@pytest.mark.long
 def test_an_embedded_text_goes_beside(corpora):
   config = data.DataConfig(
     corpus=f'{corpora[0]}:9,sotu:1', evaluation_sets='validation'

@@ -85,6 +85,7 @@ def test_evaluation_against_a_loop_over_sequences(model, result):
   )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'options',
   [

@@ -212,6 +212,7 @@ def preempted_after(calls):
   return lambda: next(count) >= calls
 
 
+@pytest.mark.long
 def test_a_notice_during_an_evaluation_does_not_wait_for_it(text, tmp_path):
   """Before the first of the two batches of an evaluation after step 1."""
   config = tiny.tiny_config(

@@ -99,6 +99,7 @@ def test_rows_of_microbatches_come_back_in_the_order_of_the_batch():
     np.testing.assert_array_equal(rows['rows'], tokens + 1)
 
 
+@pytest.mark.long
 def test_another_rule_takes_the_recorded_routes(text, tmp_path, recorded):
   """Its loads are those of the run that recorded, its prices its own."""
   actual, expected = replay(
