@@ -16,7 +16,7 @@ class ThresholdState(NamedTuple):
   Attributes:
     q: float32 [E], prices this step's choices.
     pending: float32 [E], moved by each batch of the step.
-    known: bool scalar, whether a batch was seen.
+    known: int32 scalar, 1 once a batch was seen.
   """
 
   q: jax.Array
@@ -53,7 +53,7 @@ def threshold(*, ema: float = 0.0, lag: bool = True) -> base.Balancer:
 
 def _init(experts):
   q_E, pending_E = (jnp.zeros(experts, jnp.float32) for _ in range(2))
-  return ThresholdState(q_E, pending_E, jnp.bool(False))
+  return ThresholdState(q_E, pending_E, jnp.int32(0))
 
 
 def _solve(state, scores_TxE, *, k, ema, lag, mask_T=None, axis_name=None):
@@ -71,11 +71,11 @@ def _solve(state, scores_TxE, *, k, ema, lag, mask_T=None, axis_name=None):
   mixed_E = base.rounded(ema * state.pending) + base.rounded(
     (1 - ema) * found_E
   )
-  mixed_E = jnp.where(state.known, mixed_E, found_E)
+  mixed_E = jnp.where(state.known > 0, mixed_E, found_E)
   # Scores of -inf, or k = E, can leave fewer than c + 1 takers.
   moves_E = jnp.isfinite(found_E) & (capacity > 0)
   pending_E = jnp.where(moves_E, mixed_E, state.pending)
-  known = state.known | (capacity > 0)
+  known = jnp.maximum(state.known, (capacity > 0).astype(jnp.int32))
   q_E = state.q if lag else pending_E
   return q_E, ThresholdState(q_E, pending_E, known)
 
