@@ -6,6 +6,8 @@ import pathlib
 import sys
 from typing import Any, NoReturn
 
+from moe_jax.analysis import markdown
+
 
 class Parser(argparse.ArgumentParser):
   """Prints its description as help; refuses arguments in one line."""
@@ -47,7 +49,7 @@ def table(columns: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
   """Writes a table in Markdown; floats with four digits."""
   columns = list(columns)
   lines = [columns, ['---'] * len(columns), *rows]
-  return '\n'.join(f'| {" | ".join(map(_cell, line))} |' for line in lines)
+  return markdown.rows(map(_cell, line) for line in lines)
 
 
 def _cell(value: Any) -> str:

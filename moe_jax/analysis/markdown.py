@@ -69,6 +69,11 @@ def _written(texts: pd.DataFrame, align: str = '---:') -> str:
   rule = ['---'] + [align] * len(texts.columns)
   lines = [[texts.index.name, *texts.columns], rule]
   lines += texts.itertuples(name=None)
+  return rows(lines)
+
+
+def rows(lines: Iterable[Iterable[str]]) -> str:
+  """Writes lines of texts, whatever is in them, as lines of a table."""
   return '\n'.join(f'| {" | ".join(map(_one_line, line))} |' for line in lines)
 
 

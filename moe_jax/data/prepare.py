@@ -36,7 +36,7 @@ import numpy as np
 from moe_jax.data import parts as parts_lib
 from moe_jax.data import prepared, pretrained
 from moe_jax.data.parts import Part
-from moe_jax.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
+from moe_jax.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer, groups
 from moe_jax.options import one_line
 
 SHARD_TOKENS = 1 << 25
@@ -174,7 +174,8 @@ def make_part(job: Job, number: int) -> dict[str, Any]:
   directory = epath.Path(job.out)
   splits = {name: _Split(directory, name, number) for name in _SPLITS}
   end_N = np.array([tokenizer.end_of_document], tokenizer.dtype)
-  for texts in _groups(parts_lib.read_part(job.parts[number])):
+  texts_of_part = parts_lib.read_part(job.parts[number])
+  for texts in groups(texts_of_part, _GROUP):
     encoded = tokenizer.encode_batch(texts)
     for text, ids_N in zip(texts, encoded, strict=True):
       data = text.encode()
@@ -226,33 +227,18 @@ class _Split:
     return [shard._asdict() for shard in self._shards]
 
 
-def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
-  group, size = [], 0
-  for text in texts:
-    group.append(text)
-    size += len(text)
-    if size >= _GROUP:
-      yield group
-      group, size = [], 0
-  if group:
-    yield group
-
-
 def in_threads(job: Job, numbers: list[int], workers: int = 0) -> None:
   """Makes parts on all cores: the tokenizer works without Python's lock."""
   progress = _Progress(job, numbers)
   workers = workers or os.cpu_count() or 1
   with futures.ThreadPoolExecutor(workers) as pool:
-    waiting = {
-      pool.submit(make_part, job, number): number for number in numbers
-    }
+    waiting = [pool.submit(make_part, job, number) for number in numbers]
     try:
       for future in futures.as_completed(waiting):
         progress.add(future.result())
-    except BaseException:
+    finally:
       pool.shutdown(cancel_futures=True)
-      raise
-  progress.close()
+      progress.close()
 
 
 def on_beam(job: Job, numbers: list[int], *, flags: Sequence[str]) -> None:
@@ -413,7 +399,8 @@ def main(argv: Sequence[str]) -> int:
         tokens.verify()
     else:
       corpus = _prepared_by(values, rest)
-  except (argparse.ArgumentError, ValueError, OSError) as error:
+  # fsspec says so where a protocol needs a package.
+  except (argparse.ArgumentError, ImportError, ValueError, OSError) as error:
     print(f'error: {one_line(error)}', file=sys.stderr)
     return 2
   for name, split in corpus.manifest['splits'].items():

@@ -20,6 +20,7 @@ import zlib
 from etils import epath
 import numpy as np
 
+from moe_jax.data import cache
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.options import shown
 
@@ -178,6 +179,15 @@ class _File:
     )
 
 
+def _shards(split: dict[str, Any]) -> list[Shard]:
+  shards = [Shard(**shard) for shard in split['shards']]
+  for shard in shards:
+    # A directory from elsewhere must not name files outside of it.
+    if epath.Path(shard.file).name != shard.file or shard.tokens < 1:
+      raise ValueError(f'a shard is {shown(shard._asdict())}')
+  return shards
+
+
 class Prepared:
   """A prepared corpus.
 
@@ -207,9 +217,7 @@ class Prepared:
       )
       dtype = self.tokenizer.dtype.newbyteorder('<')
       self.splits = {
-        name: Tokens(
-          self.directory, [Shard(**shard) for shard in split['shards']], dtype
-        )
+        name: Tokens(self.directory, _shards(split), dtype)
         for name, split in self.manifest['splits'].items()
       }
     except FileNotFoundError as error:
@@ -224,6 +232,4 @@ class Prepared:
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    from moe_jax.data import cache
-
     return cache.content_key('prepared', self.manifest)

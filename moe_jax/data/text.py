@@ -116,11 +116,15 @@ def resolve(config: DataConfig) -> DataConfig:
   return dataclasses.replace(config, vocabulary=corpus.tokenizer.vocabulary)
 
 
+# The manifest of a trillion tokens takes a moment to read, and never changes.
+_open_prepared = functools.lru_cache(maxsize=16)(Prepared)
+
+
 def _first_prepared(config: DataConfig) -> Prepared | None:
   """Opens the first prepared corpus, whose tokenizer is that of all."""
   for name in parse_corpora(config.corpus):
     if name not in sources.SOURCES:
-      return Prepared(name)
+      return _open_prepared(name)
   return None
 
 
@@ -161,7 +165,7 @@ def _load_corpora(config: DataConfig) -> TextData:
       splits = {split: tokens(label, part) for split, part in corpora.items()}
       keys.append(_tokens_key(corpora['train'], tokenizer))
     else:
-      corpus = Prepared(name)
+      corpus = _open_prepared(name)
       if corpus.tokenizer.to_json() != tokenizer.to_json():
         raise ValueError(
           f'data.corpus={name}: was prepared with another tokenizer than the '

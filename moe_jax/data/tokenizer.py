@@ -200,7 +200,7 @@ def load_tokens(
     write_header(0)
     start = file.tell()
     end = np.array([tokenizer.end_of_document], tokenizer.dtype).tobytes()
-    for texts in _groups(documents()):
+    for texts in groups(documents(), _CHARACTERS_AT_ONCE):
       for ids_N in tokenizer.encode_batch(texts):
         file.write(ids_N.tobytes() + end)
     size = (file.tell() - start) // tokenizer.dtype.itemsize
@@ -211,13 +211,13 @@ def load_tokens(
   return cache.load_or_make(path, load, make)
 
 
-def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
-  """Yields documents in lists of some million characters."""
+def groups(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
+  """Yields documents in lists of at least so many characters."""
   group, size = [], 0
   for text in documents:
     group.append(text)
     size += len(text)
-    if size >= _CHARACTERS_AT_ONCE:
+    if size >= characters:
       yield group
       group, size = [], 0
   if group:

@@ -244,57 +244,17 @@ def bip(
   )
 
 
-def _improve(
-  q_E,
-  scores_TxE,
-  *,
-  k,
-  iterations,
-  clip,
-  cutoff,
-  mask_T=None,
-  groups=1,
-  groups_per_token=1,
-  axis_name=None,
-):
-  solved_E = dual_iterations(
-    scores_TxE,
-    q_E,
-    k=k,
-    iterations=iterations,
-    clip=clip,
-    cutoff=cutoff,
-    mask_T=mask_T,
-    groups=groups,
-    groups_per_token=groups_per_token,
-    axis_name=axis_name,
-  )
+def _improve(q_E, scores_TxE, *, clip, **given):
+  """Runs `dual_iterations` with what is given of its arguments."""
+  solved_E = dual_iterations(scores_TxE, q_E, clip=clip, **given)
   return solved_E if clip else base.centred(solved_E, unless=q_E)
 
 
 # One q for all tokens, handed on from microbatch to microbatch.
 
 
-def _solve_chained(
-  improve,
-  state,
-  scores_TxE,
-  *,
-  k,
-  mask_T=None,
-  groups=1,
-  groups_per_token=1,
-  axis_name=None,
-):
-  q_E = improve(
-    state.q,
-    scores_TxE,
-    k=k,
-    mask_T=mask_T,
-    groups=groups,
-    groups_per_token=groups_per_token,
-    axis_name=axis_name,
-  )
+def _solve_chained(improve, state, scores_TxE, **given):
+  q_E = improve(state.q, scores_TxE, **given)
   return q_E, base.State(q_E)
 
 
@@ -305,26 +265,8 @@ def _init_lagged(experts):
   return LaggedState(*(jnp.zeros(experts, jnp.float32) for _ in range(2)))
 
 
-def _solve_lagged(
-  improve,
-  state,
-  scores_TxE,
-  *,
-  k,
-  mask_T=None,
-  groups=1,
-  groups_per_token=1,
-  axis_name=None,
-):
-  pending_E = improve(
-    state.pending,
-    scores_TxE,
-    k=k,
-    mask_T=mask_T,
-    groups=groups,
-    groups_per_token=groups_per_token,
-    axis_name=axis_name,
-  )
+def _solve_lagged(improve, state, scores_TxE, **given):
+  pending_E = improve(state.pending, scores_TxE, **given)
   return state.q, LaggedState(state.q, pending_E)
 
 
@@ -336,29 +278,10 @@ def _update_lagged(state, observation, *, k):
 # A q for each shard and microbatch; the state moves to their mean.
 
 
-def _solve_shard(
-  improve,
-  lag,
-  state,
-  scores_TxE,
-  *,
-  k,
-  mask_T=None,
-  groups=1,
-  groups_per_token=1,
-  axis_name=None,
-):
+def _solve_shard(improve, lag, state, scores_TxE, *, axis_name=None, **given):
   if lag:
     return state.q, state
-  q_E = improve(
-    state.q,
-    scores_TxE,
-    k=k,
-    mask_T=mask_T,
-    groups=groups,
-    groups_per_token=groups_per_token,
-  )
-  return q_E, state
+  return improve(state.q, scores_TxE, **given), state
 
 
 def _observe_shard(

@@ -16,7 +16,7 @@ from moe_jax.train import evaluate as evaluation
 from moe_jax.train.state import shards_of
 
 # Tokens of each training text whose frequencies are counted.
-_COUNTED = 1 << 24
+_COUNTED = 1 << 22
 _PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers')
 
 

@@ -25,13 +25,14 @@ BASE = {
 }
 
 
-def run(text, workdir, method='bip', mesh=(1, 1), **overrides):
+def run(text, workdir, method='bip', mesh=(1, 1), allowed=(), **overrides):
   """Trains on so many of this process's devices; returns `workdir`."""
   devices = jax.devices()[: mesh[0] * mesh[1]]
   made = meshes.make_mesh(*mesh, devices=devices)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(plan_lib.state, 'make_mesh', lambda config: made)
-    tiny.run(tiny.tiny_config(text, method, **BASE | overrides), workdir)
+    config = tiny.tiny_config(text, method, **BASE | overrides)
+    tiny.run(config, workdir, allowed=list(allowed))
   return workdir
 
 
@@ -192,8 +193,7 @@ def test_a_run_that_resumes_records_later_steps_again(text, tmp_path, recorded):
   later = workdir / 'routes/step_00000009_rows_0_4.npy'
   shutil.copy(last, later)
   before = last.stat().st_mtime_ns
-  config = tiny.tiny_config(text, **BASE | longer)
-  tiny.run(config, workdir, allowed=['steps'])
+  run(text, workdir, allowed=['steps'], **longer)
   assert routes.Reader(workdir).steps == [1, 2, 3, 4]
   assert not later.exists()
   assert last.stat().st_mtime_ns == before
