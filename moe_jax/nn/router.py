@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from moe_jax import routing
 from moe_jax.nn.config import MoEConfig
+from moe_jax.routing.order_statistic import total
 
 # (priced_TxE, q_E, config, mask_T) -> Choice, see nn/selections.py.
 Select = Callable[..., routing.Choice]
@@ -169,14 +170,18 @@ def route(
     else:
       solved = solve(tokens, groups=groups, axis_name=axis_name)
     moved, choice, taken = solved
-    load_E = choice.load
-    if axis_name is not None:
-      load_E = lax.psum(load_E, axis_name)
-    inputs = routing.LossInputs(
-      logits_BxSxE, scores_BxSxE, choice, mask_BxS, router_DxE,
-      so_far.load + load_E, config.experts_per_token, axis_name,
-    )  # fmt: skip
-    loss = balancer.loss(inputs)
+    loss = balancer.loss(
+      routing.LossInputs(
+        logits_BxSxE,
+        scores_BxSxE,
+        choice,
+        mask_BxS,
+        router_DxE,
+        step_load_E=so_far.load + total(choice.load, axis_name),
+        k=config.experts_per_token,
+        axis_name=axis_name,
+      )
+    )
   else:
     q_E = balancer.price(state)
     taken = choice = _choice(select, tokens, q_E, config)
@@ -186,8 +191,7 @@ def route(
     # Compiled code cannot raise: nothing that follows may look right.
     gates_TxK = jnp.where(so_far.calls > 0, jnp.nan, gates_TxK)
   taken = taken._replace(gates=gates_TxK)
-  sums, most = _told(taken, mask_BxS, scores_BxSxE.shape)
-  sums['infinite'] = jnp.any(~jnp.isfinite(logits_BxSxE)).astype(jnp.int32)
+  sums, most = _told(taken, mask_BxS, logits_BxSxE)
   if rounding:
     sums['unrounded_load'] = choice.load
   return MoEOutput(loss, tokens.scores, taken, sums, most), moved
@@ -306,14 +310,14 @@ def _joined(choice_G: routing.Choice) -> routing.Choice:
 
 def _final_gates(gates_TxK, config: MoEConfig) -> jax.Array:
   if config.renormalize_gates:
-    total_Tx1 = jnp.sum(gates_TxK, axis=-1, keepdims=True)
-    gates_TxK = gates_TxK / (total_Tx1 + 1e-20)
+    sum_Tx1 = jnp.sum(gates_TxK, axis=-1, keepdims=True)
+    gates_TxK = gates_TxK / (sum_Tx1 + 1e-20)
   return gates_TxK if config.gate_scale == 1 else gates_TxK * config.gate_scale
 
 
-def _told(choice: routing.Choice, mask_BxS, shape):
+def _told(choice: routing.Choice, mask_BxS, logits_BxSxE):
   """Returns what `router_metrics` needs of a choice: sums, and the most."""
-  batch, sequence, experts = shape
+  batch, sequence, experts = logits_BxSxE.shape
   valid_TxK = choice.active
   tokens_B = jnp.full(batch, sequence)
   if mask_BxS is not None:
@@ -330,6 +334,7 @@ def _told(choice: routing.Choice, mask_BxS, shape):
     'gates': _by_expert(choice.experts, gates_TxK, experts),
     'sequences': jnp.sum(tokens_B > 0, dtype=jnp.int32),
     'sequence_violation': jnp.sum(violation_B),
+    'infinite': jnp.any(~jnp.isfinite(logits_BxSxE)).astype(jnp.int32),
   }
   return sums, {'sequence_violation': jnp.max(violation_B)}
 
