@@ -60,7 +60,7 @@ def find_parts(source: str, text_field: str) -> list[Part]:
         parts += _tfds_parts(name, text_field)
         continue
       file_system, _, _ = fsspec.get_fs_token_paths(name)
-      found = [path for path in _files(file_system, name)]
+      found = _files(file_system, name)
       if not found:
         raise ValueError('no such file')
       for path in found:
@@ -84,8 +84,7 @@ def read_part(part: Part) -> Iterator[str]:
 def _texts(part: Part) -> Iterator[str]:
   if part.path.startswith('tfds:'):
     return _tfds_texts(part)
-  plain = part.path.removesuffix('.gz').removesuffix('.zst')
-  kind = plain.rpartition('.')[2]
+  kind = _unpacked_name(part.path).rpartition('.')[2]
   readers = {
     'txt': _txt,
     'jsonl': _jsonl,
@@ -93,6 +92,10 @@ def _texts(part: Part) -> Iterator[str]:
     'arrow': _arrow,
   }
   return readers[kind](part)
+
+
+def _unpacked_name(path: str) -> str:
+  return path.removesuffix('.gz').removesuffix('.zst')
 
 
 def _files(file_system: Any, name: str) -> list[str]:
@@ -108,9 +111,9 @@ def _files(file_system: Any, name: str) -> list[str]:
       )
   else:
     exists = file_system.isfile(place)
-    paths = [place] if exists else sorted(file_system.glob(place))
+    paths = [place] if exists else file_system.glob(place)
   for path in paths:
-    plain = path.removesuffix('.gz').removesuffix('.zst')
+    plain = _unpacked_name(path)
     if not plain.endswith(SUFFIXES) or (
       plain != path and not plain.endswith(('.txt', '.jsonl'))
     ):
@@ -150,6 +153,7 @@ def _opened(path: str) -> Iterator[BinaryIO]:
 
 
 def _unpacked_zstd(file: BinaryIO) -> BinaryIO:
+  """Unpacks all frames; fsspec's own way ends after the first one."""
   try:
     import zstandard
   except ImportError as error:
