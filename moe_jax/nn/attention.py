@@ -30,22 +30,25 @@ class KeyValueCache(NamedTuple):
 
 
 def rotate(
-  x_BxSxHxW: jax.Array, *, theta: float, start: jax.Array | int = 0
+  x_BxSxHxW: jax.Array, positions: jax.Array, *, theta: float
 ) -> jax.Array:
   """Rotates each pair of neighbouring entries by its position's angle.
 
   Entries (2j, 2j+1) of position s turn by s * theta^(-2j/W), in float32. The
   pairs are interleaved, as in the paper, not the two halves of a head.
-  Positions count from `start`.
+
+  Args:
+    x_BxSxHxW: [batch, sequence, heads, head width].
+    positions: int32 [B, S], or [S] where all sequences have the same.
+    theta: base of the frequencies.
 
   References:
     Su et al., arXiv 2104.09864, equation 34.
   """
-  sequence, width = x_BxSxHxW.shape[1], x_BxSxHxW.shape[-1]
+  width = x_BxSxHxW.shape[-1]
   frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-  position = start + jnp.arange(sequence)
-  angle = position.astype(jnp.float32)[:, None] * frequency
-  cos, sin = (f(angle)[:, None, :] for f in (jnp.cos, jnp.sin))
+  angle = positions.astype(jnp.float32)[..., None] * frequency
+  cos, sin = (f(angle)[..., None, :] for f in (jnp.cos, jnp.sin))
   pairs = x_BxSxHxW.astype(jnp.float32).reshape(*x_BxSxHxW.shape[:-1], -1, 2)
   even, odd = pairs[..., 0], pairs[..., 1]
   turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
@@ -57,7 +60,7 @@ def rotate(
 _LEAST, _BLOCKS = 256, 16
 
 
-def _attend(query_BxSxHxW, key_BxSxGxW, value_BxSxGxW):
+def _attend(query_BxSxHxW, key_BxSxGxW, value_BxSxGxW, positions_BxS=None):
   """Attends from each block of queries to the keys up to its end alone.
 
   With many blocks that is half of the scores; the rest would be masked.
@@ -71,17 +74,26 @@ def _attend(query_BxSxHxW, key_BxSxGxW, value_BxSxGxW):
   for start in range(0, sequence, size):
     end = min(start + size, sequence)
     seen = [x[:, :end].astype(dtype) for x in keys]
-    blocks.append(attend(query_BxSxHxW[:, start:end], *seen, end))
+    positions = None if positions_BxS is None else positions_BxS[:, start:end]
+    blocks.append(attend(query_BxSxHxW[:, start:end], *seen, end, positions))
   return jnp.concatenate(blocks, axis=1)
 
 
-def _attend_last(query_BxSxHxW, key_BxCxGxW, value_BxCxGxW, length):
-  """Attends from the last S of so many tokens, to all up to each of them."""
+def _attend_last(
+  query_BxSxHxW, key_BxCxGxW, value_BxCxGxW, length, positions_BxS=None
+):
+  """Attends from the last S of so many tokens, to all up to each of them.
+
+  With positions in documents, to those of its document alone.
+  """
   sequence, room = query_BxSxHxW.shape[1], key_BxCxGxW.shape[1]
-  position_S = length - sequence + jnp.arange(sequence)
-  mask_SxC = jnp.arange(room) <= position_S[:, None]
+  place_S = length - sequence + jnp.arange(sequence)
+  mask = (jnp.arange(room) <= place_S[:, None])[None, None]
+  if positions_BxS is not None:
+    first_BxS = place_S - positions_BxS  # Place where the document begins.
+    mask &= (jnp.arange(room) >= first_BxS[..., None])[:, None]
   return jax.nn.dot_product_attention(
-    query_BxSxHxW, key_BxCxGxW, value_BxCxGxW, mask=mask_SxC[None, None]
+    query_BxSxHxW, key_BxCxGxW, value_BxCxGxW, mask=mask
   )
 
 
@@ -99,29 +111,41 @@ class Attention(nnx.Module):
 
   @jax.named_scope('attention')
   def __call__(
-    self, x_BxSxD: jax.Array, cache: KeyValueCache | None = None
+    self,
+    x_BxSxD: jax.Array,
+    cache: KeyValueCache | None = None,
+    positions_BxS: jax.Array | None = None,
   ) -> tuple[jax.Array, KeyValueCache | None]:
     """Attends to the tokens before, those of the cache first.
+
+    Args:
+      x_BxSxD: [batch, sequence, model].
+      cache: of the tokens before.
+      positions_BxS: int32, of each token in its document, whose tokens alone
+        are attended to; None where a sequence is one document.
 
     Returns:
       [B, S, D], and the cache with these tokens added.
     """
-    config, start = self.config, 0 if cache is None else cache.length
+    config, positions = self.config, positions_BxS
+    if positions is None:
+      start = 0 if cache is None else cache.length
+      positions = start + jnp.arange(x_BxSxD.shape[1])
 
     def split(y, heads):
       return y.reshape(*x_BxSxD.shape[:2], heads, -1)
 
     def rotated(y, heads):
-      return rotate(split(y, heads), theta=config.rope_theta, start=start)
+      return rotate(split(y, heads), positions, theta=config.rope_theta)
 
     query = rotated(self.query(x_BxSxD), config.heads)
     key = rotated(self.key(x_BxSxD), config.kv_heads)
     value = split(self.value(x_BxSxD), config.kv_heads)
     if cache is None:
-      y = _attend(query, key, value)
+      y = _attend(query, key, value, positions_BxS)
     else:
       cache = _add(cache, key, value)
-      y = _attend_last(query, *cache)
+      y = _attend_last(query, *cache, positions_BxS)
     return self.out(y.reshape(*x_BxSxD.shape[:2], -1)), cache
 
 

@@ -51,9 +51,12 @@ class Block(nnx.Module):
     cache: KeyValueCache | None = None,
     experts_BxSxK: jax.Array | None = None,
     *,
+    positions_BxS: jax.Array | None = None,
     train: bool,
   ) -> tuple[jax.Array, MoEOutput | None, KeyValueCache | None]:
-    y_BxSxD, cache = self.attention(self.attention_norm(x_BxSxD), cache)
+    y_BxSxD, cache = self.attention(
+      self.attention_norm(x_BxSxD), cache, positions_BxS
+    )
     x_BxSxD += y_BxSxD
     y_BxSxD = self.feed_forward_norm(x_BxSxD)
     if isinstance(self.feed_forward, MoE):
@@ -151,6 +154,7 @@ class Decoder(nnx.Module):
     mask_BxS: jax.Array | None = None,
     experts_LxBxSxK: jax.Array | None = None,
     *,
+    positions_BxS: jax.Array | None = None,
     train: bool,
   ) -> tuple[jax.Array, MoEOutput]:
     """Predicts each next token.
@@ -161,6 +165,8 @@ class Decoder(nnx.Module):
         come last in its sequence: attention is causal, not masked.
       experts_LxBxSxK: int32, experts of each MoE layer to take instead of
         choosing, see `MoE`.
+      positions_BxS: int32, of each token in its document, from 0; a token
+        attends to its own document alone. None: a sequence is one document.
       train: whether the routers' q may move.
 
     Returns:
@@ -168,7 +174,12 @@ class Decoder(nnx.Module):
       leading layer axis.
     """
     logits_BxSxV, outputs, _ = self._predict(
-      tokens_BxS, mask_BxS, experts_LxBxSxK, DecoderCache(None, None), train
+      tokens_BxS,
+      mask_BxS,
+      experts_LxBxSxK,
+      positions_BxS,
+      DecoderCache(None, None),
+      train,
     )
     return logits_BxSxV, outputs
 
@@ -193,7 +204,7 @@ class Decoder(nnx.Module):
         'model.selection=choose_by_experts: cannot decode token by token, as '
         'experts choose among all tokens of a batch'
       )
-    return self._predict(tokens_BxS, None, None, cache, train=False)
+    return self._predict(tokens_BxS, None, None, None, cache, train=False)
 
   def init_cache(self, batch: int, room: int) -> DecoderCache:
     """Returns an empty cache for texts of up to `room` tokens."""
@@ -209,7 +220,9 @@ class Decoder(nnx.Module):
       empty(dense) if dense else None, empty(config.layers - dense)
     )
 
-  def _predict(self, tokens_BxS, mask_BxS, experts_LxBxSxK, cache, train):
+  def _predict(
+    self, tokens_BxS, mask_BxS, experts_LxBxSxK, positions_BxS, cache, train
+  ):
     if not tokens_BxS.size:
       raise ValueError(
         f'tokens_BxS: shape {tokens_BxS.shape} has no tokens; B and S must be '
@@ -220,11 +233,23 @@ class Decoder(nnx.Module):
     x_BxSxD = jnp.take(table_VxD, tokens_BxS, axis=0)
     if self.dense_blocks is not None:
       x_BxSxD, _, dense = self._apply(
-        self.dense_blocks, x_BxSxD, mask_BxS, None, cache.dense, train
+        self.dense_blocks,
+        x_BxSxD,
+        mask_BxS,
+        None,
+        positions_BxS,
+        cache.dense,
+        train,
       )
       cache = cache._replace(dense=dense)
     x_BxSxD, outputs, moe = self._apply(
-      self.moe_blocks, x_BxSxD, mask_BxS, experts_LxBxSxK, cache.moe, train
+      self.moe_blocks,
+      x_BxSxD,
+      mask_BxS,
+      experts_LxBxSxK,
+      positions_BxS,
+      cache.moe,
+      train,
     )
     x_BxSxD = self.norm(x_BxSxD)
     logits_BxSxV = jnp.einsum(
@@ -248,7 +273,9 @@ class Decoder(nnx.Module):
       gather, params, is_leaf=lambda node: isinstance(node, nnx.Variable)
     )
 
-  def _apply(self, blocks, x_BxSxD, mask_BxS, experts, cache, train):
+  def _apply(
+    self, blocks, x_BxSxD, mask_BxS, experts, positions_BxS, cache, train
+  ):
     """Scans over stacked blocks; this is where their router state changes."""
     graphdef, params, routers = nnx.split(blocks, nnx.Param, RouterState)
 
@@ -257,7 +284,12 @@ class Decoder(nnx.Module):
       params = self._gather(params)
       block = nnx.merge(graphdef, params, routers, copy=True)
       x_BxSxD, output, cache = block(
-        x_BxSxD, mask_BxS, cache, experts_BxSxK, train=train
+        x_BxSxD,
+        mask_BxS,
+        cache,
+        experts_BxSxK,
+        positions_BxS=positions_BxS,
+        train=train,
       )
       return x_BxSxD, (nnx.state(block, RouterState), output, cache)
 
