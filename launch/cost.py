@@ -94,9 +94,8 @@ def compute(program: hlo.Program, chip: Chip, rows: float) -> list[Cost]:
       if known
       else _roofline(program, visit, chip, rows)
     )
-    costs.append(
-      Cost(visit.count * seconds, known, _op_name(program, instruction))
-    )
+    op_name = _op_name(program, instruction) or visit.caller
+    costs.append(Cost(visit.count * seconds, known, op_name))
   return costs
 
 

@@ -74,12 +74,15 @@ class Visit(NamedTuple):
     computation: the name of the computation that it is in.
     count: times that it runs.
     fused: whether it is a part of a fusion, which has the costs of the whole.
+    caller: where in the JAX program the innermost loop, fusion or call comes
+      from that runs it and says so; '' where none does.
   """
 
   instruction: Instruction
   computation: str
   count: int
   fused: bool
+  caller: str = ''
 
 
 class Collective(NamedTuple):
@@ -92,7 +95,8 @@ class Collective(NamedTuple):
     bytes: of its operands or its results, whichever are more, each time. What
       a ragged-all-to-all sends is not known; here it is the lesser of the two,
       which is what a device sends if all devices send the same.
-    op_name: where in the JAX program it comes from; '' where not known.
+    op_name: where in the JAX program it, or else the loop that it is in, comes
+      from; '' where not known. Between slices, the compiler names loops alone.
     group: positions in the mesh of the devices of the first group that
       communicates; () for all devices.
     between_slices: whether a device exchanges this with those at its place in
@@ -186,7 +190,11 @@ def visits(program: Program) -> list[Visit]:
       fused = instruction.opcode == 'fusion'
       for inner in names:
         result += [
-          v._replace(count=count * v.count, fused=fused or v.fused)
+          v._replace(
+            count=count * v.count,
+            fused=fused or v.fused,
+            caller=v.caller or instruction.op_name,
+          )
           for v in visit(inner)
         ]
     return result
@@ -265,7 +273,7 @@ def collectives(text: str | Program) -> list[Collective]:
       kind,
       visit.count,
       _payload(program.computations[visit.computation], visit.instruction),
-      visit.instruction.op_name,
+      visit.instruction.op_name or visit.caller,
       groups.first(visit.instruction.attributes),
       visit.instruction.opcode == 'recv',
       _asynchronous(program, visit),

@@ -41,6 +41,15 @@ def test_what_is_computed_before_the_end_of_a_collective_hides_it():
   assert gather.asynchronous
 
 
+def test_what_has_no_name_has_that_of_its_loop():
+  body = ' body=%body.6'
+  named = MODULE.replace(
+    body, f'{body}, metadata={{op_name="jit(step)/router"}}'
+  )
+  names = {call.op_name for call in hlo.collectives(named) if call.count == 7}
+  assert names == {'jit(step)/router'}
+
+
 def test_of_a_conditional_the_branch_that_communicates_most_counts():
   larger = MODULE.replace('%few.2 = f32[8]', '%few.2 = f32[99]')
   calls = [call for call in hlo.collectives(larger) if call.count == 7]
