@@ -42,6 +42,10 @@ _SECTIONS = {
     'Losses on every router, beside the one that a balancer may have; see '
     '[A loss of your own](add_a_loss.md).'
   ),
+  'optimizer': (
+    'How parameters move. `learning_rate`, `warmup_steps`, `weight_decay` and '
+    '`gradient_clip` hold for every optimizer.'
+  ),
   'mesh': 'Devices along each axis of the mesh; see [Run on a pod](pod.md).',
   'data': 'Text to train and evaluate on.',
 }

@@ -67,6 +67,42 @@ class LossesConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """How parameters move, by optax's names; its state follows from the name."""
+
+  name: str = option('adamw', among=('adamw', 'adafactor', 'muon'))
+  """Optimizer. 'muon' takes the matrices of all layers, and AdamW the rest."""
+  schedule: str = option(
+    'cosine', among=('cosine', 'linear', 'wsd', 'constant'), change='named'
+  )
+  """Of the learning rate after warm-up: to its end by a cosine or linearly,
+  'wsd' linearly in the last `decay_steps` only, 'constant' never."""
+  end: float = option(0.1, least=0, most=1, change='named')
+  """Learning rate at the end, in units of its peak."""
+  decay_steps: int = option(0, least=0, most=10**9, change='named')
+  """Last steps of 'wsd', in which the learning rate falls."""
+  b1: float = option(0.9, least=0, most=1, change='named')
+  """Decay of AdamW's mean of gradients."""
+  b2: float = option(0.999, least=0, most=1, change='named')
+  """Decay of AdamW's mean of their squares."""
+  eps: float = option(1e-8, above=0, most=1, change='named')
+  """Added to the root of that mean."""
+  first_moment: str = option('float32', among=('float32', 'bfloat16'))
+  """Type of the mean of gradients in memory, of AdamW and Muon."""
+  decay: str = option('all', among=('all', 'matrices'), change='named')
+  """What `weight_decay` acts on: all parameters, as in MiniMind, or all but
+  the scales of norms."""
+
+  def __post_init__(self):
+    check_options(self, 'optimizer.')
+    if (self.schedule == 'wsd') != bool(self.decay_steps):
+      raise ValueError(
+        f'optimizer.decay_steps={self.decay_steps}: 1 or more with '
+        f'optimizer.schedule=wsd, and 0 with all others; it is {self.schedule}'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """One training run.
 
@@ -86,13 +122,13 @@ class Config:
   accumulation: int = option(1, least=1, most=2**24, change='named')
   """Microbatches per step, computed one after the other."""
   learning_rate: float = option(5e-4, above=0, most=1e3, change='named')
-  """Peak of the learning rate, after warm-up; a cosine takes it to a tenth."""
+  """Peak of the learning rate, after warm-up."""
   warmup_steps: int = option(0, least=0, most=10**9, change='named')
   """Steps of linear warm-up."""
   weight_decay: float = option(0.01, least=0, most=1e3, change='named')
-  """Weight decay of AdamW, on every parameter, as in MiniMind."""
-  gradient_clip: float = option(1.0, above=0, most=1e30, change='named')
-  """Greatest global norm of the gradient."""
+  """Weight decay of the optimizer."""
+  gradient_clip: float = option(1.0, least=0, most=1e30, change='named')
+  """Greatest global norm of the gradient; 0.0 is off."""
   capacity_factor: float = option(0.0, least=0, most=2**14, change='named')
   """Room of each expert in training, in units of its even share; what does not
   fit is dropped. 0.0 is dropless; evaluation always is."""
@@ -136,6 +172,7 @@ class Config:
   )
   """Name of the balancer and the arguments of its function."""
   losses: LossesConfig = LossesConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
   model: DecoderConfig = DecoderConfig()
   mesh: MeshConfig = MeshConfig()
   data: DataConfig = DataConfig()
@@ -159,6 +196,12 @@ class Config:
       raise ValueError(
         f'warmup_steps={self.warmup_steps}: must be less than '
         f'steps={self.steps}'
+      )
+    left = self.steps - self.warmup_steps
+    if self.optimizer.decay_steps > left:
+      raise ValueError(
+        f'optimizer.decay_steps={self.optimizer.decay_steps}: must be at most '
+        f'steps - warmup_steps = {left}'
       )
     self.model.check_capacity_factor(self.capacity_factor)
     if not self.balancer_rule.additive and self.accumulation > 1:

@@ -29,11 +29,11 @@ def compiler_options(devices: Sequence[jax.Device]) -> dict[str, bool | int]:
   options = dict(_OPTIONS.get(devices[0].platform, {}))
   kind = devices[0].device_kind
   if 'v6 lite' in kind:
-    # Tiles of large products may fill most of its 128 MiB of fast memory. By
-    # the compiler's cycles, products of 8,192 and more rows and columns then
-    # reach 90 % of the peak and more, else 70 to 77 %. MaxText gives as much
-    # to dense models, 80 MiB to sparse ones.
-    options['xla_tpu_scoped_vmem_limit_kib'] = 98_304
+    # Tiles of large products may fill most of its 128 MiB of fast memory: by
+    # the compiler's cycles, products of 8,192 rows and columns then reach 88 %
+    # of the peak, else 70 %. MaxText gives sparse models as much. Still larger
+    # tiles reach 90 %, but are searched for much longer.
+    options['xla_tpu_scoped_vmem_limit_kib'] = 81_920
   if 'v5 lite' in kind and any(max(device.coords) >= 8 for device in devices):
     # Chips of v5e that lie in a side of 16 cannot reach all others by
     # themselves, and the compiler refuses: 'not supported on limited ICI'.

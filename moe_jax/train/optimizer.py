@@ -1,30 +1,94 @@
-"""AdamW as MiniMind has it."""
+"""Schedules and optimizers by optax's names; by default, MiniMind's AdamW."""
 
+from typing import Any
+
+import jax
 import optax
+from optax import contrib
 
+from moe_jax import nn
 from moe_jax.config import Config
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-  """Builds linear warm-up, then a cosine to a tenth of the learning rate.
+  """Builds linear warm-up, then what `optimizer.schedule` names.
 
   Step n of w steps of warm-up has n/w of the peak: none has nothing.
 
   Returns:
     The learning rate by the number of updates made before, 0 at the first.
   """
-  return optax.warmup_cosine_decay_schedule(
-    init_value=config.learning_rate / max(config.warmup_steps, 1),
-    peak_value=config.learning_rate,
-    warmup_steps=max(config.warmup_steps - 1, 0),
-    decay_steps=config.steps,
-    end_value=config.learning_rate / 10,
+  peak, options = config.learning_rate, config.optimizer
+  first, end = peak / max(config.warmup_steps, 1), peak * options.end
+  warm_up = max(config.warmup_steps - 1, 0)
+  if options.schedule == 'cosine':
+    return optax.warmup_cosine_decay_schedule(
+      first, peak, warm_up, config.steps, end
+    )
+  left = config.steps - warm_up
+  falls = {'constant': 0, 'linear': left, 'wsd': options.decay_steps}
+  count = falls[options.schedule]
+  rest = optax.constant_schedule(peak)
+  if count:
+    rest = optax.linear_schedule(peak, end, count, left - count)
+  if not warm_up:
+    return rest
+  return optax.join_schedules(
+    [optax.linear_schedule(first, peak, warm_up), rest], [warm_up]
   )
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-  """Builds clipping by global norm, then AdamW."""
-  return optax.chain(
-    optax.clip_by_global_norm(config.gradient_clip),
-    optax.adamw(make_schedule(config), weight_decay=config.weight_decay),
-  )
+  """Builds clipping by global norm, then the optimizer."""
+  options, schedule = config.optimizer, make_schedule(config)
+  betas = (options.b1, options.b2)
+  mask = None if options.decay == 'all' else _matrices
+  if options.name == 'adamw':
+    optimizer = optax.adamw(
+      schedule,
+      *betas,
+      options.eps,
+      mu_dtype=options.first_moment,
+      weight_decay=config.weight_decay,
+      mask=mask,
+    )
+  elif options.name == 'adafactor':
+    optimizer = optax.adafactor(
+      schedule, weight_decay_rate=config.weight_decay, weight_decay_mask=mask
+    )
+  else:
+    optimizer = contrib.muon(
+      schedule,
+      weight_decay=config.weight_decay,
+      weight_decay_mask=mask,
+      mu_dtype=options.first_moment,
+      adam_b1=options.b1,
+      adam_b2=options.b2,
+      adam_weight_decay=config.weight_decay,
+      muon_weight_dimension_numbers=_orthogonalized,
+      # As large as AdamW's, so that one learning rate does for both.
+      consistent_rms=0.2,
+    )
+  greatest = config.gradient_clip
+  clip = optax.clip_by_global_norm(greatest) if greatest else optax.identity()
+  return optax.chain(clip, optimizer)
+
+
+def _rank(path: tuple, leaf: jax.Array) -> int:
+  """Counts the axes that a parameter has beside that of stacked layers."""
+  return leaf.ndim - nn.is_stacked(path[0].key)
+
+
+def _matrices(params: Any) -> Any:
+  """Marks what is neither the scale of a norm nor a bias."""
+  return jax.tree.map_with_path(lambda *leaf: _rank(*leaf) > 1, params)
+
+
+def _orthogonalized(params: Any) -> Any:
+  """Marks the matrices of layers: not embeddings, which are looked up."""
+
+  def axes(path, leaf):
+    hidden = nn.is_stacked(path[0].key) and _rank(path, leaf) > 1
+    return contrib.MuonDimensionNumbers(-2, -1) if hidden else None
+
+  return jax.tree.map_with_path(axes, params)

@@ -183,16 +183,28 @@ def _shardings(abstract, params, optimizer, mesh, fsdp) -> TrainState:
     lambda spec: NamedSharding(mesh, spec),
     nnx.to_pure_dict(nn.parameter_specs(params, mesh, fsdp=fsdp)),
   )
+
+  def is_masked(moment):  # Another optimizer moves this parameter.
+    return isinstance(moment, optax.MaskedNode)
+
+  def of_moment(moment, param, sharding):
+    if is_masked(moment):
+      return moment
+    # Adafactor's factors have other axes than what they are of, and are small.
+    return sharding if moment.shape == param.shape else replicated
+
   return TrainState(
     step=replicated,
     params=param_shardings,
     # In Auto mode, moments without this would be replicated.
     optimizer=optax.tree.map_params(
       optimizer,
-      lambda _, sharding: sharding,
+      of_moment,
       abstract.optimizer,
+      abstract.params,
       param_shardings,
       transform_non_params=lambda _: replicated,
+      is_leaf=is_masked,
     ),
     router=jax.tree.map(lambda _: replicated, abstract.router),
   )

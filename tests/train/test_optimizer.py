@@ -1,15 +1,28 @@
-"""The learning rate, step by step."""
+"""The learning rate step by step, and what each optimizer moves."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from optax import contrib
 import pytest
 
+from moe_jax.config import MeshConfig
 from moe_jax.train import optimizer
+from moe_jax.train import state as state_lib
 from tests.train import tiny
+from tests.train.test_step import assert_close, run_steps
 
 
-def learning_rates(tmp_path, warmup_steps):
+def learning_rates(tmp_path, warmup_steps, **options):
   config = tiny.tiny_config(
-    tmp_path, steps=10, learning_rate=8e-3, warmup_steps=warmup_steps
+    tmp_path,
+    steps=10,
+    learning_rate=8e-3,
+    warmup_steps=warmup_steps,
+    **{f'optimizer.{name}': value for name, value in options.items()},
   )
   schedule = optimizer.make_schedule(config)
   return np.array([schedule(step) for step in range(10)])
@@ -27,3 +40,137 @@ def test_without_warm_up_a_cosine_starts_at_the_peak(tmp_path, warmup_steps):
   rates = learning_rates(tmp_path, warmup_steps)
   cosine = (1 + np.cos(np.pi * np.arange(10) / 10)) / 2
   np.testing.assert_allclose(rates, 8e-3 * (0.1 + 0.9 * cosine), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('options', 'expected'),
+  [
+    ({'schedule': 'constant'}, [4, 8, 8, 8, 8, 8, 8, 8, 8, 8]),
+    (
+      {'schedule': 'linear', 'end': 0.0},
+      [4, *(8 * (9 - i) / 9 for i in range(9))],
+    ),
+    (
+      {'schedule': 'wsd', 'decay_steps': 4, 'end': 0.5},
+      [4, 8, 8, 8, 8, 8, 8, 7, 6, 5],
+    ),
+  ],
+  ids=['constant', 'linear', 'wsd'],
+)
+def test_schedules_by_hand(tmp_path, options, expected):
+  rates = learning_rates(tmp_path, warmup_steps=2, **options)
+  np.testing.assert_allclose(1e3 * rates, expected, rtol=1e-6)
+
+
+PARAMS = {
+  'embedding': {'embedding': jnp.full((5, 4), 0.5)},
+  'moe_blocks': {
+    'norm': {'scale': jnp.full((2, 4), 0.5)},
+    'feed_forward': {'gate': jnp.full((2, 3, 4, 6), 0.5)},
+  },
+  'norm': {'scale': jnp.full((4,), 0.5)},
+}
+
+
+def moves(tmp_path, gradient, **options):
+  """Returns the first updates of PARAMS, in units of the learning rate."""
+  config = tiny.tiny_config(
+    tmp_path, **{'learning_rate': 1e-3, 'gradient_clip': 0.0, **options}
+  )
+  transformation = optimizer.make_optimizer(config)
+  state = transformation.init(PARAMS)
+  updates, _ = transformation.update(gradient, state, PARAMS)
+  return jax.tree.map(lambda x: np.asarray(x) / 1e-3, updates)
+
+
+def test_weight_decay_may_leave_out_the_scales_of_norms(tmp_path):
+  nothing = jax.tree.map(jnp.zeros_like, PARAMS)
+  options = {'weight_decay': 0.1, 'optimizer.decay': 'matrices'}
+  moved = moves(tmp_path, nothing, **options)
+  scales = [moved['norm'], moved['moe_blocks'].pop('norm')]
+  assert all(np.all(x == 0) for x in jax.tree.leaves(scales))
+  for update in jax.tree.leaves((moved['embedding'], moved['moe_blocks'])):
+    np.testing.assert_allclose(update, -0.1 * 0.5, rtol=1e-5)
+
+
+def test_the_gradient_is_clipped_or_not(tmp_path):
+  """Betas of 0 leave g / (|g| + eps)."""
+  ones = jax.tree.map(jnp.ones_like, PARAMS)
+  options = {
+    'weight_decay': 0.0,
+    'optimizer.b1': 0.0,
+    'optimizer.b2': 0.0,
+    'optimizer.eps': 1.0,
+  }
+  size = sum(x.size for x in jax.tree.leaves(PARAMS))
+  for greatest, entry in ((0.0, 1.0), (1.0, size**-0.5)):
+    moved = moves(tmp_path, ones, gradient_clip=greatest, **options)
+    expected = -entry / (entry + 1.0)
+    for update in jax.tree.leaves(moved):
+      np.testing.assert_allclose(update, expected, rtol=1e-5)
+
+
+def test_muon_takes_each_matrix_of_each_layer_and_expert(tmp_path):
+  random = np.random.default_rng(0)
+  gradient = jax.tree.map(
+    lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32), PARAMS
+  )
+  options = {'weight_decay': 0.0, 'optimizer.name': 'muon'}
+  moved = moves(tmp_path, gradient, **options)
+  single = contrib.muon(1.0, consistent_rms=0.2)
+  for place in np.ndindex(2, 3):
+    matrix = gradient['moe_blocks']['feed_forward']['gate'][place]
+    expected, _ = single.update(matrix, single.init(matrix), matrix)
+    actual = moved['moe_blocks']['feed_forward']['gate'][place]
+    np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=2e-4)
+  # Of AdamW, as of Muon, with Nesterov momentum: at first the gradient's sign.
+  step = 1 + 0.9 * 0.1 / (1 - 0.9**2)
+  for name in ('embedding', 'norm'):
+    assert_close(
+      moved[name], jax.tree.map(lambda x: -step * jnp.sign(x), gradient[name])
+    )
+
+
+@pytest.mark.parametrize('name', ['adafactor', 'muon'])
+def test_each_optimizer_learns_alike_on_many_devices(tmp_path, name):
+  config = tiny.tiny_config(
+    tmp_path, **{'optimizer.name': name, 'model.remat': True}
+  )
+  _, _, state, history = run_steps(config)
+  split = dataclasses.replace(
+    config, mesh=MeshConfig(data=2, expert=4, fsdp=True)
+  )
+  training, _, _, of_many = run_steps(split)
+  assert history[2]['train/loss'] < history[0]['train/loss']
+  assert_close(
+    [h['train/loss'] for h in of_many],
+    [h['train/loss'] for h in history],
+    rtol=1e-3,
+  )
+  moments = state_lib.bytes_per_device(training.abstract.optimizer)
+  whole = sum(x.nbytes for x in jax.tree.leaves(state.optimizer))
+  assert moments < whole / 2
+
+
+def test_the_first_moment_may_be_bfloat16(tmp_path):
+  config = tiny.tiny_config(tmp_path, **{'optimizer.first_moment': 'bfloat16'})
+  state = optimizer.make_optimizer(config).init(PARAMS)
+  means = optax.tree.get(state, 'mu')
+  assert {x.dtype for x in jax.tree.leaves(means)} == {jnp.bfloat16.dtype}
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'schedule': 'wsd'}, 'optimizer.decay_steps=0: 1 or more'),
+    ({'decay_steps': 3}, 'optimizer.decay_steps=3: .* it is cosine'),
+    (
+      {'schedule': 'wsd', 'decay_steps': 11},
+      'decay_steps=11: must be at most steps - warmup_steps = 10',
+    ),
+    ({'name': 'adam'}, "optimizer.name='adam': must be one of"),
+  ],
+)
+def test_what_cannot_be_is_refused(tmp_path, options, message):
+  with pytest.raises(ValueError, match=message):
+    learning_rates(tmp_path, 0, **options)
