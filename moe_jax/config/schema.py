@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import math
+import re
 from typing import Any
 
 from moe_jax import routing
@@ -154,6 +155,10 @@ class Config:
   experts_every: int = option(1, least=1, most=10**9, change='yes')
   """Steps between records of every expert's load, gates and price, the greater
   part of the metrics where there are many experts."""
+  profile: str = option('', change='yes')
+  """START:STEPS, such as '100:3': the profiler runs from step START on for that
+  many, and leaves in the work directory what TensorBoard and xprof open; ''
+  never."""
   tracker: str = option('', among=('', 'wandb'), change='yes')
   """Service that gets a copy of the metrics: 'wandb', Weights & Biases, for
   which the user is logged in or has set WANDB_MODE=offline; empty for none."""
@@ -196,6 +201,11 @@ class Config:
       raise ValueError(
         f'warmup_steps={self.warmup_steps}: must be less than '
         f'steps={self.steps}'
+      )
+    if self.profile and not re.fullmatch(r'[1-9]\d*:[1-9]\d*', self.profile):
+      raise ValueError(
+        f'profile={self.profile}: must be START:STEPS, both 1 or more, such as '
+        '100:3'
       )
     left = self.steps - self.warmup_steps
     if self.optimizer.decay_steps > left:

@@ -4,7 +4,7 @@ Metrics stay on the device until the next step is under way: a step never waits
 for the host. The first process writes all that is not a checkpoint.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import math
 import sys
@@ -82,6 +82,7 @@ class Writer:
     # Of the last step, on the device: its number, metrics and diagnostics.
     self._pending: tuple[int, dict[str, Any], dict[str, Any]] | None = None
     self._record: records.Record = {}  # Known, but not yet written.
+    self._waited = 0.0  # Seconds, for the batch of the step under way.
 
   def restore(
     self, plan: Callable[[dict[str, Any]], checkpoints.Items]
@@ -209,6 +210,14 @@ class Writer:
       steps=steps,
     )
 
+  def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
+    """Yields batches, and takes the time that a step waits for its own."""
+    batches, start = iter(batches), time.perf_counter()
+    for batch in batches:
+      self._waited = time.perf_counter() - start
+      yield batch
+      start = time.perf_counter()
+
   def record(
     self, step: int, metrics: dict[str, Any], diagnostics: dict[str, Any]
   ) -> None:
@@ -226,6 +235,7 @@ class Writer:
     """
     self._read()
     self._write()
+    metrics = metrics | {'time/data_seconds': self._waited}
     self._pending = step, metrics, diagnostics
     sequence = self._position.next_sequence + self._config['batch_size']
     self._position = self._position._replace(step=step, next_sequence=sequence)
@@ -241,6 +251,7 @@ class Writer:
     if step == self.saved_step:
       return
     self._read()
+    start = time.perf_counter()
     self._still_ours()
     for output in self._outputs:
       output.sync()
@@ -252,6 +263,8 @@ class Writer:
     )
     self.saved_step = step
     self._clock = time.perf_counter()
+    if self._record:
+      self._record['time/save_seconds'] = self._clock - start
 
   def add(
     self, evaluate: Callable[..., dict[str, float] | None], *arguments: Any
@@ -295,6 +308,9 @@ class Writer:
     tokens = self._config['batch_size'] * self._config['sequence_length']
     record['time/step_seconds'] = seconds
     record['time/tokens_per_second'] = tokens / seconds
+    memory = jax.local_devices()[0].memory_stats() or {}  # None on CPU.
+    if 'peak_bytes_in_use' in memory:
+      record['memory/peak_bytes'] = memory['peak_bytes_in_use']
     cause = _not_finite(record, infinite_L)
     position = self._position
     in_a_row = position.skipped_in_a_row + 1 if cause else 0

@@ -14,6 +14,7 @@ from moe_jax import nn
 from moe_jax.data.cache import open_cache
 from moe_jax.parallel import exchange
 from moe_jax.runs import checkpoints, checksums, preemption, routes, writer
+from moe_jax.runs.profile import profiled
 from moe_jax.train import facts as facts_lib
 from moe_jax.train.batches import training_batches
 from moe_jax.train.evaluate import make_evaluation
@@ -56,10 +57,13 @@ def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
     # The first question is of the time while text and checkpoint were read.
     if preempted() or (late and not run.add(evaluate, state, preempted)):
       raise preemption.Preempted(f'after step {done} of {steps}')
-    batches = training_batches(
-      plan.config, plan.mesh, plan.text.train, position.next_sequence
+    batches = run.timed(
+      training_batches(
+        plan.config, plan.mesh, plan.text.train, position.next_sequence
+      )
     )
-    for step in range(done + 1, steps + 1):
+    coming = range(done + 1, steps + 1)
+    for step in profiled(coming, plan.config.profile, plan.workdir):
       state, *told = train_step(state, next(batches))
       run.record(step, *told)  # It is read while the next step runs.
       last = step == steps

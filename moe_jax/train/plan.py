@@ -105,6 +105,11 @@ def plan(
   with processes.agreement() as agreed:
     directory = files.open_workdir(workdir)
     tracker.check(config.tracker)
+    if config.profile and files.is_remote(directory):
+      raise ValueError(
+        f'profile={config.profile}: writes to a local --workdir only, not to '
+        f'{workdir}'
+      )
     config = dataclasses.replace(config, data=data.resolve(config.data))
     mesh = state.make_mesh(config)
     training = state.make_training(config, mesh)

@@ -132,6 +132,24 @@ def test_an_evaluation_takes_none_of_the_time_of_its_step(tmp_path):
   assert [record['time/step_seconds'] for record in read(tmp_path)] == [3.0] * 2
 
 
+def test_what_a_step_waits_for(tmp_path):
+  now = [0.0]
+
+  def batches():
+    for seconds in (1.0, 2.0):
+      now[0] += seconds
+      yield seconds
+
+  with mock.patch.object(writer_lib.time, 'perf_counter', lambda: now[0]):
+    with open_writer(tmp_path) as writer:
+      for step, _ in enumerate(writer.timed(batches()), start=1):
+        now[0] += 10.0
+        writer.record(step, metrics(), FINE)
+      now[0] += 10.0
+  waited = [record['time/data_seconds'] for record in read(tmp_path)]
+  assert waited == [1.0, 2.0]
+
+
 def test_no_step_is_missing_while_its_evaluation_is_written(
   tmp_path, monkeypatch
 ):

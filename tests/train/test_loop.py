@@ -76,6 +76,7 @@ def test_what_a_run_leaves(finished):
       'router/dropped',
       'time/step_seconds',
       'time/tokens_per_second',
+      'time/data_seconds',
     }
   evaluated = {
     'eval/validation/perplexity',
@@ -88,6 +89,20 @@ def test_what_a_run_leaves(finished):
   assert options['balancer']['iterations'] == 4
   for item in ('params', 'optimizer', 'router', 'data', 'meta'):
     assert (workdir / 'checkpoints' / '6' / item).is_dir()
+
+
+def test_some_steps_are_profiled(text, tmp_path):
+  config = tiny.tiny_config(text, steps=4, profile='2:1', eval_sequences=1)
+  tiny.run(config, tmp_path / 'run')
+  (trace,) = (tmp_path / 'run').glob('plugins/profile/*/*.xplane.pb')
+  steps = {
+    dict(event.stats)['step_num']
+    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+    for line in plane.lines
+    for event in line.events
+    if event.name == 'train'
+  }
+  assert steps == {2, 3}  # The second step is waited for in the third.
 
 
 def test_tensorboard_shows_a_run(finished):
