@@ -112,11 +112,11 @@ def trace(
   """Traces the train step; returns the mesh and the model as well."""
   mesh = state_lib.make_mesh(config, devices)
   training = state_lib.make_training(config, mesh)
-  tokens = _abstract(mesh, config.batch_size, config.sequence_length)
+  batch = _abstract(config, mesh, config.batch_size)
   step = step_lib.make_train_step(config, training)
   # On one device, jax does not see by the mesh what GPU kernels are made for.
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    traced = step.trace(training.abstract, batches.Batch(tokens, tokens))
+    traced = step.trace(training.abstract, batch)
   return mesh, training, traced
 
 
@@ -127,13 +127,12 @@ def evaluation_step(
   mesh = state_lib.make_mesh(config, devices)
   training = state_lib.make_training(config, mesh)
   rows = config.batch_size // config.accumulation
-  tokens = _abstract(mesh, rows, config.sequence_length)
-  mask = _abstract(mesh, rows, config.sequence_length, jnp.bool)
+  batch = _abstract(config, mesh, rows)
+  batch = batch._replace(mask=batch.inputs.update(dtype=jnp.bool))
   step = evaluate.make_evaluation_step(
     training, np.ones(config.data.vocabulary, np.int32), config.eval_solved
   )
   state = training.abstract
-  batch = batches.Batch(tokens, tokens, mask)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     lowered = step.lower(state.params, state.router, batch)
   compiled = ahead.compile_step(lowered, topology)
@@ -152,9 +151,12 @@ def evaluation_step(
   return result
 
 
-def _abstract(mesh: Mesh, rows: int, length: int, dtype=jnp.int32):
+def _abstract(config: Config, mesh: Mesh, rows: int) -> batches.Batch:
   sharding = NamedSharding(mesh, meshes.BATCH)
-  return jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
+  shape = rows, config.sequence_length
+  tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+  positions = None if config.data.cross_documents else tokens
+  return batches.Batch(tokens, tokens, positions=positions)
 
 
 def candidates(

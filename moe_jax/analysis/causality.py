@@ -146,6 +146,11 @@ def _answer(argv: Sequence[str] | None) -> str:
   config = checkpoint.config
   positions = _positions(options.positions, config.sequence_length)
   tokens_BxS = text_of(run, checkpoint, options.text, options.sequences)
+  in_documents = None
+  if not config.data.cross_documents:
+    in_documents = data.document_positions(
+      tokens_BxS, run.tokenizer.end_of_document
+    )
   limited = config.capacity_factor or config.model.round_to_capacity
   found = {
     'run': str(run.workdir),
@@ -158,6 +163,7 @@ def _answer(argv: Sequence[str] | None) -> str:
       positions,
       passes=tuple(PASSES) if limited else ('frozen', 'solved'),
       seed=options.seed,
+      document_positions_BxS=in_documents,
     ),
   }
   try:

@@ -73,6 +73,7 @@ def causality(
   *,
   passes: Sequence[str] = tuple(PASSES),
   seed: int = 0,
+  document_positions_BxS: jax.Array | None = None,
 ) -> dict[str, Pass]:
   """Replaces what follows and looks for changes in what came before.
 
@@ -85,6 +86,7 @@ def causality(
     positions: the last ones to be kept, each from 0 to S - 2.
     passes: which of `PASSES` to run.
     seed: of the random tokens.
+    document_positions_BxS: `positions_BxS` of the model.
 
   Returns:
     What was found, by pass.
@@ -112,6 +114,7 @@ def causality(
     state,
     np.stack(variants).astype(np.int32),
     np.array([sequence - 1, *positions]),
+    document_positions_BxS,
     passes=tuple(passes),
   )
   return {
@@ -130,13 +133,19 @@ def _leaks(positions, flipped_VxL, logits_V) -> list[Leak]:
 
 
 @functools.partial(jax.jit, static_argnames=('graphdef', 'passes'))
-def _compare(graphdef, state, tokens_VxBxS, positions_V, *, passes):
+def _compare(
+  graphdef, state, tokens_VxBxS, positions_V, document_positions_BxS, *, passes
+):
   """Compares variants with the first one; returns (loss, flipped, logits)."""
 
   def run(name, tokens_BxS):
     model = nnx.merge(graphdef, state, copy=True)
     model.set_attributes(dropless=name != 'training')
-    logits, outputs = model(tokens_BxS, train=name != 'frozen')
+    logits, outputs = model(
+      tokens_BxS,
+      positions_BxS=document_positions_BxS,
+      train=name != 'frozen',
+    )
     return logits, _routes(outputs, tokens_BxS.shape)
 
   def compare(first, variant):
@@ -210,6 +219,8 @@ def _loss(logits_BxSxV, tokens_BxS) -> jax.Array:
 
 def decoding(model: Decoder, tokens_BxS: jax.Array) -> Leak:
   """Feeds a batch token by token, as generation does, and compares.
+
+  A sequence counts as one document.
 
   Returns:
     How routes and logits differ from those of the frozen pass on whole

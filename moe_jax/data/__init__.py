@@ -1,6 +1,11 @@
 """Text to tokens to batches: corpora, tokenizer and the input pipeline."""
 
-from moe_jax.data.batches import Source, evaluation_batches, training_batches
+from moe_jax.data.batches import (
+  Source,
+  document_positions,
+  evaluation_batches,
+  training_batches,
+)
 from moe_jax.data.config import DataConfig
 from moe_jax.data.text import TextData, load_text, resolve, token_counts
 from moe_jax.data.tokenizer import Tokenizer
@@ -10,6 +15,7 @@ __all__ = [
   'Source',
   'TextData',
   'Tokenizer',
+  'document_positions',
   'evaluation_batches',
   'load_text',
   'resolve',

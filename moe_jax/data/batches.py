@@ -33,6 +33,27 @@ class Source(NamedTuple):
   weight: float = 1.0
 
 
+def document_positions(
+  tokens_BxS: np.ndarray, end_of_document: int
+) -> np.ndarray:
+  """Counts each token's place in its document, from 0.
+
+  What a sequence begins with counts as the beginning of a document.
+
+  Args:
+    tokens_BxS: integer [..., S].
+    end_of_document: token after which another document begins.
+
+  Returns:
+    int32 [..., S].
+  """
+  places_S = np.arange(tokens_BxS.shape[-1], dtype=np.int32)
+  begins_BxS = np.zeros(tokens_BxS.shape, bool)
+  begins_BxS[..., 1:] = tokens_BxS[..., :-1] == end_of_document
+  first_BxS = np.maximum.accumulate(np.where(begins_BxS, places_S, 0), axis=-1)
+  return places_S - first_BxS
+
+
 def training_batches(
   sources: Sequence[Source],
   *,

@@ -38,6 +38,9 @@ class DataConfig:
   """Name of the text in .jsonl lines or TFDS features."""
   vocabulary: int = option(6400, least=SMALLEST_VOCABULARY, most=2**24)
   """Number of token ids; 256 bytes and the end of a document are among them."""
+  cross_documents: bool = option(True, change='named')
+  """Whether attention, in training and in evaluation, also sees the documents
+  that come before in a sequence. If not, positions begin anew with each."""
   evaluation_sets: str = option('validation,shakespeare', change='named')
   """Comma-separated, of 'validation' and 'shakespeare'."""
   maximum_documents: int = option(0, least=0, most=2**62)

@@ -1,6 +1,6 @@
 """Batches of text on the devices of a mesh."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 import functools
 from typing import NamedTuple
 
@@ -23,12 +23,15 @@ class Batch(NamedTuple):
     mask: bool [B, S], False for padding; None where there is none.
     experts: int16 [B, L, S, K], what each MoE layer takes instead of choosing,
       -1 for slots that are not used; None where it chooses.
+    positions: int32 [B, S], of each input in its document, to which attention
+      keeps; None where it crosses documents.
   """
 
   inputs: jax.Array
   targets: jax.Array
   mask: jax.Array | None = None
   experts: jax.Array | None = None
+  positions: jax.Array | None = None
 
 
 def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Batch:
@@ -43,14 +46,14 @@ def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Batch:
 
 
 def training_batches(
-  config: Config, mesh: Mesh, sources: Sequence[data.Source], sequence: int
+  config: Config, mesh: Mesh, text: data.TextData, sequence: int
 ) -> Iterator[Batch]:
   """Returns the batches from a global sequence index on, without end.
 
   With the experts to take, where routes are replayed.
   """
   batches = data.training_batches(
-    sources,
+    text.train,
     sequence_length=config.sequence_length,
     batch_size=config.batch_size,
     seed=config.seed,
@@ -61,6 +64,8 @@ def training_batches(
   if config.replay_routes:
     step = sequence // config.batch_size + 1
     batches = _with_experts(config, batches, step)
+  if not config.data.cross_documents:
+    batches = _with_positions(batches, text.tokenizer.end_of_document)
   return map(functools.partial(to_devices, mesh), batches)
 
 
@@ -74,16 +79,25 @@ def _with_experts(config, batches, step) -> Iterator[dict[str, np.ndarray]]:
     yield batch | {'experts': experts}
 
 
+def _with_positions(batches, end_of_document):
+  """Adds the place of each input in its document."""
+  for batch in batches:
+    positions = data.document_positions(batch['inputs'], end_of_document)
+    yield batch | {'positions': positions}
+
+
 def evaluation_batches(
-  config: Config, mesh: Mesh, tokens_N: np.ndarray
+  config: Config, mesh: Mesh, text: data.TextData, name: str
 ) -> Iterator[Batch]:
-  """Returns the batches of an evaluation set."""
+  """Returns the batches of the evaluation set with this name."""
   batches = data.evaluation_batches(
-    tokens_N,
+    text.evaluation[name],
     sequence_length=config.sequence_length,
     batch_size=config.batch_size // config.accumulation,
     maximum_sequences=config.eval_sequences,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
+  if not config.data.cross_documents:
+    batches = _with_positions(batches, text.tokenizer.end_of_document)
   return map(functools.partial(to_devices, mesh), batches)

@@ -32,7 +32,12 @@ def make_evaluation_step(
     def loss(solve):
       model = nnx.merge(training.graphdef, params, router, copy=True)
       model.set_attributes(dropless=True)
-      logits, _ = model(batch.inputs, batch.mask, train=solve)
+      logits, _ = model(
+        batch.inputs,
+        batch.mask,
+        positions_BxS=batch.positions,
+        train=solve,
+      )
       return jnp.sum(cross_entropy(logits, batch))
 
     bytes_BxS = jnp.asarray(token_bytes_V, jnp.int32)[batch.targets]
@@ -70,8 +75,8 @@ def make_evaluation(
 
   def evaluate(state, stop):
     metrics = {}
-    for name, tokens_N in text.evaluation.items():
-      batches = evaluation_batches(config, mesh, tokens_N)
+    for name in text.evaluation:
+      batches = evaluation_batches(config, mesh, text, name)
       sums = _add_up(step, state, batches, stop)
       if sums is None:
         return None

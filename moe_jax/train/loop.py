@@ -59,7 +59,7 @@ def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
       raise preemption.Preempted(f'after step {done} of {steps}')
     batches = run.timed(
       training_batches(
-        plan.config, plan.mesh, plan.text.train, position.next_sequence
+        plan.config, plan.mesh, plan.text, position.next_sequence
       )
     )
     coming = range(done + 1, steps + 1)

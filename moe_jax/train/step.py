@@ -158,7 +158,13 @@ def _losses(graphdef, config, axis_name, params, router, batch, tokens):
   experts = batch.experts
   if experts is not None:
     experts = experts.swapaxes(0, 1)
-  logits, outputs = model(batch.inputs, batch.mask, experts, train=True)
+  logits, outputs = model(
+    batch.inputs,
+    batch.mask,
+    experts,
+    positions_BxS=batch.positions,
+    train=True,
+  )
   loss = jnp.sum(cross_entropy(logits, batch)) / tokens
   if axis_name is not None:
     loss = lax.psum(loss, axis_name)

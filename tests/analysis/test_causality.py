@@ -128,6 +128,25 @@ def test_dynamic_activation_does_not_see_the_future(tokens):
     assert each.logits < ROUNDING
 
 
+@pytest.mark.long
+def test_documents_are_as_the_model_was_trained(tokens):
+  """Nothing is seen of the future, and less of the past."""
+  model = build('loss_free')
+  positions = np.arange(SEQUENCE) % 3 + np.zeros_like(tokens)
+  apart, across = (
+    audit.causality(
+      model,
+      tokens,
+      POSITIONS,
+      passes=['frozen'],
+      document_positions_BxS=document_positions,
+    )['frozen']
+    for document_positions in (positions, None)
+  )
+  assert apart.flipped == 0 and apart.logits < ROUNDING
+  assert apart.loss != across.loss
+
+
 def test_decoding_routes_as_the_whole_text(tokens):
   decoded = audit.decoding(build('bip'), tokens)
   assert decoded.position == SEQUENCE - 1

@@ -222,6 +222,21 @@ def test_a_single_token_cannot_be_predicted():
     data.evaluation_batches(TOKENS[:1], sequence_length=S, batch_size=2)
 
 
+# --- Documents ---------------------------------------------------------------
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.lists(st.integers(0, 2), min_size=1, max_size=20))
+def test_positions_begin_anew_after_the_end_of_a_document(tokens):
+  expected, position = [], 0
+  for token in tokens:
+    expected.append(position)
+    position = 0 if token == 1 else position + 1
+  found = data.document_positions(np.array([tokens, tokens]), 1)
+  assert found.dtype == np.int32
+  np.testing.assert_array_equal(found, [expected, expected])
+
+
 # --- Loading -----------------------------------------------------------------
 
 

@@ -182,6 +182,7 @@ def test_estimates_a_step(tmp_path):
       'mesh.expert': 4,
       'model.layers': 1,
       'capacity_factor': 1.25,
+      'data.cross_documents': False,
     },
   )
   topology = ahead.parse_topology('h100:8')

@@ -66,7 +66,7 @@ def test_evaluation_against_a_loop_over_sequences(model, result):
   total, targets_seen = [], []
   tokens_N = model.text.evaluation['validation']
   for batch in batches_lib.evaluation_batches(
-    model.config, model.mesh, tokens_N
+    model.config, model.mesh, model.text, 'validation'
   ):
     for inputs, targets, mask in zip(*jax.device_get(batch[:3]), strict=True):
       total += list(np.float64(losses(inputs, targets, mask)[mask]))

@@ -51,7 +51,7 @@ def latest(plan):
 
 def batches_of(plan, sequence=0):
   return batches_lib.training_batches(
-    plan.config, plan.mesh, plan.text.train, sequence
+    plan.config, plan.mesh, plan.text, sequence
   )
 
 
