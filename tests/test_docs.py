@@ -8,15 +8,21 @@ import inspect
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import jax.numpy as jnp
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 import pytest
 
 from docs import configuration
 from moe_jax import config
+from moe_jax.data import Tokenizer
+from moe_jax.runs.reader import Reader
 from tests.train import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -214,3 +220,34 @@ def test_the_page_on_replay_runs(tmp_path, monkeypatch):
   assert names['bip'].loads(0).equals(names['loss_free'].loads(0))
   assert names['experts_BxLxSxK'].shape == (8, 2, 16, 2)
   np.testing.assert_allclose(names['same_BxSxD'], names['y_BxSxD'], atol=1e-6)
+
+
+@pytest.mark.long
+def test_the_steps_from_parquet_to_a_job_run(tmp_path):
+  """As they stand, but for where the files are and the size of the model."""
+  page = (PAGES / 'your_text.md').read_text()
+  block = re.search(r'```sh\n(BUCKET=.*?)```', page, re.DOTALL)[1]
+  for old, new in (
+    ('BUCKET=gs://bucket', f'BUCKET={tmp_path}'),
+    ('experiments/mini_16e.py', 'tests/train/tiny.py'),
+    ('--workdir=runs', f'--workdir={tmp_path}/runs'),
+    ('python -m', f'{sys.executable} -m'),
+  ):
+    assert old in block
+    block = block.replace(old, new)
+  small = '--config.steps=1 --config.data.dataset=sotu --config.data.files='
+  block = f'{block.rstrip()} {small} --config.data.evaluation_sets=validation'
+  (tmp_path / 'fineweb-edu').mkdir()
+  texts = [
+    f'{i}: the load of an expert, ' + 'and again ' * i for i in range(99)
+  ]
+  for i in range(3):
+    path = tmp_path / f'fineweb-edu/{i}.parquet'
+    parquet.write_table(pa.table({'text': texts[i::3]}), path)
+  tokenizer = Tokenizer.train(texts, 300)
+  (tmp_path / 'tokenizer.json').write_text(tokenizer.to_json())
+  done = subprocess.run(
+    ['bash', '-ec', block], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  assert Reader(tmp_path / 'runs/edu').records[-1]['step'] == 1

@@ -59,6 +59,8 @@ def pins(file, python):
     ('gcs', 'requirements-tpu.txt'),
     ('notebooks', 'requirements-notebooks.txt'),
     ('wandb', 'requirements-wandb.txt'),
+    (None, 'requirements-beam.txt'),
+    ('beam', 'requirements-beam.txt'),
   ],
 )
 def test_ranges_admit_the_pins(extra, file, python):

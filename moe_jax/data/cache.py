@@ -2,8 +2,9 @@
 
 Everything is written beside its place and then renamed into it, so a reader
 never sees half a file: not when two processes make the same one at once, and
-not when one of them is killed. Each ends in the SHA-256 of what was written:
-damage that comes later is found out, and the file is made again.
+not when one of them is killed. Where files can be locked, the second waits for
+the first, up to an hour, and says so. Each ends in the SHA-256 of what was
+written: damage that comes later is found out, and the file is made again.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from typing import BinaryIO, TypeVar
 _DIGEST = 64  # Hex digits of SHA-256, at the end of a sealed file.
 _INCOMPLETE = '.incomplete-'
 _SECONDS_UNTIL_ABANDONED = 7 * 24 * 3600.0
+_SECONDS_TO_WAIT = 3600.0
+_SECONDS_BETWEEN_TRIES = 0.2
 T = TypeVar('T')
 
 
@@ -90,15 +93,70 @@ def load_or_make(
   Raises:
     ValueError: the file cannot be written.
   """
-  try:
-    return load(path, check_file(path))
-  except FileNotFoundError:
-    pass
-  except (OSError, ValueError):
-    log(f'{path} is damaged; making it again')
-  with atomic_file(path) as file:
-    make(file)
+
+  def found() -> T | None:
+    try:
+      return load(path, check_file(path))
+    except FileNotFoundError:
+      pass
+    except (OSError, ValueError):
+      log(f'{path} is damaged; making it again')
+    return None
+
+  before = _version(path)
+  if (value := found()) is not None:
+    return value
+  with _turn(path):
+    # Another process may have made it meanwhile.
+    if _version(path) != before and (value := found()) is not None:
+      return value
+    with atomic_file(path) as file:
+      make(file)
   return load(path, check_file(path))
+
+
+def _version(path: pathlib.Path) -> tuple[int, int] | None:
+  """Returns what differs between files that took the same place."""
+  try:
+    status = path.stat()
+  except OSError:
+    return None
+  return status.st_ino, status.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _turn(path: pathlib.Path) -> Iterator[None]:
+  """Waits while another process makes a file, if it can be known.
+
+  It saves work only: `atomic_file` is right without.
+  """
+  lock = path.with_name(f'{_INCOMPLETE}{path.name}.lock')
+  with contextlib.ExitStack() as stack:
+    with contextlib.suppress(OSError):  # A disk without locks, or read-only.
+      file = stack.enter_context(lock.open('wb'))
+      stack.callback(lock.unlink, missing_ok=True)
+      _wait_for(file, path)
+    yield
+
+
+def _wait_for(lock: BinaryIO, path: pathlib.Path) -> None:
+  import fcntl  # Of Unix.
+
+  deadline = time.monotonic() + _SECONDS_TO_WAIT
+  told = False
+  while True:
+    try:
+      return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      if time.monotonic() > deadline:
+        return log(f'waited in vain for {path}; making it here')
+      if not told:
+        log(
+          f'another process makes {path}; waiting for it, '
+          f'{_SECONDS_TO_WAIT:.0f} s at most'
+        )
+      told = True
+      time.sleep(_SECONDS_BETWEEN_TRIES)
 
 
 @contextlib.contextmanager

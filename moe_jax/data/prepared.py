@@ -2,31 +2,49 @@
 
 A corpus is a directory, local or remote, of
 
-    manifest.json    what it is made of, and the shards of each split in order
-    tokenizer.json   of Hugging Face's library
-    SPLIT-NNNNN.tok  little-endian tokens, then the CRC-32 of each block
+    manifest.json        what it is made of, and the shards of each split
+    tokenizer.json       of Hugging Face's library
+    SPLIT-NNNNN-NNN.tok  little-endian tokens, then the CRC-32 of each block
 
-Nothing is read before it is needed, and each block is checked when it is.
+The manifest has a checksum of its own, of the tokenizer and of each shard's
+table of checksums. Nothing is read before it is needed, and each block is
+checked when it is.
 
 Shape letters: N tokens.
 """
 
-import functools
+from collections.abc import Callable, Iterator
+from concurrent import futures
+import hashlib
 import json
+import os
+import re
 import sys
-from typing import Any, NamedTuple
+import threading
+import time
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+import uuid
 import zlib
 
 from etils import epath
+import fsspec
 import numpy as np
 
 from moe_jax.data import cache
+from moe_jax.data.documents import reading_with_any_library
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.options import shown
+from moe_jax.options import one_line, shown
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = 'manifest.json'
+INCOMPLETE = '.incomplete'  # Ends the name of a file that is being written.
 BLOCK = 1 << 16  # Bytes that are checked together.
+_SECONDS_BETWEEN_LOOKS = 2.0
+_LOOKS_BETWEEN_REPORTS = 15
+_REMEDY = (
+  'restore it from a copy, or prepare the corpus anew in another directory'
+)
+T = TypeVar('T')
 
 
 class Shard(NamedTuple):
@@ -55,17 +73,88 @@ def write_shard(path: epath.Path, tokens_N: np.ndarray) -> int:
     zlib.crc32(view[at : at + BLOCK]).to_bytes(4, 'little')
     for at in range(0, len(view), BLOCK)
   )
-  with path.open('wb') as file:
-    file.write(view)
-    file.write(table)
+  write_file(path, view, table)
   return zlib.crc32(table)
+
+
+def file_size(shard: Shard, dtype: np.dtype) -> int:
+  """Returns the bytes of tokens and checksums."""
+  size = shard.tokens * dtype.itemsize
+  return size + 4 * -(-size // BLOCK)
+
+
+def write_json(path: epath.Path, value: dict[str, Any]) -> None:
+  """Writes a JSON object, sealed with a checksum of its own."""
+  sealed = value | {'key': _key(value)}
+  write_file(path, json.dumps(sealed, indent=1).encode())
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+  """Reads what `write_json` wrote; raises ValueError if it is damaged."""
+  return _parse(path, _unsealed)
+
+
+def _unsealed(data: bytes) -> dict[str, Any]:
+  value = json.loads(data)
+  if value['key'] != _key(value):
+    raise ValueError('it is not as it was written')
+  return value
+
+
+def _key(value: dict[str, Any]) -> str:
+  rest = {name: part for name, part in value.items() if name != 'key'}
+  return cache.content_key('prepared', rest)
+
+
+def write_file(path: epath.Path, *content: bytes | memoryview) -> None:
+  """Writes a file that is whole or not there, though others write it as well.
+
+  An object of a bucket appears when all of it is sent; a file is renamed.
+  """
+  if is_remote(path):
+    with path.open('wb') as file:
+      file.writelines(content)
+    return
+  beside = path.with_name(f'{path.name}.{uuid.uuid4().hex}{INCOMPLETE}')
+  try:
+    with beside.open('wb') as file:
+      file.writelines(content)
+      file.flush()
+      os.fsync(file.fileno())  # A record must not outlive what it tells of.
+    beside.replace(path)
+  except OSError as error:
+    raise ValueError(
+      f'{path}: cannot be written: {error.strerror or error}; make room, or '
+      'give another directory'
+    ) from error
+  finally:
+    beside.unlink(missing_ok=True)
+
+
+def is_remote(path: epath.Path) -> bool:
+  return '://' in os.fspath(path)
+
+
+def open_directory(option: str, name: str) -> epath.Path:
+  """Returns a path, which may be of a bucket; nothing need be there.
+
+  Raises:
+    ValueError: there is no such kind of place.
+  """
+  try:
+    return epath.Path(name).expanduser()
+  except (KeyError, RuntimeError) as error:  # The latter of ~somebody.
+    raise ValueError(
+      f'{option}={name}: must be a directory, on this machine or at gs:// or '
+      's3://'
+    ) from error
 
 
 class Tokens:
   """The tokens of one split, which behaves like an array of one axis.
 
-  It is indexed by slices and by integer arrays. Raises ValueError, which names
-  the file, where a shard is missing or damaged.
+  It is indexed by slices and by integer arrays, in any number of threads.
+  Raises ValueError, which names the file, where a shard is missing or damaged.
   """
 
   def __init__(
@@ -75,6 +164,7 @@ class Tokens:
     counts = [shard.tokens for shard in shards]
     self._ends = np.cumsum(counts, dtype=np.int64)
     self._files: dict[int, _File] = {}
+    self._lock = threading.Lock()
 
   def __len__(self) -> int:
     return int(self._ends[-1]) if len(self._ends) else 0
@@ -91,11 +181,20 @@ class Tokens:
     first = int(index.min())
     return self._between(first, int(index.max()) + 1)[index - first]
 
-  def verify(self) -> None:
-    """Reads every block of every shard; raises ValueError for a bad one."""
-    for number, shard in enumerate(self.shards):
-      for start in range(0, shard.tokens, 1 << 22):
-        self._file(number).read(start, min(start + (1 << 22), shard.tokens))
+  def damage(self, workers: int = 8) -> Iterator[str]:
+    """Reads all that there is; yields a line for each shard that is bad."""
+
+    def check(shard: Shard) -> str:
+      try:
+        file = _File(self.directory / shard.file, shard, self.dtype)
+        for start in range(0, shard.tokens, 1 << 22):
+          file.read(start, min(start + (1 << 22), shard.tokens))
+      except ValueError as error:
+        return str(error)
+      return ''
+
+    with futures.ThreadPoolExecutor(workers) as pool:
+      yield from filter(None, pool.map(check, self.shards))
 
   def _between(self, start: int, stop: int) -> np.ndarray:
     parts = []
@@ -113,14 +212,23 @@ class Tokens:
     return np.concatenate(parts) if parts else np.zeros(0, self.dtype)
 
   def _file(self, number: int) -> '_File':
-    # Open files are few: what was not used for long is opened anew.
-    if number not in self._files:
-      if len(self._files) >= 256:
-        del self._files[next(iter(self._files))]
-      shard = self.shards[number]
-      path = self.directory / shard.file
-      self._files[number] = _File(path, shard, self.dtype)
-    return self._files[number]
+    # Open files are few: what was opened long ago is opened anew.
+    with self._lock:
+      if number not in self._files:
+        if len(self._files) >= 256:
+          del self._files[next(iter(self._files))]
+        shard = self.shards[number]
+        path = self.directory / shard.file
+        self._files[number] = _File(path, shard, self.dtype)
+      return self._files[number]
+
+
+def _open(path: epath.Path) -> BinaryIO:
+  """Opens a shard, of which a bucket gives no more than is asked for."""
+  if is_remote(path):
+    file_system, place = fsspec.core.url_to_fs(os.fspath(path))
+    return file_system.open(place, 'rb', cache_type='none')
+  return path.open('rb')
 
 
 class _File:
@@ -130,14 +238,13 @@ class _File:
     self._path, self._dtype = path, dtype
     self._size = shard.tokens * dtype.itemsize
     blocks = -(-self._size // BLOCK)
+    whole = file_size(shard, dtype)
+    self._lock = threading.Lock()  # Of the file's position.
     try:
-      length = path.stat().length
-      if length != self._size + 4 * blocks:
-        raise ValueError(
-          f'has {length} bytes, not {self._size + 4 * blocks}: cut off or '
-          'overwritten'
-        )
-      self._file = path.open('rb')
+      self._file = _open(path)
+      length = self._file.seek(0, os.SEEK_END)
+      if length != whole:
+        raise ValueError(f'{length} bytes in place of {whole}')
       table = self._bytes(self._size, 4 * blocks)
     except (OSError, ValueError) as error:
       raise self._bad(error) from error
@@ -166,16 +273,16 @@ class _File:
     return tokens_N if sys.byteorder == 'little' else tokens_N.byteswap()
 
   def _bytes(self, offset: int, size: int) -> bytes:
-    self._file.seek(offset)
-    data = self._file.read(size)
+    with self._lock:
+      self._file.seek(offset)
+      data = self._file.read(size)
     if len(data) != size:
       raise OSError(f'ends {size - len(data)} bytes too early')
     return data
 
   def _bad(self, why: Any) -> ValueError:
     return ValueError(
-      f'{self._path}: {getattr(why, "strerror", None) or why}; restore the '
-      'shard from a copy, or prepare the corpus anew in another directory'
+      f'{self._path}: {getattr(why, "strerror", None) or why}; {_REMEDY}'
     )
 
 
@@ -183,7 +290,7 @@ def _shards(split: dict[str, Any]) -> list[Shard]:
   shards = [Shard(**shard) for shard in split['shards']]
   for shard in shards:
     # A directory from elsewhere must not name files outside of it.
-    if epath.Path(shard.file).name != shard.file or shard.tokens < 1:
+    if not re.fullmatch(r'[\w-]+\.tok', shard.file) or shard.tokens < 1:
       raise ValueError(f'a shard is {shown(shard._asdict())}')
   return shards
 
@@ -202,34 +309,85 @@ class Prepared:
     ValueError: the directory holds no whole prepared corpus.
   """
 
-  def __init__(self, directory: str):
-    self.directory = epath.Path(directory).expanduser()
-    try:
-      text = (self.directory / MANIFEST).read_text()
-      self.manifest = json.loads(text)
-      if self.manifest['format'] != FORMAT:
-        raise ValueError(f'of format {self.manifest["format"]}, not {FORMAT}')
-      kind = self.manifest['tokenizer']
-      self.tokenizer = Tokenizer.from_json(
-        (self.directory / 'tokenizer.json').read_text(),
-        kind['vocabulary'],
-        kind['end_of_document'],
-      )
-      dtype = self.tokenizer.dtype.newbyteorder('<')
-      self.splits = {
-        name: Tokens(self.directory, _shards(split), dtype)
-        for name, split in self.manifest['splits'].items()
-      }
-    except FileNotFoundError as error:
-      raise ValueError(
-        f'{directory}: no prepared corpus ({error.filename or error} is not '
-        'there); python -m moe_jax.data.prepare --out=DIR makes one'
-      ) from error
-    except (KeyError, TypeError, ValueError, OSError) as error:
-      raise ValueError(
-        f'{directory}: its manifest or tokenizer is damaged: {shown(error)}'
-      ) from error
+  def __init__(self, directory: str, wait_seconds: float = 0.0):
+    """Opens a corpus, for which another process may be waited for."""
+    self.directory = open_directory('data.corpus', directory)
+    _await(self.directory / MANIFEST, wait_seconds)
+    self.manifest, shards = _parse(self.directory / MANIFEST, _manifest)
+    self.fingerprint: str = self.manifest['key']
 
-  @functools.cached_property
-  def fingerprint(self) -> str:
-    return cache.content_key('prepared', self.manifest)
+    def tokenizer(data: bytes) -> Tokenizer:
+      if hashlib.sha256(data).hexdigest() != self.manifest['tokenizer_sha256']:
+        raise ValueError('another tokenizer than that of the manifest')
+      kind = self.manifest['vocabulary'], self.manifest['end_of_document']
+      return Tokenizer.from_json(data.decode(), *kind)
+
+    self.tokenizer = _parse(self.directory / 'tokenizer.json', tokenizer)
+    dtype = self.tokenizer.dtype.newbyteorder('<')
+    self.splits = {
+      name: Tokens(self.directory, split, dtype)
+      for name, split in shards.items()
+    }
+
+  def check_files(self) -> None:
+    """Finds out a shard that is missing or cut off, without opening any.
+
+    Raises:
+      ValueError: names it.
+    """
+    sizes = _sizes(self.directory)
+    for tokens in self.splits.values():
+      for shard in tokens.shards:
+        size, whole = sizes.get(shard.file), file_size(shard, tokens.dtype)
+        if size != whole:
+          found = 'is missing' if size is None else f'has {size} bytes'
+          raise ValueError(
+            f'{self.directory / shard.file}: {found}, in place of {whole} '
+            f'bytes; {_REMEDY}'
+          )
+
+
+def _sizes(directory: epath.Path) -> dict[str, int]:
+  """Returns the sizes of a directory's files, by name."""
+  with reading_with_any_library(os.fspath(directory)):
+    if is_remote(directory):
+      file_system, place = fsspec.core.url_to_fs(os.fspath(directory))
+      found = file_system.ls(place, detail=True, refresh=True)
+      return {os.path.basename(x['name']): x['size'] for x in found}
+    with os.scandir(directory) as found:
+      return {x.name: x.stat().st_size for x in found}
+
+
+def _await(path: epath.Path, seconds: float) -> None:
+  """Waits until a file is there, and says so, but no longer than `seconds`."""
+  deadline = time.monotonic() + seconds
+  looks = 0
+  while (left := deadline - time.monotonic()) > 0 and not path.exists():
+    if looks % _LOOKS_BETWEEN_REPORTS == 0:
+      cache.log(f'waiting for {path}, {left:.0f} s at most')
+    looks += 1
+    time.sleep(min(left, _SECONDS_BETWEEN_LOOKS))
+
+
+def _manifest(data: bytes) -> tuple[dict[str, Any], dict[str, list[Shard]]]:
+  """Returns a manifest and the shards of each split."""
+  manifest = _unsealed(data)
+  if manifest['format'] != FORMAT:
+    raise ValueError(f'of format {manifest["format"]}, not {FORMAT}')
+  shards = {n: _shards(split) for n, split in manifest['splits'].items()}
+  return manifest, shards
+
+
+def _parse(path: epath.Path, parse: Callable[[bytes], T]) -> T:
+  """Reads a small file of a corpus; whatever is wrong is a ValueError."""
+  try:
+    return parse(path.read_bytes())
+  except FileNotFoundError as error:
+    raise ValueError(
+      f'{path.parent}: no prepared corpus ({path.name} is not there); python '
+      '-m moe_jax.data.prepare --out=DIR makes one, or completes it'
+    ) from error
+  # Damage and the clients of buckets raise what they like.
+  except Exception as error:
+    why = getattr(error, 'strerror', None) or one_line(error)
+    raise ValueError(f'{path}: cannot be read: {why}; {_REMEDY}') from error

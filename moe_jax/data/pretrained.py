@@ -1,12 +1,13 @@
 """Tokenizers from elsewhere: of Hugging Face, of SentencePiece."""
 
 import json
-import pathlib
 
+from etils import epath
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from moe_jax.data.documents import reading
+from moe_jax.data import prepared
+from moe_jax.data.documents import reading_with_any_library
 from moe_jax.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 
 # What public tokenizers end a document with, the more telling ones first.
@@ -25,7 +26,8 @@ def open_tokenizer(path: str) -> Tokenizer:
 
   Args:
     path: of a tokenizer.json, of a SentencePiece model (.model), or of a folder
-      that has one of these, as Hugging Face's libraries save it.
+      that has one of these, as Hugging Face's libraries save it; local or
+      gs://...
 
   Returns:
     The tokenizer; its vocabulary is as large as its ids need. A document ends
@@ -36,8 +38,8 @@ def open_tokenizer(path: str) -> Tokenizer:
     ValueError: the file is missing or is no tokenizer.
   """
   where = f'--tokenizer={path}'
-  file = pathlib.Path(path).expanduser()
-  with reading(where):
+  file = prepared.open_directory('--tokenizer', path)
+  with reading_with_any_library(where):
     end = ''
     if file.is_dir():
       end = _named_end(file / 'tokenizer_config.json')
@@ -45,7 +47,10 @@ def open_tokenizer(path: str) -> Tokenizer:
     if file.suffix == '.model':
       model = _from_sentencepiece(file.read_bytes())
     else:
-      model = _from_json(file.read_text(encoding='utf-8'))
+      model = _from_json(file.read_bytes().decode())
+    # Published ones may cut each text at 512 tokens, or fill it up.
+    model.no_truncation()
+    model.no_padding()
     ids = model.get_vocab()
     known = [token for token in (end, *_ENDS) if token in ids]
     end = known[0] if known else END_OF_DOCUMENT
@@ -56,7 +61,7 @@ def open_tokenizer(path: str) -> Tokenizer:
     return Tokenizer(model, vocabulary, end)
 
 
-def _file_in(folder: pathlib.Path) -> pathlib.Path:
+def _file_in(folder: epath.Path) -> epath.Path:
   for name in ('tokenizer.json', 'tokenizer.model', 'spiece.model'):
     if (folder / name).is_file():
       return folder / name
@@ -66,12 +71,14 @@ def _file_in(folder: pathlib.Path) -> pathlib.Path:
   )
 
 
-def _named_end(file: pathlib.Path) -> str:
+def _named_end(file: epath.Path) -> str:
   """Returns what a tokenizer_config.json calls eos_token, or nothing."""
   if not file.is_file():
     return ''
-  end = json.loads(file.read_text(encoding='utf-8')).get('eos_token') or ''
-  return end if isinstance(end, str) else end.get('content', '')
+  config = json.loads(file.read_bytes())
+  end = config.get('eos_token') if isinstance(config, dict) else None
+  end = end.get('content') if isinstance(end, dict) else end
+  return end if isinstance(end, str) else ''
 
 
 def _from_json(text: str) -> tokenizers.Tokenizer:

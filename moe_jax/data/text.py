@@ -124,7 +124,7 @@ def _first_prepared(config: DataConfig) -> Prepared | None:
   """Opens the first prepared corpus, whose tokenizer is that of all."""
   for name in parse_corpora(config.corpus):
     if name not in sources.SOURCES:
-      return _open_prepared(name)
+      return _open_prepared(name, config.wait_seconds)
   return None
 
 
@@ -165,8 +165,12 @@ def _load_corpora(config: DataConfig) -> TextData:
       splits = {split: tokens(label, part) for split, part in corpora.items()}
       keys.append(_tokens_key(corpora['train'], tokenizer))
     else:
-      corpus = _open_prepared(name)
-      if corpus.tokenizer.to_json() != tokenizer.to_json():
+      corpus = _open_prepared(name, config.wait_seconds)
+      corpus.check_files()
+      if (
+        corpus.tokenizer.to_json() != tokenizer.to_json()
+        or corpus.tokenizer.end_of_document != tokenizer.end_of_document
+      ):
         raise ValueError(
           f'data.corpus={name}: was prepared with another tokenizer than the '
           'others; prepare it with theirs'

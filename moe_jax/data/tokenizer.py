@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import json
 import pathlib
 import re
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import tokenizers
@@ -17,6 +17,7 @@ from moe_jax.data import cache
 END_OF_DOCUMENT = '<|endoftext|>'
 SMALLEST_VOCABULARY = 257  # Every byte, and the end of a document.
 _CHARACTERS_AT_ONCE = 1 << 22  # Bounds the memory that encoding takes.
+T = TypeVar('T')
 
 
 class Tokenizer:
@@ -211,12 +212,16 @@ def load_tokens(
   return cache.load_or_make(path, load, make)
 
 
-def groups(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
+def groups(
+  documents: Iterable[T],
+  characters: int,
+  size_of: Callable[[T], int] = len,
+) -> Iterator[list[T]]:
   """Yields documents in lists of at least so many characters."""
   group, size = [], 0
   for text in documents:
     group.append(text)
-    size += len(text)
+    size += size_of(text)
     if size >= characters:
       yield group
       group, size = [], 0

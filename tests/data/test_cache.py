@@ -1,6 +1,10 @@
 """What is cached is whole, private, and found again."""
 
+from concurrent import futures
+import errno
+import fcntl
 import os
+import threading
 import time
 
 import pytest
@@ -78,3 +82,50 @@ def test_damage_is_found(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=str(path)):
       cache.check_file(path)
+
+
+def _load(path, size):
+  return path.read_bytes()[:size]
+
+
+def test_one_makes_a_file_and_the_others_wait(tmp_path, monkeypatch, capsys):
+  path, made, waiting = tmp_path / 'file', [], threading.Semaphore(0)
+  log = cache.log
+  monkeypatch.setattr(cache, 'log', lambda m: (log(m), waiting.release()))
+  monkeypatch.setattr(cache, '_SECONDS_BETWEEN_TRIES', 0.01)
+
+  def make(file):
+    for _ in range(3):  # Until all others wait.
+      assert waiting.acquire(timeout=60)
+    made.append(1)
+    file.write(b'content')
+
+  with futures.ThreadPoolExecutor(4) as pool:
+    found = [
+      pool.submit(cache.load_or_make, path, _load, make) for _ in range(4)
+    ]
+    assert {future.result() for future in found} == {b'content'}
+  assert len(made) == 1
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 3
+  assert all(f'another process makes {path}; waiting' in x for x in lines)
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_waiting_has_a_bound(tmp_path, monkeypatch, capsys):
+  path = tmp_path / 'file'
+  monkeypatch.setattr(cache, '_SECONDS_TO_WAIT', 0.0)
+  with cache._turn(path):
+    assert cache.load_or_make(path, _load, lambda f: f.write(b'x')) == b'x'
+  assert 'waited in vain' in capsys.readouterr().err
+
+
+def test_without_locks_nobody_waits(tmp_path, monkeypatch):
+  path = tmp_path / 'file'
+  monkeypatch.setattr(fcntl, 'flock', _refuse)
+  with cache._turn(path):
+    assert cache.load_or_make(path, _load, lambda f: f.write(b'x')) == b'x'
+
+
+def _refuse(*arguments):
+  raise OSError(errno.ENOLCK, 'no locks')

@@ -1,23 +1,27 @@
 """Corpora prepared from files of every kind, and read back lazily."""
 
+from concurrent import futures
 import gzip
 import json
 import os
 import pathlib
 import re
-import signal
-import subprocess
-import sys
-import time
 
+from etils import epath
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
 import numpy as np
 import pyarrow as pa
 from pyarrow import ipc, parquet
 import pytest
+import tokenizers
+import zstandard
 
 from moe_jax.data import parts as parts_lib
 from moe_jax.data import prepare, prepared
 from moe_jax.data.tokenizer import Tokenizer
+from tests.data import killing
+from tests.data.killing import files
 
 TEXTS = [
   f'document {i}: ' + 'the load of experts ' * (i % 7) for i in range(60)
@@ -48,7 +52,6 @@ def write_kind(kind, folder):
   elif kind == 'jsonl.gz':
     path.write_bytes(gzip.compress(_jsonl(TEXTS)))
   elif kind == 'jsonl.zst':
-    zstandard = pytest.importorskip('zstandard')
     half = len(TEXTS) // 2  # Two frames.
     frames = (TEXTS[:half], TEXTS[half:])
     path.write_bytes(
@@ -101,10 +104,166 @@ def test_every_kind_of_source_gives_its_documents(
     assert split['tokens'] == len(corpus.splits[name])
     size = corpus.tokenizer.token_bytes_V[corpus.splits[name][:]].sum()
     assert size == split['bytes']
-  assert (
-    len(corpus.splits['train'].shards) > 1 or 'z' in kind or kind == 'arrow'
+  one_part = 'z' in kind or kind == 'arrow'
+  assert (len(corpus.splits['train'].shards) > 1) != one_part
+  assert not list(corpus.splits['train'].damage())
+  # Nothing else is left there.
+  shards = {x.file for split in corpus.splits.values() for x in split.shards}
+  assert set(files(tmp_path / 'out')) == shards | {
+    'manifest.json',
+    'tokenizer.json',
+  }
+
+
+def test_small_files_are_a_part_together(tokenizer, tmp_path, monkeypatch):
+  """Or a source of a million files would make a million shards."""
+  (tmp_path / 'in').mkdir()
+  source = write_kind('txt', tmp_path / 'in')
+  found = parts_lib.find_parts(f'{source},{tmp_path}/in/007.txt', 'text')
+  assert [len(part) for part in found] == [len(TEXTS)]  # None is read twice.
+  monkeypatch.setattr(parts_lib, 'PART_BYTES', 300)
+  found = parts_lib.find_parts(source, 'text')
+  assert 5 < len(found) < 30
+  texts = [x for part in found for x in parts_lib.read_part(part, 'text')]
+  assert texts == TEXTS
+
+
+def test_caches_of_datasets_are_not_read(tmp_path):
+  source = write_kind('arrow', tmp_path)
+  (data,) = tmp_path.glob('*.arrow')
+  (tmp_path / 'cache-0123.arrow').write_bytes(data.read_bytes())
+  (tmp_path / 'state.json').write_text(
+    json.dumps({'_data_files': [{'filename': data.name}]})
   )
-  corpus.splits['train'].verify()
+  (part,) = parts_lib.find_parts(source, 'text')
+  assert list(parts_lib.read_part(part, 'text')) == TEXTS
+
+
+def test_long_documents_are_encoded_in_stretches(tmp_path, monkeypatch):
+  """Whose tokens are those of the whole, where there are words."""
+  monkeypatch.setattr(prepare, '_GROUP', 100)
+  texts = [
+    'the load of experts, and more \u00e9 of it.\n\n' * 40,
+    'x' * 730,
+    '\u4e2d\u6587' * 400,
+  ]
+  (tmp_path / 'a.jsonl').write_bytes(_jsonl(texts))
+  words = tokenizers.Tokenizer(
+    tokenizers.models.WordPiece({'the': 0, 'load': 1, '[UNK]': 2})
+  )
+  words.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+  words.save(str(tmp_path / 'words.json'))
+  (tmp_path / 'bytes.json').write_text(Tokenizer.train(texts, 300).to_json())
+  for name in ('bytes', 'words'):
+    corpus = prepare.prepare(
+      str(tmp_path / 'a.jsonl'),
+      str(tmp_path / f'{name}.json'),
+      str(tmp_path / name),
+      validation=0.0,
+    )
+    tokens = corpus.splits['train'][:]
+    end = corpus.tokenizer.end_of_document
+    first = tokens[: np.flatnonzero(tokens == end)[0]]
+    np.testing.assert_array_equal(first, corpus.tokenizer.encode(texts[0]))
+    if name == 'bytes':
+      assert documents(corpus, 'train') == texts
+    assert np.sum(tokens == end) == len(texts)
+
+
+# --- Buckets -----------------------------------------------------------------
+
+
+class Bucket(MemoryFileSystem):
+  """Stands in for gcsfs: a folder is there when something is in it."""
+
+  protocol = ('gs', 'gcs')
+  store, pseudo_dirs = {}, ['']
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return super()._strip_protocol(path.rpartition('://')[2])
+
+  def makedirs(self, path, exist_ok=False):
+    pass
+
+  mkdir = makedirs
+
+
+def test_from_a_bucket_to_a_bucket(tokenizer, tmp_path, monkeypatch):
+  """Sources, tokenizer and corpus; killed in between."""
+  for name in Bucket.protocol:
+    fsspec.register_implementation(name, Bucket, clobber=True)
+  monkeypatch.setattr(parts_lib, 'PART_BYTES', 600)
+  (tmp_path / 'in').mkdir()
+  bucket = fsspec.filesystem('gs')
+  for kind in ('jsonl', 'jsonl.gz', 'parquet'):
+    write_kind(kind, tmp_path / 'in')
+    bucket.pipe(f'/b/in/all.{kind}', (tmp_path / f'in/all.{kind}').read_bytes())
+  bucket.pipe('/b/tokenizer.json', pathlib.Path(tokenizer).read_bytes())
+  arguments = 'gs://b/in/*', 'gs://b/tokenizer.json', 'gs://b/out'
+
+  def failing(make, numbers, total):
+    for number in numbers[:3]:
+      make(number)
+    raise OSError('killed')
+
+  with pytest.raises(OSError, match='killed'):
+    prepare.prepare(*arguments, run=failing)
+
+  def one_by_one(make, numbers, total):
+    assert len(numbers) == total - 3
+    for number in numbers:
+      make(number)
+
+  corpus = prepare.prepare(*arguments, run=one_by_one)
+  here = prepare.prepare(
+    f'{tmp_path}/in/*', tokenizer, str(tmp_path / 'out'), run=None
+  )
+  corpus.checkfiles()
+  for name, split in here.splits.items():
+    np.testing.assert_array_equal(corpus.splits[name][:], split[:])
+  kept = {path.rpartition('/')[2] for path in bucket.find('/b/out')}
+  assert kept == set(files(tmp_path / 'out'))
+  bucket.pipe(f'/b/out/{corpus.splits["train"].shards[0].file}', b'short')
+  with pytest.raises(ValueError, match='gs://b/out/train-00000.*5 bytes'):
+    prepared.Prepared('gs://b/out').checkfiles()
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'jsonl.zst', 'parquet', 'txt'])
+def test_addresses_of_fsspec_are_sources(kind, tmp_path, monkeypatch):
+  monkeypatch.setattr(parts_lib, 'PART_BYTES', 600)
+  source = write_kind(kind, tmp_path)
+  memory = fsspec.filesystem('memory')
+  for path in tmp_path.iterdir():
+    memory.pipe(f'/{kind}/{path.name}', path.read_bytes())
+  for address in (f'memory://{kind}/*', f'file://{source}'):
+    found = parts_lib.find_parts(address, 'text')
+    assert all('://' in piece.path for part in found for piece in part) == (
+      'memory' in address
+    )
+    texts = [x for part in found for x in parts_lib.read_part(part, 'text')]
+    assert texts == TEXTS
+
+
+# --- Apache Beam -------------------------------------------------------------
+
+
+def test_beam_makes_the_same_bytes(tokenizer, tmp_path, monkeypatch, capsys):
+  pytest.importorskip('apache_beam')
+  monkeypatch.setattr(parts_lib, 'PART_BYTES', 600)
+  (tmp_path / 'a.jsonl').write_bytes(_jsonl(TEXTS))
+  source = str(tmp_path / 'a.jsonl')
+  prepare.prepare(source, tokenizer, str(tmp_path / 'threads'))
+  argv = ['prepare', f'--source={source}', f'--tokenizer={tokenizer}']
+  argv += [f'--out={tmp_path}/beam', '--beam', '--runner=DirectRunner']
+  assert prepare.main(argv) == 0
+  assert files(tmp_path / 'threads') == files(tmp_path / 'beam')
+  (tmp_path / 'a.jsonl').write_text('{"text":')
+  argv[3] = f'--out={tmp_path}/bad'
+  capsys.readouterr()
+  assert prepare.main(argv) == 2
+  last = capsys.readouterr().err.splitlines()[-1]
+  assert last.startswith('error: ') and 'a.jsonl: line at byte 0' in last
 
 
 def test_lines_are_divided_once_wherever_parts_end(tmp_path, monkeypatch):
@@ -113,7 +272,7 @@ def test_lines_are_divided_once_wherever_parts_end(tmp_path, monkeypatch):
   for size in (1, 37, 100, 10**6):
     monkeypatch.setattr(parts_lib, 'PART_BYTES', size)
     found = parts_lib.find_parts(str(path), 'text')
-    texts = [text for part in found for text in parts_lib.read_part(part)]
+    texts = [x for part in found for x in parts_lib.read_part(part, 'text')]
     assert texts == TEXTS
 
 
@@ -182,22 +341,24 @@ def test_a_damaged_shard_is_named_when_it_is_read(whole, damage, tmp_path):
     shard.write_bytes(data)
   first = lazy.shards[0].tokens
   np.testing.assert_array_equal(lazy[:first], tokens[:first])
-  with pytest.raises(ValueError, match=f'{shard.name}: .*restore the shard'):
+  with pytest.raises(ValueError, match=f'{shard.name}: .*restore it from'):
     lazy[first : first + 1]
-  with pytest.raises(ValueError, match=shard.name):
-    prepared.Prepared(str(copy)).splits['train'].verify()
+  (line,) = prepared.Prepared(str(copy)).splits['train'].damage()
+  assert shard.name in line
 
 
 def test_a_manifest_of_a_trillion_tokens_opens_at_once(whole, tmp_path):
   """And finds a sequence by arithmetic, though no other shard is there."""
   corpus, tokens = whole
-  manifest = json.loads((corpus.directory / prepared.MANIFEST).read_text())
-  shards = manifest['splits']['train']['shards']
-  real = shards[0]
+  real = corpus.splits['train'].shards[0]._asdict()
   absent = {**real, 'tokens': 1 << 25}
   many = [{**absent, 'file': f'train-{i}.tok'} for i in range(30_000)]
-  manifest['splits']['train']['shards'] = [*many, real]
-  (tmp_path / prepared.MANIFEST).write_text(json.dumps(manifest))
+  train = {**corpus.manifest['splits']['train'], 'shards': [*many, real]}
+  splits = {**corpus.manifest['splits'], 'train': train}
+  prepared.write_json(
+    epath.Path(tmp_path) / prepared.MANIFEST,
+    {**corpus.manifest, 'splits': splits},
+  )
   for name in ('tokenizer.json', real['file']):
     (tmp_path / name).write_bytes((corpus.directory / name).read_bytes())
   lazy = prepared.Prepared(str(tmp_path)).splits['train']
@@ -208,44 +369,21 @@ def test_a_manifest_of_a_trillion_tokens_opens_at_once(whole, tmp_path):
     lazy[7 << 25 : (7 << 25) + 5]
 
 
-def _command(source, tokenizer, out, *more):
-  return [
-    sys.executable,
-    '-m',
-    'moe_jax.data.prepare',
-    f'--source={source}',
-    f'--tokenizer={tokenizer}',
-    f'--out={out}',
-    *more,
-  ]
-
-
-def _files(folder):
-  return {
-    path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()
-  }
-
-
 def test_what_was_finished_is_kept(tokenizer, tmp_path, monkeypatch):
   monkeypatch.setattr(parts_lib, 'PART_BYTES', 600)
   (tmp_path / 'a.jsonl').write_bytes(_jsonl(TEXTS))
   source = str(tmp_path / 'a.jsonl')
   prepare.prepare(source, tokenizer, str(tmp_path / 'undisturbed'))
   made = []
-  make_part = prepare.make_part
 
-  def failing(job, number):
-    if len(made) % 4 == 3:
-      made.append(None)
-      raise OSError('a disk that is full')
-    made.append(number)
-    return make_part(job, number)
-
-  monkeypatch.setattr(prepare, 'make_part', failing)
-
-  def one_by_one(job, numbers):
+  def one_by_one(make, numbers, total):
+    assert len(numbers) == total - sum(number is not None for number in made)
     for number in numbers:
-      prepare.make_part(job, number)
+      if len(made) % 4 == 3:
+        made.append(None)
+        raise OSError('a disk that is full')
+      make(number)
+      made.append(number)
 
   for _ in range(30):
     try:
@@ -256,27 +394,75 @@ def test_what_was_finished_is_kept(tokenizer, tmp_path, monkeypatch):
       continue
   numbers = [number for number in made if number is not None]
   assert None in made and sorted(numbers) == list(range(len(numbers)))
-  assert _files(tmp_path / 'out') == _files(tmp_path / 'undisturbed')
+  assert files(tmp_path / 'out') == files(tmp_path / 'undisturbed')
 
 
-@pytest.mark.long
-def test_killed_ten_times_it_ends_as_if_undisturbed(tokenizer, tmp_path):
-  for i in range(40):
-    (tmp_path / f'{i:02d}.jsonl').write_bytes(_jsonl(TEXTS * 40))
-  source = f'{tmp_path}/*.jsonl'
-  subprocess.run(_command(source, tokenizer, tmp_path / 'one'), check=True)
-  command = _command(source, tokenizer, tmp_path / 'two', '--workers=1')
-  for kill in range(10):
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    before = time.monotonic()
-    while time.monotonic() < before + 60 and process.poll() is None:
-      if len(list((tmp_path / 'two').glob('part-*.json'))) > 3 * kill:
-        break
-      time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-  subprocess.run(command, check=True)
-  assert _files(tmp_path / 'one') == _files(tmp_path / 'two')
+def test_killed_it_ends_as_if_undisturbed(tokenizer, tmp_path):
+  (tmp_path / 'a.jsonl').write_bytes(_jsonl(TEXTS * 20))
+  source = tmp_path / 'a.jsonl'
+  assert killing.kill_and_resume(tmp_path, source, tokenizer, 2, 2000) == 2
+
+
+def test_one_process_prepares_and_another_is_told(tokenizer, tmp_path):
+  (tmp_path / 'a.jsonl').write_bytes(_jsonl(TEXTS * 20))
+  source = str(tmp_path / 'a.jsonl')
+  alone = prepare.prepare(source, tokenizer, str(tmp_path / 'alone'))
+  out = tmp_path / 'out'
+  both = [killing.start(source, tokenizer, out, 4000) for _ in range(2)]
+  ends = [(process.communicate()[1], process.returncode) for process in both]
+  assert 0 in [code for _, code in ends]
+  for errors, code in ends:
+    if code:  # Or the first was done before the second began.
+      assert code == 2 and 'another process prepares it; wait' in errors
+      assert len(errors.splitlines()) == 1
+  tokens = prepared.Prepared(str(out)).splits['train']
+  np.testing.assert_array_equal(tokens[:], alone.splits['train'][:])
+
+
+def test_a_process_that_prepares_keeps_others_out(tokenizer, tmp_path):
+  (tmp_path / 'a.txt').write_text('some text')
+  arguments = str(tmp_path / 'a.txt'), tokenizer, str(tmp_path / 'out')
+
+  def meanwhile(make, numbers, total):
+    with pytest.raises(ValueError, match='another process prepares it'):
+      prepare.prepare(*arguments)
+    for number in numbers:
+      make(number)
+
+  prepare.prepare(*arguments, run=meanwhile)
+  prepare.prepare(*arguments)
+
+
+def test_a_part_may_be_made_twice_at_once(tokenizer, tmp_path, monkeypatch):
+  """As engines do that start a slow part anew, or two processes in a bucket."""
+  monkeypatch.setattr(parts_lib, 'PART_BYTES', 2000)
+  (tmp_path / 'a.jsonl').write_bytes(_jsonl(TEXTS))
+  source = str(tmp_path / 'a.jsonl')
+  prepare.prepare(source, tokenizer, str(tmp_path / 'one'))
+
+  def twice(make, numbers, total):
+    with futures.ThreadPoolExecutor(8) as pool:
+      list(pool.map(make, numbers * 4))
+
+  prepare.prepare(source, tokenizer, str(tmp_path / 'two'), run=twice)
+  assert files(tmp_path / 'one') == files(tmp_path / 'two')
+
+
+def _write_bad_files():
+  for name, values in (
+    ('null', pa.array([None, None])),
+    ('list', pa.array([['a'], ['b']])),
+    ('rows', pa.array([b'fine', b'b\xff']).view(pa.string())),
+  ):
+    parquet.write_table(pa.table({'text': values}), f'{name}.parquet')
+  packed = zstandard.compress(_jsonl(TEXTS))
+  pathlib.Path('cut.jsonl.zst').write_bytes(packed[:-9])
+  pathlib.Path('field.jsonl').write_text('{"body": "a"}')
+  pathlib.Path('splits').mkdir()
+  splits = json.dumps({'splits': ['train', 'test']})
+  pathlib.Path('splits/dataset_dict.json').write_text(splits)
+  words = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0}))
+  words.save('words.json')
 
 
 @pytest.mark.parametrize(
@@ -306,6 +492,27 @@ def test_killed_ten_times_it_ends_as_if_undisturbed(tokenizer, tmp_path):
     (['--colour=red'], '--colour=red: unknown'),
     (['--out='], '--out=...: missing'),
     (['--out=full'], '--out=full: is not empty'),
+    (['--out=good.txt'], '--out=good.txt: .*File exists'),
+    (['--out=ftp://host/x'], '--out=ftp://host/x: must be a directory'),
+    (['--workers=-1'], '--workers=-1: must be 0 or more'),
+    (['--tokenizer=bpe:99999999'], '--tokenizer=bpe:99999999: .* or less'),
+    (['--tokenizer=bpe:\u00b2'], '--tokenizer=bpe:.*257 or more'),
+    (['--tokenizer=ftp://host/x'], '--tokenizer=ftp://host/x: must be'),
+    (['--tokenizer=words.json'], 'good.txt: the tokenizer fails: .*UNK'),
+    (['--source=null.parquet'], 'null.parquet: column text is of null'),
+    (['--source=list.parquet'], 'list.parquet: column text is of list'),
+    (
+      ['--source=rows.parquet'],
+      'rows.parquet: row group 0, rows from 0 on: .*UTF8',
+    ),
+    (['--source=cut.jsonl.zst'], 'cut.jsonl.zst: .*it ends too early'),
+    (['--source=zip://a.txt::b.zip'], 'chained addresses are not read'),
+    (['--source=nowhere://b/a.txt'], '--source=nowhere://b/a.txt: .*nowhere'),
+    (['--source=good.txt,bad.jsonl'], 'bad.jsonl: line at byte 0: invalid'),
+    (['--source=field.jsonl'], 'no field --text_field.*=text; .* has .body'),
+    (['--source=splits'], 'has the splits train, test; .* as splits/train'),
+    (['--source=,'], '--source=,: names no file'),
+    (['--verify', '--out=nowhere'], 'nowhere: no prepared corpus'),
   ],
 )
 def test_bad_input_is_refused_in_a_line(
@@ -323,12 +530,14 @@ def test_bad_input_is_refused_in_a_line(
   pathlib.Path('short.parquet').write_bytes(data[: len(data) // 2])
   pathlib.Path('full').mkdir()
   pathlib.Path('full/file').write_text('')
+  _write_bad_files()
   flags = {
     '--source': 'good.txt',
     '--tokenizer': tokenizer,
     '--out': 'out',
-  } | dict(flag.split('=', 1) for flag in flags)
+  } | dict(flag.split('=', 1) for flag in flags if '=' in flag)
   argv = ['prepare', *(f'{name}={value}' for name, value in flags.items())]
+  argv += ['--verify'] * ('--out=nowhere' in argv)
   assert prepare.main(argv) == 2
   out, err = capsys.readouterr()
   assert not out
@@ -346,7 +555,7 @@ def test_another_preparation_is_not_mixed_in(tokenizer, tmp_path):
   with pytest.raises(ValueError, match='another validation; give another dir'):
     prepare.prepare(str(path), tokenizer, out, validation=0.5)
   path.write_text('some other text')
-  with pytest.raises(ValueError, match='prepared with another source'):
+  with pytest.raises(ValueError, match='prepared with another content'):
     prepare.prepare(str(path), tokenizer, out)
 
 
@@ -370,7 +579,10 @@ def test_a_corpus_is_verified_as_a_whole(whole, tmp_path, capsys):
   copy.mkdir()
   for path in corpus.directory.iterdir():
     (copy / path.name).write_bytes(path.read_bytes())
-  last = copy / corpus.splits['train'].shards[-1].file
-  last.write_bytes(b'?' + last.read_bytes()[1:])
+  shards = [copy / shard.file for shard in corpus.splits['train'].shards]
+  shards[0].write_bytes(b'?' + shards[0].read_bytes()[1:])
+  shards[3].unlink()
   assert prepare.main(['prepare', '--verify', f'--out={copy}']) == 2
-  assert last.name in capsys.readouterr().err
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 2
+  assert shards[0].name in lines[0] and shards[3].name in lines[1]

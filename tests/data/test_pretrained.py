@@ -33,6 +33,28 @@ def test_a_folder_names_its_end(tmp_path):
   assert model.token_to_id('<eos>') not in tokenizer.encode(text)
 
 
+def test_texts_are_neither_cut_nor_filled_up(tmp_path):
+  """As tokenizers of sentence embeddings are published."""
+  model = tokenizers.Tokenizer.from_str(
+    Tokenizer.train(DOCUMENTS, 300).to_json()
+  )
+  model.enable_truncation(4)
+  model.enable_padding(length=8)
+  model.save(str(tmp_path / 'tokenizer.json'))
+  tokenizer = pretrained.open_tokenizer(str(tmp_path))
+  for text in TEXTS:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize('config', ['[]', '{"eos_token": 5}', '{}', 'null'])
+def test_an_odd_config_names_no_end(config, tmp_path):
+  text = Tokenizer.train(DOCUMENTS, 300).to_json()
+  (tmp_path / 'tokenizer.json').write_text(text)
+  (tmp_path / 'tokenizer_config.json').write_text(config)
+  tokenizer = pretrained.open_tokenizer(str(tmp_path))
+  assert tokenizer.end_of_document_token == END_OF_DOCUMENT
+
+
 def test_an_end_is_added_where_there_is_none(tmp_path):
   model = tokenizers.Tokenizer(
     tokenizers.models.WordLevel({'the': 0, 'of': 1, '?': 2}, unk_token='?')
