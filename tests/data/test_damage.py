@@ -326,7 +326,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(corpus, tmp_path):
     else:
       assert len(load(both).train) == 2
   copy = shutil.copytree(corpus.directory, tmp_path / 'copy')
-  model = Tokenizer.train(TEXTS, 280)
+  model = Tokenizer.train(TEXTS, 262)
   (copy / 'tokenizer.json').write_text(model.to_json())
   with pytest.raises(ValueError, match='tokenizer.json: .*restore it'):
     load(str(copy))
