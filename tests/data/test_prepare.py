@@ -219,14 +219,14 @@ def test_from_a_bucket_to_a_bucket(tokenizer, tmp_path, monkeypatch):
   here = prepare.prepare(
     f'{tmp_path}/in/*', tokenizer, str(tmp_path / 'out'), run=None
   )
-  corpus.checkfiles()
+  corpus.check_files()
   for name, split in here.splits.items():
     np.testing.assert_array_equal(corpus.splits[name][:], split[:])
   kept = {path.rpartition('/')[2] for path in bucket.find('/b/out')}
   assert kept == set(files(tmp_path / 'out'))
   bucket.pipe(f'/b/out/{corpus.splits["train"].shards[0].file}', b'short')
   with pytest.raises(ValueError, match='gs://b/out/train-00000.*5 bytes'):
-    prepared.Prepared('gs://b/out').checkfiles()
+    prepared.Prepared('gs://b/out').check_files()
 
 
 @pytest.mark.parametrize('kind', ['jsonl', 'jsonl.zst', 'parquet', 'txt'])
