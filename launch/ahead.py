@@ -236,11 +236,11 @@ def compile_step(lowered, topology: Topology) -> Compiled:
     ValueError: the compiler refuses the step for another reason.
   """
   # Late, as it imports jax.
-  from moe_jax.parallel import exchange
+  from moe_jax.parallel import compilers
 
   options = _SPARSECORE_OPTIONS if topology.chip in ('v5p', 'v6e') else {}
   try:
-    with exchange.refusal_explained():
+    with compilers.refusal_explained():
       compiled = lowered.compile(compiler_options=options)
   except Exception as error:  # jax's, whose type is not public.
     sizes = _amounts(str(error)) if 'HbmOom' in str(error) else []

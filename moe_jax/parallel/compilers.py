@@ -1,8 +1,12 @@
-"""What the compilers are told, and why."""
+"""What the compilers are told, and why; and what helps where one refuses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import re
 
 import jax
+
+from moe_jax.options import Refused
 
 _OPTIONS: Mapping[str, Mapping[str, bool | int]] = {
   'tpu': {
@@ -39,3 +43,38 @@ def compiler_options(devices: Sequence[jax.Device]) -> dict[str, bool | int]:
     # themselves, and the compiler refuses: 'not supported on limited ICI'.
     del options['xla_tpu_enable_async_all_to_all']
   return options
+
+
+# By a pattern of what the compiler says.
+_REFUSALS = {
+  'ragged.?all.?to.?all': (
+    'model.round_to_capacity=False: the compiler of these devices refuses the '
+    'ragged exchange of dropless training; True drops nothing either and needs '
+    'none'
+  ),
+  # libtpu 0.0.50.1 over two slices, with a width of 128.
+  'AllReduceScatterFusion': (
+    'model.dtype=float32: the compiler of these TPUs cannot sum gradients of '
+    'so narrow a model over several slices; it can with bfloat16, or with a '
+    'greater model.width'
+  ),
+}
+
+
+@contextlib.contextmanager
+def refusal_explained() -> Iterator[None]:
+  """Says which option helps where a compiler is known to refuse a step.
+
+  Put it around what compiles a step. Other errors pass as they are.
+
+  Raises:
+    Refused: the step was refused.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    reason = str(error).partition('\n')[0]
+    for pattern, advice in _REFUSALS.items():
+      if re.search(pattern, str(error), re.IGNORECASE):
+        raise Refused(f'{advice} ({reason})') from error
+    raise

@@ -19,17 +19,13 @@ Shape letters: N rows sent, M rows received, D model, E experts, L experts of
 one device, P devices along the axis, C capacity.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 import functools
-import re
 from typing import NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-
-from moe_jax.options import Refused
 
 
 def static(
@@ -80,28 +76,6 @@ def ragged(
   load_L = jnp.sum(back.send_sizes.reshape(len(load_PxE), -1), axis=0)
   y_MxD = apply(rows_MxD, load_L)
   return _move(y_MxD, back, there, len(rows_NxD), axis_name)
-
-
-@contextlib.contextmanager
-def refusal_explained() -> Iterator[None]:
-  """Says which option helps where a compiler refuses the ragged exchange.
-
-  Put it around what compiles a step. Other errors pass as they are.
-
-  Raises:
-    Refused: a ragged all-to-all was refused.
-  """
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as error:
-    reason = str(error).partition('\n')[0]
-    if not re.search('ragged.?all.?to.?all', str(error), re.IGNORECASE):
-      raise
-    raise Refused(
-      'model.round_to_capacity=False: the compiler of these devices refuses '
-      'the ragged exchange of dropless training; True drops nothing either and '
-      f'needs none ({reason})'
-    ) from error
 
 
 class _Route(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 from moe_jax import config as config_lib
 from moe_jax import nn
 from moe_jax.data.cache import open_cache
-from moe_jax.parallel import exchange
+from moe_jax.parallel import compilers
 from moe_jax.runs import checkpoints, checksums, preemption, routes, writer
 from moe_jax.runs.profile import profiled
 from moe_jax.train import facts as facts_lib
@@ -42,7 +42,7 @@ def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
   directory = writer.open_writer(
     plan.workdir, plan.options, plan.label, plan.check_workdir
   )
-  with exchange.refusal_explained(), directory as run:
+  with compilers.refusal_explained(), directory as run:
     state, position = _restore_or_begin(plan, run)
     done, steps = position.step, plan.config.steps
     late = plan.evaluates_after(done) and not run.evaluated

@@ -357,6 +357,7 @@ def test_plans_slices(layers, slices, fits, tmp_path):
     f'--slices={slices}',
     '--balance=1',
     '--config.model.hidden=1408',
+    '--config.model.dtype=bfloat16',
     f'--config.model.layers={layers}',
     f'--out={tmp_path / "plan.json"}',
   ]

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from moe_jax.parallel.compilers import compiler_options
+from moe_jax.parallel.compilers import compiler_options, refusal_explained
 from tests.parallel.test_mesh import gpus, pod
 
 ASYNCHRONOUS = 'xla_tpu_enable_async_all_to_all'
@@ -36,3 +36,11 @@ def test_tiles_of_products_are_larger_on_v6e(kind):
     pod(kind, (4, 4))
   )
   assert larger == (kind == 'TPU v6 lite')
+
+
+def test_a_refusal_over_several_slices_is_explained():
+  """By libtpu 0.0.50.1: tests/launch/test_plan.py needs bfloat16 there."""
+  reason = 'UNIMPLEMENTED: AllReduceScatterFusion not implemented for 2nd-minor'
+  with pytest.raises(ValueError, match='^model.dtype=float32: .*bfloat16'):
+    with refusal_explained():
+      raise jax.errors.JaxRuntimeError(reason)

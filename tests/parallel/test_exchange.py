@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_jax import nn, routing
-from moe_jax.parallel import dispatch, exchange
+from moe_jax.parallel import compilers, dispatch, exchange
 from moe_jax.parallel import mesh as meshes
 from moe_jax.runs import processes
 from tests import several_processes
@@ -338,10 +338,10 @@ def test_a_compiler_without_the_ragged_exchange_is_explained():
 
   arguments = jnp.ones((8, 3)), jnp.ones(4, jnp.int32)
   with pytest.raises(ValueError, match='^model.round_to_capacity=False: '):
-    with exchange.refusal_explained():
+    with compilers.refusal_explained():
       jax.jit(send).lower(*arguments).compile()
   with pytest.raises(jax.errors.JaxRuntimeError, match='memory'):
-    with exchange.refusal_explained():
+    with compilers.refusal_explained():
       raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')
 
 
