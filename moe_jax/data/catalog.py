@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 import tensorflow_datasets as tfds
 
-from moe_jax.data import cache, documents
+from moe_jax.data import cache, documents, prepared
 from moe_jax.data.config import DataConfig
 from moe_jax.data.documents import Corpus
 from moe_jax.options import shown
@@ -46,10 +46,7 @@ def open_corpora(
   field = config.text_field
   # TFDS promises that name and version determine the content.
   name = builder.info.full_name
-  content = [
-    (path.name, path.stat().length)
-    for path in sorted(builder.data_path.iterdir())
-  ]
+  content = sorted(prepared.file_sizes(builder.data_path).items())
   corpora = {}
   for ours, theirs in _choose_splits(builder, where).items():
     source = _open_split(builder, theirs, where)
@@ -100,7 +97,7 @@ def _find_builder(
   with _told(where), _quiet(), _known_features():
     try:
       builder = tfds.builder(config.dataset, data_dir=data_dir or None)
-      prepared = builder.is_prepared()
+      is_prepared = builder.is_prepared()
     except tfds.core.DatasetNotFoundError as error:
       names = [*known, *tfds.list_builders(with_community_datasets=False)]
       close = difflib.get_close_matches(
@@ -108,7 +105,7 @@ def _find_builder(
       )
       hint = f'did you mean {" or ".join(close)}?' if close else hint
       raise LookupError(f'no such data set; {hint}') from error
-  if not prepared:
+  if not is_prepared:
     raise ValueError(
       f'{where}: not prepared in {builder.data_path}; install TensorFlow, for '
       'some data sets also Apache Beam, and prepare it by tfds build '

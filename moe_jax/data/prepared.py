@@ -335,7 +335,7 @@ class Prepared:
     Raises:
       ValueError: names it.
     """
-    sizes = _sizes(self.directory)
+    sizes = file_sizes(self.directory)
     for tokens in self.splits.values():
       for shard in tokens.shards:
         size, whole = sizes.get(shard.file), file_size(shard, tokens.dtype)
@@ -347,8 +347,12 @@ class Prepared:
           )
 
 
-def _sizes(directory: epath.Path) -> dict[str, int]:
-  """Returns the sizes of a directory's files, by name."""
+def file_sizes(directory: epath.Path) -> dict[str, int]:
+  """Returns the sizes of a directory's files, by name.
+
+  (That of an epath also looks up who owns a file, which fails in containers
+  that do not know the owner.)
+  """
   with reading_with_any_library(os.fspath(directory)):
     if is_remote(directory):
       file_system, place = fsspec.core.url_to_fs(os.fspath(directory))

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import pwd
 import shutil
 import sys
 import tempfile
@@ -58,6 +59,17 @@ def test_prepared_lm1b_opens_by_name(tmp_path, lm1b, name):
   assert sorted(train) == [f'train sentence {i} .' for i in range(7)]
   assert sorted(validation) == [f'test sentence {i} .' for i in range(7)]
   assert load_named(tmp_path, name).fingerprint == text.fingerprint
+
+
+def test_a_file_of_an_unknown_owner_is_read(tmp_path, lm1b, monkeypatch):
+  """As in a container, where users of other machines have no names."""
+
+  def unknown(uid):
+    raise KeyError(uid)
+
+  monkeypatch.setattr(pwd, 'getpwuid', unknown)
+  train, _ = train_and_validation(load_named(tmp_path, 'lm1b'))
+  assert len(train) == 7
 
 
 def test_mocked_lm1b_goes_the_same_way(tmp_path, lm1b):
