@@ -4,6 +4,7 @@ Shape letters: B batch, S sequence, D model, H query heads, G key/value heads,
 W head width, C tokens that a cache has room for.
 """
 
+import functools
 from typing import NamedTuple
 
 from flax import nnx
@@ -12,7 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from moe_jax.nn.config import DecoderConfig
-from moe_jax.nn.feed_forward import linear
+from moe_jax.nn.feed_forward import linear, rms_norm
 
 
 class KeyValueCache(NamedTuple):
@@ -30,7 +31,7 @@ class KeyValueCache(NamedTuple):
 
 
 def rotate(
-  x_BxSxHxW: jax.Array, positions: jax.Array, *, theta: float
+  x_BxSxHxW: jax.Array, positions: jax.Array, *, theta: float, size: int = 0
 ) -> jax.Array:
   """Rotates each pair of neighbouring entries by its position's angle.
 
@@ -41,11 +42,17 @@ def rotate(
     x_BxSxHxW: [batch, sequence, heads, head width].
     positions: int32 [B, S], or [S] where all sequences have the same.
     theta: base of the frequencies.
+    size: number of leading entries that turn, as a head of that width; 0 is
+      all.
 
   References:
     Su et al., arXiv 2104.09864, equation 34.
   """
   width = x_BxSxHxW.shape[-1]
+  if 0 < size < width:
+    turning, rest = jnp.split(x_BxSxHxW, [size], axis=-1)
+    turned = rotate(turning, positions, theta=theta)
+    return jnp.concatenate([turned, rest], axis=-1)
   frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
   angle = positions.astype(jnp.float32)[..., None] * frequency
   cos, sin = (f(angle)[..., None, :] for f in (jnp.cos, jnp.sin))
@@ -60,14 +67,17 @@ def rotate(
 _LEAST, _BLOCKS = 256, 16
 
 
-def _attend(query_BxSxHxW, key_BxSxGxW, value_BxSxGxW, positions_BxS=None):
+def attend(
+  query_BxSxHxW, key_BxSxGxW, value_BxSxGxW, positions_BxS=None, *, scale=None
+):
   """Attends from each block of queries to the keys up to its end alone.
 
   With many blocks that is half of the scores; the rest would be masked.
   """
   sequence = query_BxSxHxW.shape[1]
   size = max(_LEAST, -(-sequence // _BLOCKS))
-  attend = jax.checkpoint(_attend_last)  # Scores are not kept.
+  # Scores are not kept.
+  last = jax.checkpoint(functools.partial(attend_last, scale=scale))
   dtype, blocks = query_BxSxHxW.dtype, []
   # So that gradients of all blocks are summed in float32.
   keys = [x.astype(jnp.float32) for x in (key_BxSxGxW, value_BxSxGxW)]
@@ -75,12 +85,18 @@ def _attend(query_BxSxHxW, key_BxSxGxW, value_BxSxGxW, positions_BxS=None):
     end = min(start + size, sequence)
     seen = [x[:, :end].astype(dtype) for x in keys]
     positions = None if positions_BxS is None else positions_BxS[:, start:end]
-    blocks.append(attend(query_BxSxHxW[:, start:end], *seen, end, positions))
+    blocks.append(last(query_BxSxHxW[:, start:end], *seen, end, positions))
   return jnp.concatenate(blocks, axis=1)
 
 
-def _attend_last(
-  query_BxSxHxW, key_BxCxGxW, value_BxCxGxW, length, positions_BxS=None
+def attend_last(
+  query_BxSxHxW,
+  key_BxCxGxW,
+  value_BxCxGxW,
+  length,
+  positions_BxS=None,
+  *,
+  scale=None,
 ):
   """Attends from the last S of so many tokens, to all up to each of them.
 
@@ -93,7 +109,7 @@ def _attend_last(
     first_BxS = place_S - positions_BxS  # Place where the document begins.
     mask &= (jnp.arange(room) >= first_BxS[..., None])[:, None]
   return jax.nn.dot_product_attention(
-    query_BxSxHxW, key_BxCxGxW, value_BxCxGxW, mask=mask
+    query_BxSxHxW, key_BxCxGxW, value_BxCxGxW, mask=mask, scale=scale
   )
 
 
@@ -104,10 +120,17 @@ class Attention(nnx.Module):
     self.config, width = config, config.width
     query_width = config.heads * config.head_width
     kv_width = config.kv_heads * config.head_width
-    self.query = linear(width, query_width, dtype=config.dtype, rngs=rngs)
-    self.key = linear(width, kv_width, dtype=config.dtype, rngs=rngs)
-    self.value = linear(width, kv_width, dtype=config.dtype, rngs=rngs)
-    self.out = linear(query_width, width, dtype=config.dtype, rngs=rngs)
+    bias = config.attention_bias
+    made = functools.partial(linear, dtype=config.dtype, rngs=rngs)
+    self.query = made(width, query_width, bias=bias != 'none')
+    self.key = made(width, kv_width, bias=bias != 'none')
+    self.value = made(width, kv_width, bias=bias != 'none')
+    self.out = made(query_width, width, bias=bias == 'all')
+    if config.query_key_norm == 'head':
+      query_width = kv_width = config.head_width
+    norm = config.query_key_norm != 'none'
+    self.query_norm = rms_norm(config, query_width, rngs=rngs) if norm else None
+    self.key_norm = rms_norm(config, kv_width, rngs=rngs) if norm else None
 
   @jax.named_scope('attention')
   def __call__(
@@ -132,24 +155,37 @@ class Attention(nnx.Module):
       start = 0 if cache is None else cache.length
       positions = start + jnp.arange(x_BxSxD.shape[1])
 
-    def split(y, heads):
-      return y.reshape(*x_BxSxD.shape[:2], heads, -1)
-
-    def rotated(y, heads):
-      return rotate(split(y, heads), positions, theta=config.rope_theta)
-
-    query = rotated(self.query(x_BxSxD), config.heads)
-    key = rotated(self.key(x_BxSxD), config.kv_heads)
-    value = split(self.value(x_BxSxD), config.kv_heads)
+    turn = functools.partial(
+      rotate,
+      positions=positions,
+      theta=config.rope_theta,
+      size=config.rotary_size,
+    )
+    query = turn(
+      self._heads(self.query(x_BxSxD), config.heads, self.query_norm)
+    )
+    key = turn(self._heads(self.key(x_BxSxD), config.kv_heads, self.key_norm))
+    value = self._heads(self.value(x_BxSxD), config.kv_heads)
     if cache is None:
-      y = _attend(query, key, value, positions_BxS)
+      y = attend(query, key, value, positions_BxS)
     else:
-      cache = _add(cache, key, value)
-      y = _attend_last(query, *cache, positions_BxS)
+      cache = add(cache, key, value)
+      y = attend_last(query, *cache, positions_BxS)
     return self.out(y.reshape(*x_BxSxD.shape[:2], -1)), cache
 
+  def _heads(self, y, heads, norm=None):
+    """Splits what was projected into heads, normalized and clipped."""
+    config = self.config
+    if norm is not None and config.query_key_norm == 'whole':
+      y = norm(y)
+    if most := config.query_key_value_clip:
+      y = jnp.clip(y, -most, most)
+    y = y.reshape(*y.shape[:2], heads, -1)
+    heads_alone = norm is not None and config.query_key_norm == 'head'
+    return norm(y) if heads_alone else y
 
-def _add(cache: KeyValueCache, key, value) -> KeyValueCache:
+
+def add(cache: KeyValueCache, key, value) -> KeyValueCache:
   def add(old, new):
     return lax.dynamic_update_slice_in_dim(old, new, cache.length, axis=1)
 

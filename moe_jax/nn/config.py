@@ -127,10 +127,33 @@ class DecoderConfig(MoEConfig):
   """Number of key/value heads; must divide `heads`."""
   head_size: int = option(0, least=0, most=2**16)
   """Width of a head, an even number; 0 is `width` / `heads`."""
+  attention_bias: str = option('none', among=('none', 'inputs', 'all'))
+  """Which projections of attention add a bias: those to queries, keys and
+  values, or the one from the heads as well."""
+  query_key_norm: str = option('none', among=('none', 'head', 'whole'))
+  """Whether queries and keys are normalized before they turn: each head by
+  itself (Qwen3), or all heads of a token together (OLMoE)."""
+  query_key_value_clip: float = option(0.0, least=0, most=1e30)
+  """Greatest size of an entry of queries, keys and values; 0.0 is any."""
   rope_theta: float = option(1e6, above=0, most=1e30)
   """Base of the rotary frequencies."""
+  rotary_size: int = option(0, least=0, most=2**16)
+  """Number of leading entries of a head that turn with the position, even; 0 is
+  all of them."""
+  latent_size: int = option(0, least=0, most=2**17)
+  """Width of the latent vector of a token, of which all heads make their keys
+  and values and which is all that a cache keeps, beside one key of width
+  `rotary_size` (DeepSeek-V2's latent attention, MLA); 0 is grouped attention.
+  `kv_heads` then means nothing."""
+  query_latent_size: int = option(0, least=0, most=2**17)
+  """Width of the latent vector that queries are made of in latent attention; 0
+  makes them of the token itself."""
+  value_size: int = option(0, least=0, most=2**16)
+  """Width of each head's values in latent attention; 0 is that of a head."""
   norm_epsilon: float = option(1e-5, above=0, most=1.0)
   """Added to the mean square in normalization."""
+  tied_embeddings: bool = option(True)
+  """Whether the embedding is the matrix of the output layer as well."""
   remat: bool = option(False, change='named')
   """Whether the backward pass recomputes each layer from its input. Choices and
   q are kept, not recomputed. In float32 results stay the same, but for last
@@ -156,8 +179,45 @@ class DecoderConfig(MoEConfig):
       raise ValueError(
         f'model.kv_heads={self.kv_heads}: must divide model.heads={self.heads}'
       )
+    if self.rotary_size % 2 or self.rotary_size > self.head_width:
+      raise ValueError(
+        f'model.rotary_size={self.rotary_size}: must be even, and at most the '
+        f'width of a head, {self.head_width}'
+      )
+    self._check_latent_attention()
+
+  def _check_latent_attention(self) -> None:
+    names = ('query_latent_size', 'value_size')
+    if self.latent_size:
+      names = ('attention_bias', 'query_key_norm', 'query_key_value_clip')
+      if not 0 < self.rotary_size < self.head_width:
+        raise ValueError(
+          f'model.rotary_size={self.rotary_size}: must be between 0 and the '
+          f'width of a head, {self.head_width}, in latent attention, as with '
+          f'model.latent_size={self.latent_size}'
+        )
+    for name in names:
+      value = getattr(self, name)
+      if value not in (0, 'none'):
+        where = 'without' if self.latent_size else 'in'
+        raise ValueError(
+          f'model.{name}={value}: works {where} latent attention only, but '
+          f'model.latent_size={self.latent_size}'
+        )
 
   @property
   def head_width(self) -> int:
     """W, width of each head."""
     return self.head_size or self.width // self.heads
+
+  @property
+  def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What a cache keeps of a token: heads and width of `key` and `value`."""
+    if self.latent_size:
+      return (1, self.rotary_size), (1, self.latent_size)
+    return ((self.kv_heads, self.head_width),) * 2
+
+  @property
+  def value_width(self) -> int:
+    """Width of each head's values."""
+    return self.value_size or self.head_width

@@ -1,4 +1,4 @@
-"""A decoder-only language model with MiniMind's architecture.
+"""A decoder-only language model: MiniMind's, unless options say otherwise.
 
 Shape letters: B batch, S sequence, D model, V vocabulary, L layers.
 """
@@ -17,6 +17,7 @@ from moe_jax import routing
 from moe_jax.nn.attention import Attention, KeyValueCache
 from moe_jax.nn.config import DecoderConfig
 from moe_jax.nn.feed_forward import SwiGLU, rms_norm
+from moe_jax.nn.latent_attention import LatentAttention
 from moe_jax.nn.layout import is_expert
 from moe_jax.nn.moe import MoE, RouterState
 from moe_jax.nn.router import MoEOutput
@@ -40,7 +41,8 @@ class Block(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.attention_norm = rms_norm(config, rngs=rngs)
-    self.attention = Attention(config, rngs=rngs)
+    kind = LatentAttention if config.latent_size else Attention
+    self.attention = kind(config, rngs=rngs)
     self.feed_forward_norm = rms_norm(config, rngs=rngs)
     self.feed_forward = feed_forward(rngs=rngs)
 
@@ -87,7 +89,7 @@ def _stack(config, layers: int, feed_forward, rngs: nnx.Rngs) -> Block:
 
 
 class Decoder(nnx.Module):
-  """A causal language model: embedding, blocks, tied output.
+  """A causal language model: embedding, blocks, output layer.
 
   Args:
     config: sizes and options.
@@ -121,7 +123,8 @@ class Decoder(nnx.Module):
       )
     self.config, self.mesh, self.fsdp = config, mesh, fsdp
     # Also the weight of MiniMind's output layer: U(+-1/sqrt(D)).
-    self.embedding = nnx.Embed(
+    embed = functools.partial(
+      nnx.Embed,
       vocabulary,
       config.width,
       dtype=jnp.dtype(config.dtype),
@@ -130,6 +133,7 @@ class Decoder(nnx.Module):
       ),
       rngs=rngs,
     )
+    self.embedding = embed()
     dense = functools.partial(
       SwiGLU, config.width, config.dense_hidden, dtype=config.dtype
     )
@@ -147,6 +151,7 @@ class Decoder(nnx.Module):
     )
     self.moe_blocks = _stack(config, config.layers - dense_layers, moe, rngs)
     self.norm = rms_norm(config, rngs=rngs)
+    self.output = None if config.tied_embeddings else embed()
 
   def __call__(
     self,
@@ -211,9 +216,11 @@ class Decoder(nnx.Module):
     config = self.config
 
     def empty(layers):
-      shape = layers, batch, room, config.kv_heads, config.head_width
-      zeros = jnp.zeros(shape, config.dtype)
-      return KeyValueCache(zeros, zeros, jnp.zeros(layers, jnp.int32))
+      key, value = (
+        jnp.zeros((layers, batch, room, *shape), config.dtype)
+        for shape in config.cache_shapes
+      )
+      return KeyValueCache(key, value, jnp.zeros(layers, jnp.int32))
 
     dense = config.dense_layers
     return DecoderCache(
@@ -228,8 +235,7 @@ class Decoder(nnx.Module):
         f'tokens_BxS: shape {tokens_BxS.shape} has no tokens; B and S must be '
         '1 or more'
       )
-    table_VxD = self._gather(self.embedding.embedding)[...]
-    table_VxD = table_VxD.astype(self.config.dtype)
+    table_VxD = self._table(self.embedding)
     x_BxSxD = jnp.take(table_VxD, tokens_BxS, axis=0)
     if self.dense_blocks is not None:
       x_BxSxD, _, dense = self._apply(
@@ -252,10 +258,16 @@ class Decoder(nnx.Module):
       train,
     )
     x_BxSxD = self.norm(x_BxSxD)
+    if self.output is not None:
+      table_VxD = self._table(self.output)
     logits_BxSxV = jnp.einsum(
       'bsd,vd->bsv', x_BxSxD, table_VxD, preferred_element_type=jnp.float32
     )
     return logits_BxSxV, outputs, cache._replace(moe=moe)
+
+  def _table(self, embed: nnx.Embed) -> jax.Array:
+    """Returns a vector of each token, [V, D], for use."""
+    return self._gather(embed.embedding)[...].astype(self.config.dtype)
 
   def _gather(self, params):
     """Gathers parameters for their use, but for experts: `MoE` does those."""

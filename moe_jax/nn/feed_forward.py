@@ -18,13 +18,13 @@ def linear_init(*, batch_axis: int | tuple[int, ...] = ()):
 
 
 def linear(
-  inputs: int, outputs: int, *, dtype: str, rngs: nnx.Rngs
+  inputs: int, outputs: int, *, bias: bool = False, dtype: str, rngs: nnx.Rngs
 ) -> nnx.Linear:
-  """Builds a linear layer without bias: float32 weights, compute in dtype."""
+  """Builds a linear layer: float32 weights, compute in dtype."""
   return nnx.Linear(
     inputs,
     outputs,
-    use_bias=False,
+    use_bias=bias,
     dtype=jnp.dtype(dtype),
     kernel_init=linear_init(),
     rngs=rngs,
@@ -47,11 +47,17 @@ class SwiGLU(nnx.Module):
     return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-def rms_norm(config: DecoderConfig, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+def rms_norm(
+  config: DecoderConfig,
+  width: int | None = None,
+  *,
+  epsilon: float | None = None,
+  rngs: nnx.Rngs,
+) -> nnx.RMSNorm:
   """Builds x / sqrt(mean(x^2) + epsilon) * scale, reduced in float32."""
   return nnx.RMSNorm(
-    config.width,
-    epsilon=config.norm_epsilon,
+    width or config.width,
+    epsilon=epsilon or config.norm_epsilon,
     dtype=jnp.dtype(config.dtype),
     param_dtype=jnp.float32,
     rngs=rngs,

@@ -309,6 +309,6 @@ def test_attention_in_blocks_equals_attention_to_all(sequence, monkeypatch):
   )
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
-    gradients(attention._attend),
+    gradients(attention.attend),
     expected,
   )
