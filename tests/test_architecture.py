@@ -22,6 +22,9 @@ ALLOWED = {
     *('routing', 'parallel', 'nn', 'data', 'runs', 'config', 'train'),
     'options',
   },
+  'hf': {
+    *('nn', 'data', 'runs', 'config', 'train', 'parallel', 'options'),
+  },
   'main': {'parallel', 'runs', 'config', 'options', 'train'},
 }
 

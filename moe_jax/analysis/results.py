@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from moe_jax.config import method_of, upgrade
-from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from moe_jax.runs import records
 from moe_jax.runs.reader import Reader
 
@@ -37,7 +37,10 @@ class Results(Reader):
   def tokenizer(self) -> Tokenizer:
     """What made tokens of the text, from `tokenizer.json`."""
     vocabulary = self.config['data']['vocabulary']
-    return Tokenizer.from_json(json.dumps(super().tokenizer), vocabulary)
+    text = json.dumps(super().tokenizer)
+    # Older runs have no other.
+    end = self.facts.get('end_of_document', END_OF_DOCUMENT)
+    return Tokenizer.from_json(text, vocabulary, end)
 
   @functools.cached_property
   def metrics(self) -> pd.DataFrame:

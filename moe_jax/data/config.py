@@ -20,7 +20,8 @@ class DataConfig:
   dataset: str = option('sotu')
   """Name of a source in `moe_jax/data/sources.py`: 'sotu' (State of the Union
   addresses), 'python' (its standard library), 'shakespeare' or 'text_files'; or
-  of a TFDS data set, such as 'lm1b', prepared as array_record."""
+  of a TFDS data set, such as 'lm1b', prepared as array_record. Empty for a
+  model from elsewhere, of unknown text: training it needs `corpus`."""
   corpus: str = option('')
   """Prepared corpora to train on in place of `dataset`: a directory that
   `python -m moe_jax.data.prepare` made, or several with their shares of the
@@ -39,8 +40,9 @@ class DataConfig:
   validation, else on test, else on the last 5 % of train.)"""
   text_field: str = option('text')
   """Name of the text in .jsonl lines or TFDS features."""
-  vocabulary: int = option(6400, least=SMALLEST_VOCABULARY, most=2**24)
-  """Number of token ids; 256 bytes and the end of a document are among them."""
+  vocabulary: int = option(6400, least=2, most=2**24)
+  """Number of token ids; 257 or more where a tokenizer is learnt: all bytes and
+  the end of a document."""
   cross_documents: bool = option(True, change='named')
   """Whether attention, in training and in evaluation, also sees the documents
   that come before in a sequence. If not, positions begin anew with each."""
@@ -58,6 +60,12 @@ class DataConfig:
 
   def __post_init__(self):
     check_options(self, 'data.')
+    if self.vocabulary < SMALLEST_VOCABULARY and self.dataset:
+      raise ValueError(
+        f'data.vocabulary={self.vocabulary}: must be {SMALLEST_VOCABULARY} or '
+        'more where a tokenizer is learnt, of every byte and the end of a '
+        'document'
+      )
     if self.dataset == 'text_files' and not self.files.strip(', '):
       raise ValueError(
         f'data.files={self.files}: data.dataset=text_files needs comma-'

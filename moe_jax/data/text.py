@@ -109,9 +109,21 @@ def _tokens(
 
 
 def resolve(config: DataConfig) -> DataConfig:
-  """Returns the options with the vocabulary that `corpus` decides."""
+  """Returns the options with the vocabulary that `corpus` decides.
+
+  Raises:
+    ValueError: a model from elsewhere has fewer tokens than the corpus.
+  """
   corpus = _first_prepared(config)
   if corpus is None:
+    return config
+  if not config.dataset:  # The model decides: it may have more rows.
+    if corpus.tokenizer.vocabulary > config.vocabulary:
+      raise ValueError(
+        f'data.corpus={config.corpus}: was prepared with a tokenizer of '
+        f'{corpus.tokenizer.vocabulary} ids, but the model has '
+        f'data.vocabulary={config.vocabulary}; prepare it with its own'
+      )
     return config
   return dataclasses.replace(config, vocabulary=corpus.tokenizer.vocabulary)
 

@@ -90,7 +90,7 @@ class Saver:
     written, and would hold the whole state twice.
 
     Args:
-      items: what to save.
+      items: what to save; a model from elsewhere has no `optimizer`.
       position: how far the run has come.
       record: the metrics of its step, as JSON has them.
       wait: whether to return only when the checkpoint is written.
@@ -107,7 +107,7 @@ class Saver:
     }
     data = {'next_sequence': position.next_sequence}
     saved = ocp.args.Composite(
-      **{name: ocp.args.PyTreeSave(items[name]) for name in ITEMS},
+      **{name: ocp.args.PyTreeSave(item) for name, item in items.items()},
       data=ocp.args.JsonSave(data),
       meta=ocp.args.JsonSave(
         meta | {'sha256': checkpoints.sha256_of(meta, data)}

@@ -43,6 +43,7 @@ def of_run(
     'tokens_per_step': config.batch_size * config.sequence_length,
     'train_tokens_in_corpus': sum(len(s.tokens) for s in text.train),
     'text_fingerprint': text.fingerprint,
+    'end_of_document': text.tokenizer.end_of_document_token,
     'evaluated_tokens': {k: len(x) - 1 for k, x in evaluated.items()},
     'not_evaluated': text.not_evaluated,
   }
