@@ -246,7 +246,7 @@ class _File:
       if length != whole:
         raise ValueError(f'{length} bytes in place of {whole}')
       table = self._bytes(self._size, 4 * blocks)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Clients of buckets raise what they like.
       raise self._bad(error) from error
     if zlib.crc32(table) != shard.crc32:
       raise self._bad('its checksums are not those of the manifest')
@@ -260,7 +260,7 @@ class _File:
     offset = first * BLOCK
     try:
       data = self._bytes(offset, min(last * BLOCK, self._size) - offset)
-    except OSError as error:
+    except Exception as error:
       raise self._bad(error) from error
     for block in range(first, last):
       if not self._good[block]:
@@ -312,7 +312,8 @@ class Prepared:
   def __init__(self, directory: str, wait_seconds: float = 0.0):
     """Opens a corpus, for which another process may be waited for."""
     self.directory = open_directory('data.corpus', directory)
-    _await(self.directory / MANIFEST, wait_seconds)
+    with reading_with_any_library(directory):
+      _await(self.directory / MANIFEST, wait_seconds)
     self.manifest, shards = _parse(self.directory / MANIFEST, _manifest)
     self.fingerprint: str = self.manifest['key']
 

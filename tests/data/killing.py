@@ -37,8 +37,8 @@ def files(folder):
 def kill_and_resume(folder, source, tokenizer, kills, part_bytes):
   """Kills a preparation anywhere, and compares it with an undisturbed one.
 
-  Each time a little after there is another file, of any kind: the job, a shard,
-  one that is being written, or the record of a part.
+  In turns, a little after there is a file that is being written, and after one
+  that is whole: the job, a shard, or the record of a part.
 
   Returns:
     How many were killed before they were done.
@@ -48,12 +48,12 @@ def kill_and_resume(folder, source, tokenizer, kills, part_bytes):
   assert undisturbed.returncode == 0, errors
   random = np.random.default_rng(0)
   killed, out = 0, folder / 'two'
-  for _ in range(kills):
-    before = _names(out)
+  for kill in range(kills):
+    before = _names(out, kill % 2 == 1)
     process = start(source, tokenizer, out, part_bytes)
-    while process.poll() is None and _names(out) <= before:
+    while process.poll() is None and _names(out, kill % 2 == 1) <= before:
       time.sleep(0.001)
-    time.sleep(random.uniform(0, 0.02))
+    time.sleep(random.uniform(0, 0.05))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     killed += process.returncode == -signal.SIGKILL
@@ -64,5 +64,6 @@ def kill_and_resume(folder, source, tokenizer, kills, part_bytes):
   return killed
 
 
-def _names(folder):
-  return {path.name for path in folder.glob('*')}
+def _names(folder, whole):
+  names = {path.name for path in folder.glob('*')}
+  return {x for x in names if not (whole and x.endswith('.incomplete'))}
