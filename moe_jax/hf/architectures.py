@@ -319,7 +319,7 @@ def read(public: Public) -> tuple[Architecture, DecoderConfig]:
     options |= architecture.read(public) | dict(architecture.always)
   except KeyError as error:
     raise ValueError(f'{error.args[0]}: missing') from error
-  except (TypeError, AttributeError) as error:
+  except (TypeError, AttributeError, ArithmeticError) as error:
     raise ValueError(
       f'a key has a value of the wrong type ({error})'
     ) from error

@@ -62,7 +62,7 @@ def import_model(
   try:
     architecture, model = architectures.read(public)
     config = _config(public, architecture.corrected, model)
-  except ValueError as error:
+  except (TypeError, ValueError) as error:
     raise ValueError(f'{source / "config.json"}: {error}') from error
   mesh = mesh or meshes.make_mesh(1, 1, devices=jax.devices()[:1])
   training = _training(config, mesh)
@@ -207,13 +207,15 @@ def _tokenizer(
   """Reads the tokenizer of a folder, or says why there is none."""
   try:
     tokenizer = pretrained.open_tokenizer(str(source))
-    if tokenizer.vocabulary > vocabulary:
-      raise ValueError(
-        f'{source}: it needs {tokenizer.vocabulary} ids, the model has '
-        f'{vocabulary}'
-      )
+    why = (
+      f'it needs {tokenizer.vocabulary} ids, the model has {vocabulary}'
+      if tokenizer.vocabulary > vocabulary
+      else ''
+    )
   except ValueError as error:
-    return None, [f'note: no tokenizer was taken along: {one_line(error)}']
+    why = one_line(error).removeprefix(f'--tokenizer={source}: ')
+  if why:
+    return None, [f'note: no tokenizer was taken along: {why}']
   return tokenizer, []
 
 

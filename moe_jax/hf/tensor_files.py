@@ -25,6 +25,7 @@ DTYPES = {
 }
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
 _LARGEST_HEADER = 100_000_000  # As of the format's own library.
+_DAMAGE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 _SHARD = 5 * 10**9  # Bytes of tensors in a file that is written.
 
 
@@ -111,7 +112,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     value = json.loads(path.read_text())
   except FileNotFoundError as error:
     raise ValueError(f'{path}: is not there') from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{path}: damaged, not JSON ({error})') from error
   if not isinstance(value, dict):
     raise ValueError(f'{path}: must have an object, not {shown(value)}')
@@ -137,7 +138,7 @@ def read_header(path: epath.Path) -> dict[str, Tensor]:
       name: _tensor(path, entry, 8 + length) for name, entry in header.items()
     }
     ends = [8 + length + entry['data_offsets'][1] for entry in header.values()]
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
+  except _DAMAGE as error:
     raise ValueError(f'{path}: its header is damaged ({error})') from error
   if max(ends, default=size) != size:
     raise ValueError(

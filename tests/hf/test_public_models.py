@@ -19,7 +19,7 @@ from moe_jax.hf import architectures, importing, tensor_files, tensors
 from moe_jax.parallel import mesh as meshes
 from moe_jax.runs import checkpoints
 from tests import golden_data
-from tests.hf.tiny import trained
+from tests.hf.tiny import trained, write_tokenizer
 
 GOLDEN = golden_data.DIRECTORY / 'hf'
 NAMES = ['mixtral', 'olmoe', 'qwen3_moe', 'glm4_moe', 'deepseek_v3']
@@ -155,11 +155,14 @@ def test_many_files_bfloat16_and_what_predicts_further_ahead(tmp_path):
   }
   (folder / tensor_files.SINGLE).unlink()
   tensor_files.write(epath.Path(folder), planned | ahead, shard=20_000)
+  write_tokenizer(folder / 'tokenizer.json', '</s>')
   mesh = meshes.make_mesh(1, 2, devices=jax.devices()[:2])
   workdir = tmp_path / 'run'
   told = hf.import_model(str(folder), str(workdir), mesh=mesh)
-  assert told[0] == 'note: layer 2 predicts tokens further ahead; skipped'
-  checkpoint = Run(workdir).restore()
+  assert told == ['note: layer 2 predicts tokens further ahead; skipped']
+  run = Run(workdir)
+  assert run.tokenizer.encode('router load').tolist() == [4, 8]
+  checkpoint = run.restore()
   assert checkpoint.config.model.dtype == 'bfloat16'
   name = 'model.layers.1.mlp.experts.5.up_proj.weight'
   np.testing.assert_array_equal(
@@ -170,6 +173,11 @@ def test_many_files_bfloat16_and_what_predicts_further_ahead(tmp_path):
   np.testing.assert_array_equal(checkpoint.q, -bias[None])
   out = tmp_path / 'out'
   hf.export_model(str(workdir), str(out))
+  assert json.loads((out / 'tokenizer_config.json').read_text()) == {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'eos_token': '</s>',
+  }
+  assert (out / 'tokenizer.json').exists()
   after = tensor_files.find(epath.Path(out))
   assert after.keys() == planned.keys()
   for name, tensor in planned.items():
@@ -279,6 +287,12 @@ def test_each_device_reads_its_part():
     ('deepseek_v3', {'attention_bias': True}, 'attention_bias=True: must be'),
     ('glm4_moe', {'n_group': 3}, 'model.expert_groups=3'),
     ('glm4_moe', {'rope_parameters': 3}, 'a key has a value of the wrong type'),
+    (
+      'glm4_moe',
+      {'head_dim': 0, 'num_attention_heads': 0},
+      'a key has a value',
+    ),
+    ('olmoe', {'max_position_embeddings': 'x'}, "'<' not supported"),
   ],
 )
 def test_what_the_decoder_has_not_is_refused(tmp_path, name, keys, message):

@@ -108,7 +108,9 @@ def test_a_header_that_lies(folder, entry):
       tensor_files.find(folder)
 
 
-@pytest.mark.parametrize('header', ['[]', '{"a": 3}', '{"a"', '"a"'])
+@pytest.mark.parametrize(
+  'header', ['[]', '{"a": 3}', '{"a"', '"a"', '[' * 100_000]
+)
 def test_a_header_that_is_none(folder, header):
   path = folder / tensor_files.SINGLE
   path.write_bytes(len(header).to_bytes(8, 'little') + header.encode())

@@ -1,4 +1,6 @@
-"""A work directory as a run of ours leaves it, before its first step."""
+"""A work directory of ours before its first step; a tokenizer of few words."""
+
+import json
 
 from etils import epath
 import jax
@@ -10,6 +12,8 @@ from moe_jax import nn
 from moe_jax.hf import importing
 from moe_jax.parallel import mesh as meshes
 from moe_jax.train import state as states
+
+WORDS = ['balance', 'expert', 'token', 'router', 'of', 'the', 'a', 'load']
 
 
 def trained(workdir, prices=0.0, **model):
@@ -46,3 +50,29 @@ def trained(workdir, prices=0.0, **model):
   workdir.mkdir()
   importing._write(epath.Path(workdir), config, params, router, None)
   return params, q_LxE.astype(np.float32)
+
+
+def write_tokenizer(path, end):
+  """Writes a tokenizer of few words, as the golden models have few tokens."""
+  ids = {word: i for i, word in enumerate([end, *WORDS])}
+  added = {'id': 0, 'content': end, 'special': True}
+  plain = ('single_word', 'lstrip', 'rstrip', 'normalized')
+  path.write_text(
+    json.dumps(
+      {
+        'version': '1.0',
+        'truncation': None,
+        'padding': None,
+        'added_tokens': [added | dict.fromkeys(plain, False)],
+        'normalizer': None,
+        'pre_tokenizer': {'type': 'Whitespace'},
+        'post_processor': None,
+        'decoder': None,
+        'model': {
+          'type': 'WordLevel',
+          'vocab': ids,
+          'unk_token': end,
+        },
+      }
+    )
+  )
