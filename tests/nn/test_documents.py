@@ -151,8 +151,9 @@ def test_packed_documents_on_a_mesh_are_as_each_alone(shape, begins, step):
 
 
 @pytest.mark.long
-def test_decoding_a_document_is_as_within_a_sequence(begins):
-  model, begins = build(), begins[:2]
+@pytest.mark.parametrize('shape', [None, (2, 4)], ids=['one', '2x4'])
+def test_decoding_a_document_is_as_within_a_sequence(shape, begins):
+  model = build(shape and meshes.make_mesh(*shape))
   tokens = np.random.default_rng(1).integers(VOCABULARY, size=begins.shape)
   positions = positions_of(begins)
   packed, _ = nnx.jit(
