@@ -151,9 +151,16 @@ def test_packed_documents_on_a_mesh_are_as_each_alone(shape, begins, step):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('shape', [None, (2, 4)], ids=['one', '2x4'])
-def test_decoding_a_document_is_as_within_a_sequence(shape, begins):
-  model = build(shape and meshes.make_mesh(*shape))
+@pytest.mark.parametrize(
+  ('shape', 'options'),
+  [
+    pytest.param(None, {}, id='one'),
+    pytest.param((2, 4), {}, id='2x4'),
+    pytest.param(None, {'latent_size': 8, 'rotary_size': 2}, id='latent'),
+  ],
+)
+def test_decoding_a_document_is_as_within_a_sequence(shape, options, begins):
+  model = build(shape and meshes.make_mesh(*shape), **options)
   tokens = np.random.default_rng(1).integers(VOCABULARY, size=begins.shape)
   positions = positions_of(begins)
   packed, _ = nnx.jit(
