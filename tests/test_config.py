@@ -43,6 +43,11 @@ def test_no_option_is_in_two_sections():
     ('seed', -1, 'seed=-1'),
     ('accumulation', 3, 'accumulation=3: must divide batch_size=8'),
     ('warmup_steps', 200, 'warmup_steps=200: must be less than steps=200'),
+    (
+      'model.remat_policy',
+      'dots_saveable',
+      'model.remat_policy=dots_saveable: needs model.remat=True',
+    ),
     ('profile', '3', 'profile=3: must be START:STEPS'),
     ('learning_rate', 0.0, 'learning_rate=0.0: must be greater than 0'),
     ('learning_rate', float('nan'), 'learning_rate=nan: must be finite'),

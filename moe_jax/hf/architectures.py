@@ -370,7 +370,13 @@ def _computed(config: DecoderConfig) -> dict[str, Any]:
     'value_size': config.value_width,
     'rotary_size': config.rotary_size or config.head_width,
   }
-  for name in ('dtype', 'remat', 'shards', 'round_to_capacity'):
+  for name in (
+    'dtype',
+    'remat',
+    'remat_policy',
+    'shards',
+    'round_to_capacity',
+  ):
     del options[name]  # Of training, or of the device.
   del options['most_experts_per_token']  # Of other selections than 'choose'.
   if not config.dense_layers:

@@ -160,6 +160,17 @@ class DecoderConfig(MoEConfig):
   bits where there is an auxiliary loss; in bfloat16 they may differ by its
   rounding, as XLA keeps float32 between the operations that it fuses, unless
   XLA_FLAGS has --xla_allow_excess_precision=false."""
+  remat_policy: str = option(
+    'nothing_saveable',
+    among=(
+      'nothing_saveable',
+      'dots_with_no_batch_dims_saveable',
+      'dots_saveable',
+    ),
+    change='named',
+  )
+  """What `remat` keeps beside choices and q, by `jax.checkpoint_policies`: the
+  more is kept, the less is computed twice."""
 
   def __post_init__(self):
     super().__post_init__()
@@ -178,6 +189,11 @@ class DecoderConfig(MoEConfig):
     if self.heads % self.kv_heads:
       raise ValueError(
         f'model.kv_heads={self.kv_heads}: must divide model.heads={self.heads}'
+      )
+    if self.remat_policy != 'nothing_saveable' and not self.remat:
+      raise ValueError(
+        f'model.remat_policy={self.remat_policy}: needs model.remat=True, or '
+        'all is kept anyway'
       )
     if self.rotary_size % 2 or self.rotary_size > self.head_width:
       raise ValueError(

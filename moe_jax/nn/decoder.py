@@ -306,10 +306,12 @@ class Decoder(nnx.Module):
       return x_BxSxD, (nnx.state(block, RouterState), output, cache)
 
     if self.config.remat:
-      layer = jax.checkpoint(
-        layer,
-        policy=jax.checkpoint_policies.save_only_these_names('q', 'experts'),
-      )
+      policies = jax.checkpoint_policies
+      policy = policies.save_only_these_names('q', 'experts')
+      if self.config.remat_policy != 'nothing_saveable':
+        more = getattr(policies, self.config.remat_policy)
+        policy = policies.save_from_both_policies(policy, more)
+      layer = jax.checkpoint(layer, policy=policy)
     x_BxSxD, (routers, outputs, cache) = lax.scan(
       layer, x_BxSxD, (params, routers, experts, cache)
     )

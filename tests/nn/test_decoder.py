@@ -117,13 +117,12 @@ def test_later_tokens_and_padding_do_not_change_logits(frozen, tokens):
   assert np.all(outputs.choice.load.sum(axis=1) == 2 * SEQUENCE * 2)
 
 
-def _train(tokens, **overrides):
-  """Loss, gradients and router state of one training step."""
+def _training(tokens, **overrides):
+  """One training step, and the parameters to give to it."""
   graphdef, params, routers = nnx.split(
     _model(**overrides), nnx.Param, nn.RouterState
   )
 
-  @jax.jit
   def run(params):
     def loss(params):
       model = nnx.merge(graphdef, params, routers, copy=True)
@@ -135,7 +134,13 @@ def _train(tokens, **overrides):
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 
-  (loss, routers), gradients = run(params)
+  return run, params
+
+
+def _train(tokens, **overrides):
+  """Loss, gradients and router state of one training step."""
+  run, params = _training(tokens, **overrides)
+  (loss, routers), gradients = jax.jit(run)(params)
   return loss, gradients, routers
 
 
@@ -144,9 +149,10 @@ def plain(tokens):
   return _train(tokens)
 
 
-def test_remat_changes_nothing(plain, tokens):
+@pytest.mark.parametrize('policy', ['nothing_saveable', 'dots_saveable'])
+def test_remat_changes_nothing(plain, tokens, policy):
   """Not the loss, the gradients or q; the observation counts once."""
-  loss, gradients, routers = _train(tokens, remat=True)
+  loss, gradients, routers = _train(tokens, remat=True, remat_policy=policy)
   np.testing.assert_allclose(loss, plain[0], rtol=1e-6)
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, atol=1e-6),
@@ -162,6 +168,22 @@ def test_remat_changes_nothing(plain, tokens):
   load = moe['observation'].get_value()
   np.testing.assert_array_equal(load, plain_moe['observation'].get_value())
   np.testing.assert_array_equal(load.sum(axis=1), 2 * SEQUENCE * 2)
+
+
+def test_what_is_kept_is_not_computed_twice(tokens):
+  def products(**overrides):
+    run, params = _training(tokens, **overrides)
+    return str(jax.make_jaxpr(run)(params)).count('dot_general')
+
+  policies = (
+    'nothing_saveable',
+    'dots_with_no_batch_dims_saveable',
+    'dots_saveable',
+  )
+  all_again, attention_again, none_again = (
+    products(remat=True, remat_policy=policy) for policy in policies
+  )
+  assert all_again > attention_again >= none_again
 
 
 def test_gradients_reach_every_parameter(plain):
