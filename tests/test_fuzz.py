@@ -47,6 +47,8 @@ FREE_TEXT = {  # On purpose: names of data sets, files and features.
   'data.tfds_dir',
   'data.cache_dir',
   'replay_routes',
+  'init_from',
+  'data.anneal_corpus',
 }
 OPTIONS = options_of(config.Config)
 NUMBERS = {
@@ -543,6 +545,10 @@ def test_refused_flags_leave_work_directories_alone_long(argv):
     'batch_size=9',
     'replay_routes=nothing_of_that_name',
     'replay_routes=' + 'x' * 300,
+    'init_from=nothing_of_that_name',
+    'init_from=' + 'x' * 300 + '@7',
+    'data.anneal_corpus=sotu',
+    'data.corpus=, ',
     'data.dataset=nothing_of_that_name',
     'data.dataset=text_files',
     'data.files=nothing_of_that_name.txt',

@@ -104,7 +104,7 @@ class Runs:
   @column('tokens', ',.0f')
   def tokens(run):
     """Positions trained on, padding included."""
-    return run.metrics.index[-1] * run.tokens_per_step
+    return run.tokens.iloc[-1]
 
   @column('not finite', ',.0f')
   def first_non_finite_step(run):
@@ -223,7 +223,7 @@ class Training:
     if unigram is None or perplexity is None:
       return None
     below = perplexity.index[perplexity < unigram]
-    return below[0] * run.tokens_per_step if len(below) else None
+    return run.tokens[below[0]] if len(below) else None
 
 
 class Cost:

@@ -184,7 +184,7 @@ def loss_figure(runs: Mapping[str, Results]) -> Figure:
   unigram = None
   for label, style in drawing.styles(runs).items():
     run = runs[label]
-    metrics = run.metrics.set_index(run.metrics.index * run.tokens_per_step)
+    metrics = run.metrics.set_index(run.tokens)
     drawing.line(train, metrics['train/loss'], **style)
     bits = metrics.get(f'eval/{VALIDATION}/bits_per_byte')
     if bits is not None:

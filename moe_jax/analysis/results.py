@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import functools
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -63,8 +64,20 @@ class Results(Reader):
 
   @property
   def tokens_per_step(self) -> int:
-    """Positions a step trains on, padding included."""
+    """Positions that a step trains on now, padding included."""
     return self.config['batch_size'] * self.config['sequence_length']
+
+  @property
+  def tokens(self) -> pd.Series:
+    """Positions trained on up to each step, padding included."""
+    sizes = {k: self.config[k] for k in ('batch_size', 'sequence_length')}
+    per_step = pd.Series(self.tokens_per_step, self.metrics.index)
+    changes = self.facts.get('config_changes', {})
+    for at in sorted(map(int, changes), reverse=True):
+      before = {k: change['from'] for k, change in changes[str(at)].items()}
+      sizes |= {k: before[k] for k in sizes.keys() & before.keys()}
+      per_step[:at] = math.prod(sizes.values())
+    return per_step.cumsum()
 
   @property
   def method(self) -> str:

@@ -116,9 +116,9 @@ class Config:
   jumps where a run is continued with another number."""
   seed: int = option(0, least=0, most=2**32 - 1)  # jax takes it modulo 2^32.
   """Seed of the initial weights and of the order of the data."""
-  batch_size: int = option(8, least=1, most=2**24)
+  batch_size: int = option(8, least=1, most=2**24, change='named')
   """Sequences per step, over all devices and microbatches."""
-  sequence_length: int = option(256, least=2, most=2**24)
+  sequence_length: int = option(256, least=2, most=2**24, change='named')
   """Tokens per sequence."""
   accumulation: int = option(1, least=1, most=2**24, change='named')
   """Microbatches per step, computed one after the other."""
@@ -171,6 +171,12 @@ class Config:
   """Work directory of a run that recorded its routes: each step takes its
   experts instead of choosing, and the balancer moves as if it had chosen them.
   Evaluation chooses. '' chooses always."""
+  init_from: str = option('')
+  """Work directory of a run whose parameters this one begins with, as they were
+  at its newest checkpoint or, as DIR@STEP, at that of a step. All else is new:
+  data, schedule, optimizer, step 0. '' begins with random ones."""
+  init_router: bool = option(True)
+  """Whether the router state of that run, its q, is taken as well."""
   balancer: Mapping[str, Any] = dataclasses.field(
     default_factory=lambda: balancer_options('bip'),
     metadata={Option: Option(change='named')},

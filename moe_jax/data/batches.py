@@ -4,33 +4,12 @@ Shape letters: N tokens, B batch (sequences), S sequence.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
 import zlib
 
 import grain
 import numpy as np
 
-
-class Tokens(Protocol):
-  """An array of tokens, or what is indexed like one and read lazily."""
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: slice | np.ndarray) -> np.ndarray: ...
-
-
-class Source(NamedTuple):
-  """One of the texts that are trained on.
-
-  Attributes:
-    name: of the text.
-    tokens: integer [N].
-    weight: its share of the rows, relative to the other weights.
-  """
-
-  name: str
-  tokens: Tokens
-  weight: float = 1.0
+from moe_jax.data.mixtures import Mixture, Source, Tokens
 
 
 def document_positions(
@@ -61,6 +40,7 @@ def training_batches(
   batch_size: int,
   seed: int,
   start: int = 0,
+  anneal_from: int = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -72,6 +52,7 @@ def training_batches(
   that depends on the seed and the epoch alone. Of several sources, each has
   epochs of its own. Which source a row is of depends on the weights alone, and
   after any number of rows shares are as near to them as whole rows can be.
+  Where the mixture is annealed, each source goes on with its next row.
 
   Its state is one integer: after t batches, start + t * batch_size, whatever
   the number of processes.
@@ -84,33 +65,41 @@ def training_batches(
     seed: at least 0; each seed gives its own order.
     start: the first batch's first row, counted over all rows ever drawn; found
       at once, without going through those before.
+    anneal_from: tokens, counted over all rows, after which the weights are the
+      annealing ones; 0 for never.
     process_index: which process this is.
     process_count: number of processes; each gets consecutive rows of a batch.
 
   Returns:
     An iterator over {'inputs': int32 [B_local, S], 'targets': int32
-    [B_local, S]}, B_local = batch_size / process_count.
+    [B_local, S]}, B_local = batch_size / process_count; of several sources also
+    'sources': bool [B_local, sources], True where a row is of one.
   """
 
-  def rows(source: Source) -> grain.MapDataset:
+  def rows(number: int, source: Source) -> grain.MapDataset:
     # grain adds the epoch to the seed, so with neighbouring seeds one run's
     # second epoch would be another's first. Hashed seeds are far apart.
-    entropy = [seed, zlib.crc32(source.name.encode())]
-    entropy = seed if len(sources) == 1 else entropy
+    entropy = [seed, zlib.crc32(source.name.encode())] if mixed else seed
     order = int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def sequence(index: int) -> dict[str, np.ndarray]:
       first = index * sequence_length
       window = source.tokens[first : first + sequence_length + 1]
       window = window.astype(np.int32)
-      return {'inputs': window[:-1], 'targets': window[1:]}
+      row = {'inputs': window[:-1], 'targets': window[1:]}
+      if mixed:
+        row['sources'] = np.arange(len(sources)) == number
+      return row
 
-    count = (len(source.tokens) - 1) // sequence_length
+    count = source.sequences(sequence_length)
     return grain.MapDataset.range(count).shuffle(order).repeat().map(sequence)
 
-  mixed = list(map(rows, sources))
-  weights = [source.weight for source in sources]
-  whole = mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, weights)
+  mixed = len(sources) > 1
+  parts = [rows(number, source) for number, source in enumerate(sources)]
+  whole = parts[0]
+  if mixed:
+    mixture = Mixture(sources, sequence_length, anneal_from)
+    whole = grain.MapDataset.select_from_datasets(parts, mixture)
   # Batch t * process_count + p of these is process p's share of step t.
   return iter(
     whole[start:]

@@ -28,6 +28,12 @@ class DataConfig:
   rows, such as 'DIR1:0.7,gs://bucket/DIR2:0.2,sotu:0.1'. `vocabulary` follows
   from their tokenizer. Where all are embedded, as in 'sotu:1,python:1', one is
   learnt of all."""
+  anneal_corpus: str = option('')
+  """Corpora in place of `corpus`, written alike, from `anneal_from` on; those
+  of both mixtures continue where they were."""
+  anneal_from: int = option(0, least=0, most=2**62)
+  """Tokens of training after which rows are of `anneal_corpus`: `batch_size` *
+  `sequence_length` a step."""
   wait_seconds: int = option(0, least=0, most=7 * 24 * 3600, change='yes')
   """Longest wait for a prepared corpus that is not there yet, as where one
   process prepares it and others start to train; 0 refuses at once."""
@@ -71,13 +77,13 @@ class DataConfig:
         f'data.files={self.files}: data.dataset=text_files needs comma-'
         'separated paths or globs here'
       )
-    if self.corpus:
-      parse_corpora(self.corpus)
-      if self.maximum_documents:
-        raise ValueError(
-          f'data.maximum_documents={self.maximum_documents}: not with '
-          'data.corpus; prepare fewer documents'
-        )
+    parse_corpora('data.corpus', self.corpus)
+    if self.corpus and self.maximum_documents:
+      raise ValueError(
+        f'data.maximum_documents={self.maximum_documents}: not with '
+        'data.corpus; prepare fewer documents'
+      )
+    self._check_annealing()
     for name in ('files', 'validation_files'):
       value = getattr(self, name)
       if value and self.dataset != 'text_files':
@@ -91,16 +97,45 @@ class DataConfig:
           f'data.evaluation_sets={name}: {expected(name, EVALUATION_SETS)}'
         )
 
+  def _check_annealing(self) -> None:
+    later = parse_corpora('data.anneal_corpus', self.anneal_corpus)
+    if bool(later) != bool(self.anneal_from):
+      raise ValueError(
+        f'data.anneal_from={self.anneal_from}: with data.anneal_corpus='
+        f'{self.anneal_corpus}; set both or neither'
+      )
+    if later and not self.corpus:
+      raise ValueError(
+        f'data.anneal_corpus={self.anneal_corpus}: needs data.corpus, which it '
+        'takes the place of'
+      )
+    if later and later == parse_corpora('data.corpus', self.corpus):
+      raise ValueError(
+        f'data.anneal_corpus={self.anneal_corpus}: is data.corpus itself; '
+        'choose other corpora or weights'
+      )
 
-def parse_corpora(corpora: str) -> dict[str, float]:
-  """Returns the corpora that `data.corpus` names, and their weights.
+  @property
+  def mixture(self) -> dict[str, tuple[float, float]]:
+    """The corpora by name: weights in `corpus` and in `anneal_corpus`."""
+    first = parse_corpora('data.corpus', self.corpus)
+    later = parse_corpora('data.anneal_corpus', self.anneal_corpus)
+    return {
+      name: (first.get(name, 0.0), later.get(name, 0.0))
+      for name in first | later
+    }
+
+
+def parse_corpora(option: str, corpora: str) -> dict[str, float]:
+  """Returns the corpora that an option names, and their weights.
 
   Raises:
-    ValueError: a weight is missing or no number above 0, or a name comes twice.
+    ValueError: a weight is missing or no number above 0, a name comes twice, or
+      there is none.
   """
   names = split_names(corpora)
   if corpora and not names:
-    raise ValueError(f'data.corpus={corpora}: names nothing; give a directory')
+    raise ValueError(f'{option}={corpora}: names nothing; give a directory')
   if len(names) == 1 and not _weight(names[0]):
     return {names[0]: 1.0}
   found = {}
@@ -108,11 +143,11 @@ def parse_corpora(corpora: str) -> dict[str, float]:
     name, weight = part.rpartition(':')[0], _weight(part)
     if not name or not weight or not 0 < float(weight) < math.inf:
       raise ValueError(
-        f'data.corpus={part}: must be DIR:WEIGHT, a number above 0, such as '
+        f'{option}={part}: must be DIR:WEIGHT, a number above 0, such as '
         'DIR:0.7'
       )
     if name in found:
-      raise ValueError(f'data.corpus={name}: named twice; add its weights up')
+      raise ValueError(f'{option}={name}: named twice; add its weights up')
     found[name] = float(weight)
   return found
 

@@ -15,9 +15,9 @@ import numpy as np
 import tokenizers
 
 from moe_jax.data import cache, sources
-from moe_jax.data.batches import Source, Tokens
-from moe_jax.data.config import DataConfig, parse_corpora, split_names
+from moe_jax.data.config import DataConfig, split_names
 from moe_jax.data.documents import Corpus
+from moe_jax.data.mixtures import Source, Tokens
 from moe_jax.data.prepared import Prepared
 from moe_jax.data.tokenizer import Tokenizer, load_tokenizer, load_tokens
 
@@ -134,7 +134,7 @@ _open_prepared = functools.lru_cache(maxsize=16)(Prepared)
 
 def _first_prepared(config: DataConfig) -> Prepared | None:
   """Opens the first prepared corpus, whose tokenizer is that of all."""
-  for name in parse_corpora(config.corpus):
+  for name in config.mixture:
     if name not in sources.SOURCES:
       return _open_prepared(name, config.wait_seconds)
   return None
@@ -147,7 +147,7 @@ def _tokenizer_of(config: DataConfig, cache_dir: pathlib.Path) -> Tokenizer:
     return corpus.tokenizer
   parts = [
     sources.open_corpora(DataConfig(dataset=name))['train']
-    for name in sorted(parse_corpora(config.corpus))
+    for name in sorted(config.mixture)
   ]
 
   def documents() -> Iterator[str]:
@@ -168,9 +168,8 @@ def _load_corpora(config: DataConfig) -> TextData:
   tokenizer = _tokenizer_of(config, cache_dir)
   tokens = functools.partial(_tokens, cache_dir, tokenizer)
   train, evaluation, not_evaluated, keys = [], {}, {}, []
-  weights = parse_corpora(config.corpus)
   sets = split_names(config.evaluation_sets)
-  for name, weight in weights.items():
+  for name, weights in config.mixture.items():
     label = name.rstrip('/').rpartition('/')[2]
     if name in sources.SOURCES:
       corpora = sources.open_corpora(DataConfig(dataset=name))
@@ -183,14 +182,16 @@ def _load_corpora(config: DataConfig) -> TextData:
         corpus.tokenizer.to_json() != tokenizer.to_json()
         or corpus.tokenizer.end_of_document != tokenizer.end_of_document
       ):
+        option = 'data.corpus' if weights[0] else 'data.anneal_corpus'
         raise ValueError(
-          f'data.corpus={name}: was prepared with another tokenizer than the '
+          f'{option}={name}: was prepared with another tokenizer than the '
           'others; prepare it with theirs'
         )
       splits = corpus.splits
       keys.append(corpus.fingerprint)
-    train.append(Source(label, splits['train'], weight))
-    held_out = 'validation' if len(weights) == 1 else f'validation_{label}'
+    train.append(Source(label, splits['train'], *weights))
+    one = len(config.mixture) == 1
+    held_out = 'validation' if one else f'validation_{label}'
     if 'validation' not in sets:
       continue
     if len(splits['validation']) < 2:

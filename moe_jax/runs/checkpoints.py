@@ -116,6 +116,11 @@ def read_item(path: epath.PathLike, name: str, abstract: Any = None) -> Any:
   return _with_zeros(restored, abstract)
 
 
+def read_shapes(path: epath.PathLike, name: str) -> Any:
+  """Returns an item with what has a `shape` in place of arrays."""
+  return array_handler().metadata(epath.Path(path) / name).tree
+
+
 def _saved_part(abstract: Any, saved: Any) -> Any:
   """Drops what an older version did not save."""
   if not isinstance(abstract, Mapping):
@@ -193,7 +198,7 @@ def restore_newest(
   damaged = {}
   for step in steps(directory):
     try:
-      saved = _read(directory / str(step), step, run, plan)
+      saved = read(directory / str(step), step, run, plan)
       break
     except Damaged as error:
       damaged[step] = str(error)
@@ -219,10 +224,23 @@ def restore_newest(
   return saved
 
 
-def _read(path: epath.Path, step: int, run: str, plan) -> Saved:
-  """Reads a checkpoint; raises Damaged in all processes or in none.
+def read(
+  path: epath.Path,
+  step: int,
+  run: str,
+  plan: Callable[[dict[str, Any]], Items],
+) -> Saved:
+  """Reads a checkpoint. All processes must call it together.
+
+  Args:
+    path: where it is.
+    step: that it must be of.
+    run: name of the run that it must be of.
+    plan: from the options that it was saved under to the abstract items to
+      read, with shardings; those that it does not name are not read.
 
   Raises:
+    Damaged: it is not as it was written, in all processes or in none.
     OSError: it cannot be read now, which does not mean that it is damaged.
   """
 
@@ -236,7 +254,7 @@ def _read(path: epath.Path, step: int, run: str, plan) -> Saved:
   meta = _agreed(read_own_meta, path)
   abstract = plan(meta['config'])
   items = _agreed(
-    lambda: {name: read_item(path, name, abstract[name]) for name in ITEMS},
+    lambda: {name: read_item(path, name, of) for name, of in abstract.items()},
     path,
   )
   # Together: one process waits for the others in these.

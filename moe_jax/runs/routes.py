@@ -26,7 +26,8 @@ _NAME = re.compile(r'step_(\d+)_rows_(\d+)_(\d+)\.npy')
 
 # Options without which a batch, or its routes, would have another meaning.
 _SAME = (
-  *('batch_size', 'sequence_length', 'seed', 'data.corpus'),
+  *('batch_size', 'sequence_length', 'seed'),
+  *('data.corpus', 'data.anneal_corpus', 'data.anneal_from'),
   *('model.layers', 'model.dense_layers', 'model.experts'),
 )
 
@@ -115,7 +116,7 @@ class Reader:
         '--config.record_routes=true'
       )
     try:
-      recorded, _ = self._run.config, self._run.facts
+      recorded, facts = self._run.config, self._run.facts
     except (OSError, ValueError) as error:
       raise ValueError(f'{self._where}: {error}') from error
     for name in _SAME:
@@ -124,6 +125,12 @@ class Reader:
         raise ValueError(
           f'{self._where}: its routes are of {name}={before}, but here it is '
           f'{now}; set --config.{name}={before}'
+        )
+    for at, changes in facts.get('config_changes', {}).items():
+      if changes.keys() & {'batch_size', 'sequence_length'}:
+        raise ValueError(
+          f'{self._where}: its steps have other rows, as batch_size or '
+          f'sequence_length changed after step {at}; choose another run'
         )
     last, steps = options['steps'], set(self.steps)
     missing = [step for step in range(first, last + 1) if step not in steps]

@@ -25,6 +25,7 @@ class Batch(NamedTuple):
       -1 for slots that are not used; None where it chooses.
     positions: int32 [B, S], of each input in its document, to which attention
       keeps; None where it crosses documents.
+    sources: bool [B, sources], of which text a row is; None where there is one.
   """
 
   inputs: jax.Array
@@ -32,6 +33,7 @@ class Batch(NamedTuple):
   mask: jax.Array | None = None
   experts: jax.Array | None = None
   positions: jax.Array | None = None
+  sources: jax.Array | None = None
 
 
 def to_devices(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> Batch:
@@ -58,6 +60,7 @@ def training_batches(
     batch_size=config.batch_size,
     seed=config.seed,
     start=sequence,
+    anneal_from=config.data.anneal_from,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
@@ -67,6 +70,19 @@ def training_batches(
   if not config.data.cross_documents:
     batches = _with_positions(batches, text.tokenizer.end_of_document)
   return map(functools.partial(to_devices, mesh), batches)
+
+
+def epochs(
+  config: Config, sources: Sequence[data.Source], sequence: int
+) -> dict[str, float]:
+  """Returns how often each of several texts was gone through, as metrics."""
+  if len(sources) == 1:
+    return {}
+  mixture = data.Mixture(
+    sources, config.sequence_length, config.data.anneal_from
+  )
+  found = mixture.epochs(sequence)
+  return {f'data/epochs/{name}': count for name, count in found.items()}
 
 
 def _with_experts(config, batches, step) -> Iterator[dict[str, np.ndarray]]:

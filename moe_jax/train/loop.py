@@ -1,6 +1,6 @@
 """A run from its plan to its last checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import json
 import math
 import sys
@@ -12,15 +12,16 @@ import numpy as np
 from moe_jax import config as config_lib
 from moe_jax import nn
 from moe_jax.data.cache import open_cache
+from moe_jax.options import Refused
 from moe_jax.parallel import compilers
 from moe_jax.runs import checkpoints, checksums, preemption, routes, writer
 from moe_jax.runs.profile import profiled
 from moe_jax.train import facts as facts_lib
-from moe_jax.train.batches import training_batches
+from moe_jax.train.batches import epochs, training_batches
 from moe_jax.train.evaluate import make_evaluation
 from moe_jax.train.optimizer import make_schedule
 from moe_jax.train.plan import Plan
-from moe_jax.train.state import TrainState, make_training
+from moe_jax.train.state import TrainState, abstract_router
 from moe_jax.train.step import make_train_step
 
 
@@ -52,20 +53,22 @@ def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
     run.open()
     if plan.config.record_routes:
       _tell_size_of_routes(plan, done)
-    train_step = make_train_step(plan.config, plan.training)
+    names = [source.name for source in plan.text.train]
+    train_step = make_train_step(plan.config, plan.training, names)
     evaluate = make_evaluation(plan.config, plan.training, plan.mesh, plan.text)
     # The first question is of the time while text and checkpoint were read.
     if preempted() or (late and not run.add(evaluate, state, preempted)):
       raise preemption.Preempted(f'after step {done} of {steps}')
+    sequence = position.next_sequence
     batches = run.timed(
-      training_batches(
-        plan.config, plan.mesh, plan.text, position.next_sequence
-      )
+      training_batches(plan.config, plan.mesh, plan.text, sequence)
     )
     coming = range(done + 1, steps + 1)
     for step in profiled(coming, plan.config.profile, plan.workdir):
-      state, *told = train_step(state, next(batches))
-      run.record(step, *told)  # It is read while the next step runs.
+      state, metrics, diagnostics = train_step(state, next(batches))
+      sequence += plan.config.batch_size
+      metrics |= epochs(plan.config, plan.text.train, sequence)
+      run.record(step, metrics, diagnostics)  # Read while the next step runs.
       last = step == steps
       stop = preempted() and not last  # An evaluation asks for itself.
       evaluates = plan.evaluates_after(step) and not stop
@@ -106,27 +109,41 @@ def _restore_or_begin(
   """
 
   def items_under(options: dict[str, Any]) -> checkpoints.Items:
-    # Routers have the state of the balancer that the checkpoint was saved by.
-    options, training = config_lib.upgrade(options), plan.training
-    if options['balancer'] != plan.config.balancer:
-      config = config_lib.freeze(options | {'mesh': plan.options['mesh']})
-      training = make_training(config, plan.mesh)
-    return {
-      name: getattr(training.abstract, name) for name in checkpoints.ITEMS
-    }
+    abstract = plan.training.abstract
+    router = _router_under(plan, config_lib.upgrade(options)['balancer'])
+    items = {name: getattr(abstract, name) for name in checkpoints.ITEMS}
+    return items | {'router': router}
 
   saved = run.restore(items_under)
   if saved is None:
-    state, position = plan.training.init(), checkpoints.Position()
+    state, position = _first_state(plan), checkpoints.Position()
     facts = facts_lib.of_run(plan.config, plan.mesh, plan.text, state.params)
     # By all processes together, as each has only a part of the parameters.
     facts['initial_parameters_digest'] = checksums.digest(state.params)
+    if plan.start:
+      facts['init_from'] = plan.start.facts
   else:
-    before, position = config_lib.upgrade(saved.config), saved.position
-    state = _continued(plan, before, saved)
+    before = config_lib.upgrade(saved.config)
+    saved = saved._replace(position=_position_now(plan, before, saved))
+    state, position = _continued(plan, before, saved), saved.position
     facts = _changed_facts(plan, before, position, run.facts)
   run.begin(saved, facts, json.loads(plan.text.tokenizer.to_json()))
   return state, position
+
+
+def _first_state(plan: Plan) -> TrainState:
+  """Makes random parameters, or takes those of another run."""
+  state, start = plan.training.init(), plan.start
+  if not start:
+    return state
+  wanted = {'params': plan.training.abstract.params}
+  balancer = start.options['balancer']
+  if plan.config.init_router:
+    wanted['router'] = _router_under(plan, balancer)
+  items = start.read(wanted)
+  if plan.config.init_router:
+    items['router'] = _router_now(plan, balancer, items['router'])
+  return state._replace(**items)
 
 
 def _continued(
@@ -136,10 +153,43 @@ def _continued(
   step = np.int32(saved.position.step)
   sharding = plan.training.abstract.step.sharding
   state = TrainState(step=jax.device_put(step, sharding), **saved.items)
-  if before['balancer'] == plan.config.balancer:
-    return state
-  router = nn.carry_prices(state.router, plan.training.init_router())
+  router = _router_now(plan, before['balancer'], state.router)
   return state._replace(router=router)
+
+
+def _router_under(plan: Plan, balancer: Mapping[str, Any]) -> Any:
+  """Returns the abstract router state that a balancer leaves in checkpoints."""
+  if balancer == plan.config.balancer:
+    return plan.training.abstract.router
+  # Some balancers allow no accumulation.
+  options = plan.options | {'balancer': balancer, 'accumulation': 1}
+  return abstract_router(config_lib.freeze(options), plan.mesh)
+
+
+def _router_now(plan: Plan, balancer: Mapping[str, Any], router: Any) -> Any:
+  """Returns router state that a balancer left, for the balancer of now."""
+  if balancer == plan.config.balancer:
+    return router
+  return nn.carry_prices(router, plan.training.init_router())
+
+
+def _position_now(
+  plan: Plan, before: dict[str, Any], saved: checkpoints.Saved
+) -> checkpoints.Position:
+  """Returns the position at the same token, in sequences of today's length.
+
+  Raises:
+    Refused: routes to be replayed are of other rows.
+  """
+  config, position = plan.config, saved.position
+  tokens = position.next_sequence * before['sequence_length']
+  sequence = tokens // config.sequence_length
+  if config.replay_routes and sequence != position.step * config.batch_size:
+    raise Refused(
+      f'replay_routes={config.replay_routes}: not where batch_size or '
+      'sequence_length of this run changed; its steps have other rows'
+    )
+  return position._replace(next_sequence=sequence)
 
 
 def _changed_facts(
@@ -180,7 +230,8 @@ def _changed_facts(
       )
   if changes == facts.get('config_changes', {}):
     return facts
-  return facts | {'config_changes': changes}
+  tokens = plan.config.batch_size * plan.config.sequence_length
+  return facts | {'config_changes': changes, 'tokens_per_step': tokens}
 
 
 def _use_compilation_cache() -> None:

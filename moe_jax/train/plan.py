@@ -14,7 +14,7 @@ from moe_jax import data
 from moe_jax.config import Config
 from moe_jax.runs import checkpoints, files, processes, routes, tracker
 from moe_jax.runs.reader import Reader
-from moe_jax.train import facts, state
+from moe_jax.train import facts, state, warm_start
 
 
 class Plan(NamedTuple):
@@ -27,6 +27,8 @@ class Plan(NamedTuple):
     text: to train and evaluate on.
     workdir: where the run leaves what it finds.
     allowed: options that may differ from those of the run in `workdir`.
+    start: the checkpoint of another run to begin with; None where there is none
+      or the run resumes.
   """
 
   config: Config
@@ -35,6 +37,7 @@ class Plan(NamedTuple):
   text: data.TextData
   workdir: epath.Path
   allowed: Sequence[str]
+  start: warm_start.Start | None = None
 
   @property
   def options(self) -> dict[str, Any]:
@@ -115,10 +118,16 @@ def plan(
     training = state.make_training(config, mesh)
     state.check_memory(training.abstract)
     _check_config(directory, config, allow_config_change)  # Text takes longer.
+    _check_annealing(config, directory)
     recorded = _routes_to_replay(config, directory)
+    start = warm_start.find(config, directory)
+    if start:
+      start.check_model(config, training.abstract.params)
     text = data.load_text(config.data)
     if recorded:
       recorded.check_text(text.fingerprint)
+    if start:
+      start.check_tokenizer(text.tokenizer)
     for source in text.train:
       if config.sequence_length >= len(source.tokens):
         raise ValueError(
@@ -126,7 +135,7 @@ def plan(
           f'{source.name} has {len(source.tokens)} tokens only'
         )
     planned = Plan(
-      config, mesh, training, text, directory, tuple(allow_config_change)
+      config, mesh, training, text, directory, tuple(allow_config_change), start
     )
     planned.check_workdir()
     agreed |= {
@@ -134,6 +143,7 @@ def plan(
       **{f'tokens of {name}': len(x) for name, x in text.evaluation.items()},
       'devices of each process': jax.local_device_count(),
       **facts.versions(),
+      'checkpoint of init_from': str(start and start.facts),
       **config_lib.flatten({'config': planned.options}),
     }
   return planned
@@ -162,6 +172,17 @@ def _routes_to_replay(
   recorded = routes.Reader(source)
   recorded.check(config_lib.to_dict(config), first=done + 1)
   return recorded
+
+
+def _check_annealing(config: Config, workdir: epath.Path) -> None:
+  """Raises ValueError if a new run would never come to its other mixture."""
+  tokens = config.steps * config.batch_size * config.sequence_length
+  begins = not checkpoints.steps(workdir / 'checkpoints')
+  if begins and config.data.anneal_from >= tokens:
+    raise ValueError(
+      f'data.anneal_from={config.data.anneal_from}: the run ends before, after '
+      f'{tokens} tokens; they are steps * batch_size * sequence_length'
+    )
 
 
 def _check_config(

@@ -129,6 +129,18 @@ def make_training(
   )
 
 
+def abstract_router(config: Config, mesh: Mesh) -> Any:
+  """Returns the abstract state of the routers alone, as `Training.abstract`."""
+  whole = NamedSharding(mesh, P())
+  router = nnx.eval_shape(
+    lambda: nnx.state(make_model(config, mesh), nn.RouterState)
+  )
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+    nnx.to_pure_dict(router),
+  )
+
+
 def check_mesh(config: Config, mesh: Mesh) -> None:
   """Raises ValueError where something does not divide evenly."""
   model, expert = config.model, mesh.shape['expert']

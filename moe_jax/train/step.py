@@ -1,6 +1,6 @@
 """One optimizer step: the place where the training state changes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 import functools
 from typing import Any
 
@@ -29,12 +29,17 @@ def cross_entropy(logits_BxSxV: jax.Array, batch: Batch) -> jax.Array:
 
 
 def make_train_step(
-  config: Config, training: Training
+  config: Config, training: Training, sources: Sequence[str] = ()
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict, dict]]:
   """Builds the jit-compiled step.
 
   The loss is the mean over the tokens of the whole step; losses of balancers
   are averaged over microbatches.
+
+  Args:
+    config: what to train.
+    training: the model.
+    sources: names of the texts, for the metrics where there are several.
 
   Returns:
     `(state, batch) -> (state, metrics, diagnostics)`. The state given is
@@ -68,6 +73,7 @@ def make_train_step(
     (_, updates), *_ = optax.tree.get_all_with_path(state.optimizer, 'count')
     metrics = {
       'train/loss': sums['loss'],
+      **_by_source(sources, sums['sources']),
       'train/aux_loss': sums['auxiliary_loss'],
       'train/gradient_norm': gradient_norm,
       'train/learning_rate': schedule(updates),
@@ -165,11 +171,14 @@ def _losses(graphdef, config, axis_name, params, router, batch, tokens):
     positions_BxS=batch.positions,
     train=True,
   )
-  loss = jnp.sum(cross_entropy(logits, batch)) / tokens
+  loss_BxS = cross_entropy(logits, batch)
+  loss = jnp.sum(loss_BxS) / tokens
+  of_sources = _sums_of_sources(loss_BxS, batch)
   if axis_name is not None:
-    loss = lax.psum(loss, axis_name)
+    loss, of_sources = lax.psum((loss, of_sources), axis_name)
   sums = {
     'loss': loss,
+    'sources': of_sources,
     'auxiliary_loss': jnp.sum(outputs.loss) / config.accumulation,
     'router': outputs.sums,
   }
@@ -178,6 +187,35 @@ def _losses(graphdef, config, axis_name, params, router, batch, tokens):
   if config.record_routes:
     routes = _routes(outputs.choice, batch.inputs.shape)
   return loss, (sums, outputs.most, _router_state(model), routes)
+
+
+def _sums_of_sources(loss_BxS: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+  """Sums losses and tokens of each text; nothing where there is one."""
+  if batch.sources is None:
+    return {}
+  mask_BxS = batch.mask
+  if mask_BxS is None:
+    mask_BxS = jnp.ones_like(batch.inputs)
+
+  def of_each(x_BxS):
+    x_Bx1 = jnp.sum(x_BxS, axis=1, keepdims=True)
+    return jnp.sum(jnp.where(batch.sources, x_Bx1, 0), axis=0)
+
+  return {'loss': of_each(loss_BxS), 'tokens': of_each(mask_BxS)}
+
+
+def _by_source(
+  names: Sequence[str], sums: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Returns loss and share of each text; NaN is the loss of no tokens."""
+  if not sums:
+    return {}
+  losses = sums['loss'] / sums['tokens']
+  shares = sums['tokens'] / jnp.sum(sums['tokens'])
+  metrics = {}
+  for name, loss, share in zip(names, losses, shares, strict=True):
+    metrics |= {f'train/loss/{name}': loss, f'data/share/{name}': share}
+  return metrics
 
 
 def _routes(choice: routing.Choice, shape_BxS: tuple[int, int]) -> jax.Array:

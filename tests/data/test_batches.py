@@ -123,12 +123,19 @@ def test_longest_sequence_is_possible():
 # --- Mixtures ----------------------------------------------------------------
 
 
-def mixed(count, weights=(0.5, 0.3, 0.2), batch_size=8, **options):
-  """Rows of three sources, whose tokens tell where they are from."""
-  sources = [
-    data.Source(name, 10_000 * i + np.arange(25 * S + 1), weight)
-    for i, (name, weight) in enumerate(zip('abc', weights, strict=True))
+def three_sources(weights=(0.5, 0.3, 0.2), later=(0, 0, 0)):
+  """Their tokens tell where they are from."""
+  return [
+    data.Source(name, 10_000 * i + np.arange(25 * S + 1), *of_stages)
+    for i, (name, *of_stages) in enumerate(
+      zip('abc', weights, later, strict=True)
+    )
   ]
+
+
+def mixed(count, *weights, batch_size=8, **options):
+  """Rows of three sources."""
+  sources = three_sources(*weights)
   options = {'sequence_length': S, 'seed': 0} | options
   iterator = data.training_batches(sources, batch_size=batch_size, **options)
   batches = list(itertools.islice(iterator, count))
@@ -150,7 +157,7 @@ def test_each_source_has_epochs_of_its_own():
       part = own[epoch * 25 : (epoch + 1) * 25]
       np.testing.assert_array_equal(np.sort(part), np.arange(25))
   # Its order does not depend on the others' weights.
-  other = mixed(60, weights=(1, 1, 1))
+  other = mixed(60, (1, 1, 1))
   first, second = (x[x < 10_000][:50] for x in (rows, other))
   np.testing.assert_array_equal(first, second)
 
@@ -162,6 +169,90 @@ def test_a_mixture_is_found_at_any_row_by_any_processes():
   parts = [mixed(20, process_index=i, process_count=2) for i in range(2)]
   together = np.stack([part.reshape(20, 4) for part in parts], axis=1)
   np.testing.assert_array_equal(together.reshape(-1), rows)
+
+
+def test_shares_are_exact_however_long_a_run_is():
+  sources = three_sources((0.7, 0.2, 0.1))
+  rows = data.Mixture(sources, S).rows(10**15)
+  assert rows == [7 * 10**14, 2 * 10**14, 10**14]
+
+
+def test_rows_say_which_source_they_are_of():
+  iterator = data.training_batches(
+    three_sources(), sequence_length=S, batch_size=8, seed=0
+  )
+  for batch in itertools.islice(iterator, 4):
+    of_BxN = batch['inputs'][:, :1] // 10_000 == np.arange(3)
+    np.testing.assert_array_equal(batch['sources'], of_BxN)
+  assert batches(1)[0].keys() == {'inputs', 'targets'}
+
+
+def test_epochs_of_each_source_are_counted():
+  mixture = data.Mixture(three_sources(), S)
+  assert mixture.epochs(50) == {'a': 1.0, 'b': 0.6, 'c': 0.4}
+
+
+# Of row 100 on, the first source has another share, the second none.
+STAGES = (0.5, 0.5, 0), (0.2, 0, 0.8)
+
+
+def annealed(count, **options):
+  return mixed(count, *STAGES, anneal_from=100 * S - 1, **options)
+
+
+def test_an_annealed_mixture_changes_at_a_token():
+  source = annealed(25) // 10_000
+  assert [np.sum(source[:100] == i) for i in range(3)] == [50, 50, 0]
+  assert [np.sum(source[100:] == i) for i in range(3)] == [20, 0, 80]
+  # One token later: one row more.
+  later = mixed(25, *STAGES, anneal_from=100 * S + 1)
+  assert np.sum(later[:101] // 10_000 == 2) == 0
+  # With longer sequences: at the same token.
+  long = mixed(25, *STAGES, anneal_from=100 * S, sequence_length=2 * S)
+  source = long // 10_000
+  assert (source[:50] < 2).all() and source[50] == 0 and source[51] == 2
+
+
+def test_a_source_of_both_mixtures_continues_its_own_order():
+  rows, before = annealed(25), mixed(50, (0.5, 0.5, 0))
+  own, same = (x[x < 10_000][:70] for x in (rows, before))
+  np.testing.assert_array_equal(own, same)
+  np.testing.assert_array_equal(np.sort(own[:25]) // S, np.arange(25))
+  np.testing.assert_array_equal(np.sort(own[25:50]) // S, np.arange(25))
+
+
+def test_an_annealed_mixture_is_found_at_any_row_by_any_processes():
+  rows = annealed(25)
+  for start in (8, 96, 100, 104, 192):
+    found = annealed(1, start=start)
+    np.testing.assert_array_equal(found, rows[start : start + 8])
+  np.testing.assert_array_equal(annealed(50, batch_size=4), rows)
+  parts = [annealed(25, process_index=i, process_count=2) for i in range(2)]
+  together = np.stack([part.reshape(25, 4) for part in parts], axis=1)
+  np.testing.assert_array_equal(together.reshape(-1), rows)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+  stages=st.tuples(
+    *[st.lists(st.integers(0, 5), min_size=4, max_size=4).filter(any)] * 2
+  ),
+  switch=st.integers(0, 40),
+)
+def test_each_row_is_the_next_of_one_source(stages, switch):
+  tokens = np.arange(101)
+  sources = [
+    data.Source(str(i), tokens, *weights)
+    for i, weights in enumerate(zip(*stages, strict=True))
+  ]
+  mixture = data.Mixture(sources, S, switch * S)
+  seen = [0] * 4
+  for row in range(80):
+    source, index = mixture[row]
+    now = stages[1 if 0 < switch <= row else 0]
+    assert now[source] > 0 and index == seen[source]
+    seen[source] += 1
+    assert mixture.rows(row + 1) == seen
 
 
 # --- Evaluation --------------------------------------------------------------
