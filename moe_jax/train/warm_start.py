@@ -1,4 +1,4 @@
-"""A new run that begins with the parameters of another one."""
+"""New runs that begin with the parameters of another one."""
 
 from collections.abc import Mapping
 import json

@@ -18,6 +18,15 @@ def test_reads_what_the_run_left(write_run):
   assert run.tokens_per_step == 8
 
 
+def test_tokens_are_those_of_batches_that_changed(write_run):
+  changes = {
+    '2': {'sequence_length': {'from': 3, 'to': 4}},
+    '1': {'batch_size': {'from': 1, 'to': 2}, 'steps': {'from': 1, 'to': 3}},
+  }
+  run = Run(write_run(facts={'config_changes': changes}))
+  assert run.tokens.tolist() == [3, 9, 17]
+
+
 def test_layers(write_run):
   run = Run(write_run())
   assert list(run.layer_max_violation) == ['layer_00', 'layer_01']

@@ -9,6 +9,7 @@ from moe_jax import config as config_lib
 from moe_jax import data
 from moe_jax.data import prepare
 from moe_jax.runs.reader import Reader
+from moe_jax.train import batches as batches_lib
 from moe_jax.train import plan as plan_lib
 from tests.train import tiny
 
@@ -58,14 +59,84 @@ def test_the_vocabulary_follows_the_tokenizer(corpora, tmp_path):
 def test_a_run_on_a_mixture(corpora, tmp_path):
   mixture = f'{corpora[0]}:0.75,{corpora[1]}:0.25'
   config = _options(mixture, steps=4, eval_every=4)
-  tiny.run(config, tmp_path / 'run')
+  plan = tiny.run(config, tmp_path / 'run')
   last = Reader(tmp_path / 'run').records[-1]
   for name in ('a_tokens', 'b_tokens'):
     assert last[f'eval/validation_{name}/perplexity'] > 1
+  size = plan.text.train[0].sequences(16)
+  assert last['data/epochs/a_tokens'] == 4 * 8 * 0.75 / size
   # The same again goes on; other shares are another run.
   with pytest.raises(ValueError, match='data.corpus'):
     other = mixture.replace('0.75', '0.5')
     plan_lib.plan(_options(other, steps=4, eval_every=4), tmp_path / 'run')
+
+
+@pytest.mark.long
+def test_each_source_has_its_loss_and_share(corpora, tmp_path):
+  """With microbatches on eight devices; annealed after two steps."""
+  options = {
+    'steps': 4,
+    'batch_size': 16,
+    'accumulation': 2,
+    'data.anneal_corpus': corpora[1],
+    'data.anneal_from': 2 * 16 * 16,
+    'data.evaluation_sets': '',
+  }
+  mixture = f'{corpora[0]}:0.75,{corpora[1]}:0.25'
+  tiny.run(_options(mixture, **options), tmp_path / 'run')
+  for record in Reader(tmp_path / 'run').records:
+    loss, share = (
+      np.array([record[f'{group}/{x}_tokens'] for x in 'ab'])
+      for group in ('train/loss', 'data/share')
+    )
+    if record['step'] <= 2:
+      np.testing.assert_array_equal(share, [0.75, 0.25])
+      mean = loss @ share
+    else:
+      np.testing.assert_array_equal(share, [0, 1])
+      assert np.isnan(loss[0])
+      mean = loss[1]
+    assert record['train/loss'] == pytest.approx(mean, rel=1e-5)
+
+
+def test_sources_of_both_mixtures_are_there(corpora, tmp_path):
+  options = {'data.anneal_corpus': corpora[1], 'data.anneal_from': 200}
+  plan = plan_lib.plan(_options(corpora[0], **options), tmp_path / 'run')
+  assert [source[2:] for source in plan.text.train] == [(1, 0), (0, 1)]
+  assert set(plan.text.evaluation) == {
+    'validation_a_tokens',
+    'validation_b_tokens',
+  }
+  batches = batches_lib.training_batches(
+    plan.config, plan.mesh, plan.text.train, 0
+  )
+  for first in (0, 8, 16):
+    of_b = np.arange(first, first + 8) * 16 >= 200
+    sources_BxN = np.asarray(next(batches).sources)
+    np.testing.assert_array_equal(sources_BxN, np.stack([~of_b, of_b], 1))
+
+
+@pytest.mark.parametrize(
+  ('corpus', 'later', 'start', 'words'),
+  [
+    ('{0}', '{1}', 0, 'data.anneal_from=0: .*set both or neither'),
+    ('{0}', '', 5, 'data.anneal_from=5: .*set both or neither'),
+    ('', '{1}', 5, 'data.anneal_corpus=.*needs data.corpus'),
+    ('{0}', '{0}', 5, 'data.anneal_corpus=.*is data.corpus itself'),
+    ('{0}', '{1}:0', 5, 'data.anneal_corpus=.*must be DIR:WEIGHT'),
+    ('{0}', ',', 5, 'data.anneal_corpus=,: names nothing'),
+    ('{0}', '{1}', 6 * 8 * 16, 'data.anneal_from=768: the run ends before'),
+  ],
+)
+def test_bad_annealing_is_refused(
+  corpora, corpus, later, start, words, tmp_path
+):
+  options = {
+    'data.anneal_corpus': later.format(*corpora),
+    'data.anneal_from': start,
+  }
+  with pytest.raises(ValueError, match=words):
+    plan_lib.plan(_options(corpus.format(*corpora), **options), tmp_path / 'x')
 
 
 @pytest.mark.parametrize(

@@ -420,8 +420,8 @@ def poison(monkeypatch, steps, name, bad):
   """Makes a parameter `bad` for some steps of a run, and good again after."""
   make_train_step = loop.make_train_step
 
-  def poisoned(config, training):
-    train_step = make_train_step(config, training)
+  def poisoned(*args):
+    train_step = make_train_step(*args)
 
     def step(state, batch):
       params, index = state.params['norm'], (0,)

@@ -1,5 +1,6 @@
 """Routes that a run records, and other runs take instead of choosing."""
 
+import json
 import re
 import shutil
 
@@ -268,6 +269,16 @@ def test_routes_that_are_not_there_are_refused(text, tmp_path, recorded):
   own = tiny.tiny_config(text, **BASE, replay_routes=str(recorded))
   with pytest.raises(ValueError, match='is --workdir itself'):
     plan_lib.plan(own, recorded, ['replay_routes', 'accumulation'])
+
+
+def test_routes_of_changed_batches_are_refused(text, tmp_path, recorded):
+  source = tmp_path / 'source'
+  shutil.copytree(recorded, source, ignore=shutil.ignore_patterns('check*'))
+  facts = Reader(source).facts
+  facts['config_changes'] = {'1': {'batch_size': {'from': 4, 'to': 8}}}
+  (source / 'run.json').write_text(json.dumps(facts))
+  said = refused(text, tmp_path / 'run', replay_routes=str(source))
+  assert 'its steps have other rows, as batch_size or' in said
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,24 @@ def test_metrics(one_device, config):
   assert first['train/aux_loss'] == 0 == first['router/dropped']
 
 
+def test_losses_and_tokens_are_summed_by_source():
+  loss_BxS = jnp.array([[1.0, 2.0], [4.0, 8.0], [16.0, 0.0]])
+  inputs = jnp.zeros((3, 2), jnp.int32)
+  sources = jnp.array([[0, 1, 0], [1, 0, 0], [0, 1, 0]], bool)
+  mask = jnp.array([[1, 1], [1, 1], [1, 0]], bool)
+  assert (
+    step_lib._sums_of_sources(loss_BxS, batches.Batch(inputs, inputs)) == {}
+  )
+  batch = batches.Batch(inputs, inputs, mask, sources=sources)
+  sums = step_lib._sums_of_sources(loss_BxS, batch)
+  assert sums['tokens'].tolist() == [2, 3, 0]
+  assert sums['loss'].tolist() == [12, 19, 0]
+  metrics = step_lib._by_source('abc', sums)
+  assert metrics['train/loss/b'] == pytest.approx(19 / 3)
+  assert metrics['data/share/b'] == pytest.approx(3 / 5)
+  assert np.isnan(metrics['train/loss/c']) and metrics['data/share/c'] == 0
+
+
 def test_traced_once(one_device):
   _, train_step, _, _ = one_device
   assert train_step._cache_size() == 1
