@@ -73,13 +73,13 @@ def training_batches(
 
 
 def epochs(
-  config: Config, sources: Sequence[data.Source], sequence: int
+  config: Config, text: data.TextData, sequence: int
 ) -> dict[str, float]:
   """Returns how often each of several texts was gone through, as metrics."""
-  if len(sources) == 1:
+  if len(text.train) == 1:
     return {}
   mixture = data.Mixture(
-    sources, config.sequence_length, config.data.anneal_from
+    text.train, config.sequence_length, config.data.anneal_from
   )
   found = mixture.epochs(sequence)
   return {f'data/epochs/{name}': count for name, count in found.items()}

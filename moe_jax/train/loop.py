@@ -67,7 +67,7 @@ def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
     for step in profiled(coming, plan.config.profile, plan.workdir):
       state, metrics, diagnostics = train_step(state, next(batches))
       sequence += plan.config.batch_size
-      metrics |= epochs(plan.config, plan.text.train, sequence)
+      metrics |= epochs(plan.config, plan.text, sequence)
       run.record(step, metrics, diagnostics)  # Read while the next step runs.
       last = step == steps
       stop = preempted() and not last  # An evaluation asks for itself.

@@ -107,9 +107,7 @@ def test_sources_of_both_mixtures_are_there(corpora, tmp_path):
     'validation_a_tokens',
     'validation_b_tokens',
   }
-  batches = batches_lib.training_batches(
-    plan.config, plan.mesh, plan.text.train, 0
-  )
+  batches = batches_lib.training_batches(plan.config, plan.mesh, plan.text, 0)
   for first in (0, 8, 16):
     of_b = np.arange(first, first + 8) * 16 >= 200
     sources_BxN = np.asarray(next(batches).sources)

@@ -21,7 +21,7 @@ from tests.train import tiny
 def rows(plan, count, sequence=0):
   """Returns the next inputs of a run, as one array."""
   batches = batches_lib.training_batches(
-    plan.config, plan.mesh, plan.text.train, sequence
+    plan.config, plan.mesh, plan.text, sequence
   )
   taken = itertools.islice(batches, count)
   return np.concatenate([np.asarray(batch.inputs) for batch in taken])
@@ -71,9 +71,9 @@ def test_a_run_resumes_with_other_batches(text, tmp_path, monkeypatch):
   """Three steps of 8 x 16 tokens, two of 16 x 16, one of 8 x 48."""
   workdir, seen = tmp_path / 'run', []
 
-  def watched(config, mesh, sources, sequence):
+  def watched(config, mesh, text, sequence):
     seen.append((config.batch_size, config.sequence_length, sequence))
-    return batches_lib.training_batches(config, mesh, sources, sequence)
+    return batches_lib.training_batches(config, mesh, text, sequence)
 
   monkeypatch.setattr(loop, 'training_batches', watched)
   options = {'checkpoint_every': 1, 'data.evaluation_sets': ''}
