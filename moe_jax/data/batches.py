@@ -100,13 +100,16 @@ def training_batches(
   if mixed:
     mixture = Mixture(sources, sequence_length, anneal_from)
     whole = grain.MapDataset.select_from_datasets(parts, mixture)
+  # A bucket answers in its own time, but many requests at once.
+  remote = any(getattr(each.tokens, 'remote', False) for each in sources)
+  threads, ahead = (16, 16) if remote else (1, 4)
   # Batch t * process_count + p of these is process p's share of step t.
   return iter(
     whole[start:]
     .batch(batch_size // process_count, drop_remainder=True)[
       process_index::process_count
     ]
-    .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    .to_iter_dataset(grain.ReadOptions(threads, ahead))
   )
 
 

@@ -15,6 +15,7 @@ Shape letters: N tokens.
 
 from collections.abc import Callable, Iterator
 from concurrent import futures
+import functools
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ import re
 import sys
 import threading
 import time
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 import uuid
 import zlib
 
@@ -166,6 +167,11 @@ class Tokens:
     self._files: dict[int, _File] = {}
     self._lock = threading.Lock()
 
+  @property
+  def remote(self) -> bool:
+    """Whether each row takes answers of a bucket."""
+    return is_remote(self.directory)
+
   def __len__(self) -> int:
     return int(self._ends[-1]) if len(self._ends) else 0
 
@@ -212,23 +218,25 @@ class Tokens:
     return np.concatenate(parts) if parts else np.zeros(0, self.dtype)
 
   def _file(self, number: int) -> '_File':
-    # Open files are few: what was opened long ago is opened anew.
-    with self._lock:
-      if number not in self._files:
+    file = self._files.get(number)
+    if file is None:
+      # Not under the lock: a bucket takes its time. Two threads may open one.
+      shard = self.shards[number]
+      file = _File(self.directory / shard.file, shard, self.dtype)
+      with self._lock:  # What was opened long ago is opened anew.
         if len(self._files) >= 256:
           del self._files[next(iter(self._files))]
-        shard = self.shards[number]
-        path = self.directory / shard.file
-        self._files[number] = _File(path, shard, self.dtype)
-      return self._files[number]
+        self._files[number] = file
+    return file
 
 
-def _open(path: epath.Path) -> BinaryIO:
-  """Opens a shard, of which a bucket gives no more than is asked for."""
-  if is_remote(path):
+def _reader(path: epath.Path) -> Callable[[int, int], bytes]:
+  """Opens a shard; returns what reads from a byte to another, in any thread."""
+  if is_remote(path):  # One request each, for no more than is asked for.
     file_system, place = fsspec.core.url_to_fs(os.fspath(path))
-    return file_system.open(place, 'rb', cache_type='none')
-  return path.open('rb')
+    return functools.partial(file_system.cat_file, place)
+  file = path.open('rb')
+  return lambda start, stop: os.pread(file.fileno(), stop - start, start)
 
 
 class _File:
@@ -237,21 +245,15 @@ class _File:
   def __init__(self, path: epath.Path, shard: Shard, dtype: np.dtype):
     self._path, self._dtype = path, dtype
     self._size = shard.tokens * dtype.itemsize
-    blocks = -(-self._size // BLOCK)
-    whole = file_size(shard, dtype)
-    self._lock = threading.Lock()  # Of the file's position.
     try:
-      self._file = _open(path)
-      length = self._file.seek(0, os.SEEK_END)
-      if length != whole:
-        raise ValueError(f'{length} bytes in place of {whole}')
-      table = self._bytes(self._size, 4 * blocks)
+      self._read = _reader(path)
+      table = self._bytes(self._size, file_size(shard, dtype))
     except Exception as error:  # Clients of buckets raise what they like.
       raise self._bad(error) from error
     if zlib.crc32(table) != shard.crc32:
       raise self._bad('its checksums are not those of the manifest')
     self._table = np.frombuffer(table, '<u4')
-    self._good = np.zeros(blocks, bool)
+    self._good = np.zeros(len(self._table), bool)
 
   def read(self, start: int, stop: int) -> np.ndarray:
     """Returns the tokens from `start` to `stop`, whose blocks are checked."""
@@ -259,7 +261,7 @@ class _File:
     first, last = start * width // BLOCK, -(-stop * width // BLOCK)
     offset = first * BLOCK
     try:
-      data = self._bytes(offset, min(last * BLOCK, self._size) - offset)
+      data = self._bytes(offset, min(last * BLOCK, self._size))
     except Exception as error:
       raise self._bad(error) from error
     for block in range(first, last):
@@ -272,12 +274,10 @@ class _File:
     tokens_N = np.frombuffer(data, self._dtype, stop - start, begin)
     return tokens_N if sys.byteorder == 'little' else tokens_N.byteswap()
 
-  def _bytes(self, offset: int, size: int) -> bytes:
-    with self._lock:
-      self._file.seek(offset)
-      data = self._file.read(size)
-    if len(data) != size:
-      raise OSError(f'ends {size - len(data)} bytes too early')
+  def _bytes(self, start: int, stop: int) -> bytes:
+    data = self._read(start, stop)
+    if len(data) != stop - start:
+      raise OSError(f'ends {stop - start - len(data)} bytes too early')
     return data
 
   def _bad(self, why: Any) -> ValueError:

@@ -17,6 +17,7 @@ import pytest
 import tokenizers
 import zstandard
 
+from moe_jax import data
 from moe_jax.data import parts as parts_lib
 from moe_jax.data import prepare, prepared
 from moe_jax.data.tokenizer import Tokenizer
@@ -222,11 +223,25 @@ def test_from_a_bucket_to_a_bucket(tokenizer, tmp_path, monkeypatch):
   corpus.check_files()
   for name, split in here.splits.items():
     np.testing.assert_array_equal(corpus.splits[name][:], split[:])
+  there, local = (
+    data.training_batches(
+      [data.Source('x', each.splits['train'])],
+      sequence_length=16,
+      batch_size=4,
+      seed=0,
+    )
+    for each in (corpus, here)
+  )
+  for _ in range(40):
+    np.testing.assert_array_equal(next(there)['inputs'], next(local)['inputs'])
   kept = {path.rpartition('/')[2] for path in bucket.find('/b/out')}
   assert kept == set(files(tmp_path / 'out'))
   bucket.pipe(f'/b/out/{corpus.splits["train"].shards[0].file}', b'short')
+  damaged = prepared.Prepared('gs://b/out')
   with pytest.raises(ValueError, match='gs://b/out/train-00000.*5 bytes'):
-    prepared.Prepared('gs://b/out').check_files()
+    damaged.check_files()
+  with pytest.raises(ValueError, match='gs://b/out/train-00000.*too early'):
+    damaged.splits['train'][:9]
 
 
 @pytest.mark.parametrize('kind', ['jsonl', 'jsonl.zst', 'parquet', 'txt'])
@@ -526,8 +541,8 @@ def test_bad_input_is_refused_in_a_line(
   pathlib.Path('latin.txt').write_bytes(b'na\xefve')
   pathlib.Path('cut.txt.gz').write_bytes(gzip.compress(b'text' * 99)[:-9])
   parquet.write_table(pa.table({'text': ['a'], 'n': [1]}), 'good.parquet')
-  data = pathlib.Path('good.parquet').read_bytes()
-  pathlib.Path('short.parquet').write_bytes(data[: len(data) // 2])
+  good = pathlib.Path('good.parquet').read_bytes()
+  pathlib.Path('short.parquet').write_bytes(good[: len(good) // 2])
   pathlib.Path('full').mkdir()
   pathlib.Path('full/file').write_text('')
   _write_bad_files()
