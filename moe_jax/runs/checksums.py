@@ -37,8 +37,24 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _checksum(x: jax.Array) -> jax.Array:
+  """Adds up what is mixed of stacked arrays, one after the other.
+
+  XLA on CPU keeps what is mixed, which is as large as the array.
+  """
+  if x.ndim < 3 or not x.size:
+    return _mixed_sum(x, jnp.uint32(0))
+
+  def add(i, total):
+    part = lax.dynamic_index_in_dim(x, i, keepdims=False)
+    return total + _mixed_sum(part, i.astype(jnp.uint32))
+
+  return lax.fori_loop(0, x.shape[0], add, jnp.uint32(0))
+
+
+def _mixed_sum(x: jax.Array, place: jax.Array) -> jax.Array:
+  """Mixes values and positions of that part of a stack."""
   bits = lax.bitcast_convert_type(x, jnp.uint32)
-  position = jnp.zeros(x.shape, jnp.uint32)
+  position = jnp.full(x.shape, place)
   for axis, size in enumerate(x.shape):
     index = lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     position = position * np.uint32(size) + index
