@@ -300,7 +300,10 @@ def _write(
   files.write_json(workdir / 'run.json', facts)
   files.write(workdir / records.NAME, b'')
   items = {'params': params, 'router': router}
-  largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+  # What is written at a time is the part of a device.
+  largest = max(
+    leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params)
+  )
   with Saver(
     workdir / 'checkpoints', options, facts['run'], losses={}, largest=largest
   ) as saver:
