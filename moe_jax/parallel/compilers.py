@@ -33,9 +33,9 @@ def compiler_options(devices: Sequence[jax.Device]) -> dict[str, bool | int]:
   options = dict(_OPTIONS.get(devices[0].platform, {}))
   kind = devices[0].device_kind
   if 'v6 lite' in kind:
-    # Tiles of products may fill 80 of its 128 MiB of fast memory, as MaxText has
-    # it for sparse models. By the compiler's cycles, products of 8,192 rows and
-    # columns then reach 88 % of the peak, else 70 %; with 96 MiB, 90 %.
+    # Tiles of products may fill 80 of its 128 MiB of fast memory, as MaxText
+    # has it for sparse models. By the compiler's cycles, products of 8,192 rows
+    # and columns then reach 88 % of the peak, else 70 %; with 96 MiB, 90 %.
     options['xla_tpu_scoped_vmem_limit_kib'] = 81_920
   if 'v5 lite' in kind and any(max(device.coords) >= 8 for device in devices):
     # Chips of v5e that lie in a side of 16 cannot reach all others by
