@@ -147,8 +147,8 @@ class Config:
   checkpoints_kept_every: int = option(0, least=0, most=10**9, change='yes')
   """Steps between further checkpoints to keep; 0 keeps none of them."""
   checkpoints_kept_best: int = option(0, least=0, most=10**6, change='yes')
-  """Number of checkpoints to keep by lowest validation loss, of those at steps
-  with an evaluation."""
+  """Number of checkpoints to keep by lowest validation loss, of a mixture the
+  mean over its sets, of those at steps with an evaluation."""
   skipped_steps: int = option(10, least=1, most=10**9, change='yes')
   """Number of skipped steps in a row that end the run. A step whose loss,
   gradient or router logits are not finite is skipped: it changes nothing."""

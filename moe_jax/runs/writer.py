@@ -7,6 +7,7 @@ for the host. The first process writes all that is not a checkpoint.
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import math
+import re
 import sys
 import time
 from typing import Any
@@ -30,7 +31,8 @@ from moe_jax.runs.progress import Screen
 from moe_jax.runs.reader import Reader
 from moe_jax.runs.saver import Saver
 
-LOSS = 'eval/validation/bits_per_byte'  # decides which checkpoints are best
+# Its mean decides which checkpoints are best; of a mixture there are several.
+_LOSS = re.compile(r'eval/validation(_.*)?/bits_per_byte')
 _PER_LAYER = '/layer'
 
 
@@ -162,9 +164,7 @@ class Writer:
         routes_lib.remove_after(self._workdir, self.saved_step)
     with processes.agreement():
       files.check_shared(self._workdir, self._config)
-    self._losses = {
-      step: values.get(LOSS, math.nan) for step, values in evaluations.items()
-    }
+    self._losses = {step: _loss(values) for step, values in evaluations.items()}
     # The first process alone has read that.
     evaluated = np.int32(self.saved_step in evaluations)
     self.evaluated = bool(multihost_utils.broadcast_one_to_all(evaluated))
@@ -285,7 +285,7 @@ class Writer:
       return False
     step = self._position.step
     self._record = (self._record or {'step': step}) | values
-    self._losses[step] = values.get(LOSS, math.nan)
+    self._losses[step] = _loss(values)
     self._write()
     self._clock = time.perf_counter()
     return True
@@ -370,6 +370,12 @@ class Writer:
         stack.callback(output.close)
       self._read()
       self._write()
+
+
+def _loss(values: dict[str, float]) -> float:
+  """Returns the mean loss of the validation sets, NaN where there is none."""
+  found = [loss for name, loss in values.items() if _LOSS.fullmatch(name)]
+  return sum(found) / len(found) if found else math.nan
 
 
 def _not_finite(record: records.Record, infinite_L: np.ndarray) -> str:

@@ -184,9 +184,15 @@ def test_events_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
     pass
 
 
-def test_the_best_are_known_to_a_run_that_resumes(tmp_path, bucket):
+@pytest.mark.parametrize(
+  'losses',
+  [{'validation': 2.0}, {'validation_a': 1.5, 'validation_b': 2.5}],
+  ids=['one', 'mixture'],
+)
+def test_the_best_are_known_to_a_run_that_resumes(tmp_path, bucket, losses):
   """In a bucket, where the first run has no metrics to read."""
-  loss = {writer_lib.LOSS: 2.0}
+  losses = losses | {'shakespeare': 9.0}
+  loss = {f'eval/{name}/bits_per_byte': loss for name, loss in losses.items()}
   saver = mock.patch.object(writer_lib, 'Saver')
   with saver, open_writer(bucket, checkpoints_kept_best=1) as writer:
     writer.record(1, metrics(), FINE)
