@@ -39,11 +39,11 @@ def opened(trained):
 
 def test_the_state_is_the_one_that_was_saved(trained, opened):
   assert opened.checkpoints == [3, 6]
-  newest = opened.restore()
+  newest, abstract = opened.restore(), trained.training.abstract
   saved = checkpoints.restore_newest(
     trained.workdir / 'checkpoints',
     opened.facts['run'],
-    lambda _: trained.training.abstract._asdict(),
+    lambda _: {'params': abstract.params, 'router': abstract.router},
   )
   assert newest.step == 6
   assert newest.config == trained.config

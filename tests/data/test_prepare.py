@@ -9,7 +9,6 @@ import re
 
 from etils import epath
 import fsspec
-from fsspec.implementations.memory import MemoryFileSystem
 import numpy as np
 import pyarrow as pa
 from pyarrow import ipc, parquet
@@ -21,6 +20,7 @@ from moe_jax import data
 from moe_jax.data import parts as parts_lib
 from moe_jax.data import prepare, prepared
 from moe_jax.data.tokenizer import Tokenizer
+from tests import buckets
 from tests.data import killing
 from tests.data.killing import files
 
@@ -174,29 +174,11 @@ def test_long_documents_are_encoded_in_stretches(tmp_path, monkeypatch):
 # --- Buckets -----------------------------------------------------------------
 
 
-class Bucket(MemoryFileSystem):
-  """Stands in for gcsfs: a folder is there when something is in it."""
-
-  protocol = ('gs', 'gcs')
-  store, pseudo_dirs = {}, ['']
-
-  @classmethod
-  def _strip_protocol(cls, path):
-    return super()._strip_protocol(path.rpartition('://')[2])
-
-  def makedirs(self, path, exist_ok=False):
-    pass
-
-  mkdir = makedirs
-
-
 def test_from_a_bucket_to_a_bucket(tokenizer, tmp_path, monkeypatch):
   """Sources, tokenizer and corpus; killed in between."""
-  for name in Bucket.protocol:
-    fsspec.register_implementation(name, Bucket, clobber=True)
   monkeypatch.setattr(parts_lib, 'PART_BYTES', 600)
   (tmp_path / 'in').mkdir()
-  bucket = fsspec.filesystem('gs')
+  bucket = buckets.empty()
   for kind in ('jsonl', 'jsonl.gz', 'parquet'):
     write_kind(kind, tmp_path / 'in')
     bucket.pipe(f'/b/in/all.{kind}', (tmp_path / f'in/all.{kind}').read_bytes())
