@@ -41,7 +41,7 @@ board: setup
 	$(BIN)/tensorboard --logdir=$(RUNS) --host=127.0.0.1
 
 # Programs that run for seconds compile in half the time; test-all has them as
-# users do.
+# users do, whose compilers join operations and their rounding.
 test: setup
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not long' $(TESTS)
 

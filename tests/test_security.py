@@ -184,6 +184,7 @@ def test_a_run_unpickles_nothing_and_listens_on_nothing(
   assert unpickled == [(__name__, 'pathlib.PurePosixPath')]
 
 
+@pytest.mark.long
 @linux
 def test_processes_on_one_machine_listen_on_loopback_only():
   command = ['-m', 'tests.test_security']

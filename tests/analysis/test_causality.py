@@ -107,6 +107,7 @@ def test_capacity_sees_the_future(tokens):
   assert found['training'].logits > 10 * ROUNDING
 
 
+@pytest.mark.long
 def test_expert_choice_sees_the_future(tokens):
   """Frozen as well."""
   model = build('unbalanced', selection='choose_by_experts')
@@ -116,6 +117,7 @@ def test_expert_choice_sees_the_future(tokens):
     audit.decoding(model, tokens)
 
 
+@pytest.mark.long
 def test_dynamic_activation_does_not_see_the_future(tokens):
   """By the threshold of the step before; here, one that some scores exceed."""
   model = build('threshold', selection='choose_above')
@@ -147,6 +149,7 @@ def test_documents_are_as_the_model_was_trained(tokens):
   assert apart.loss != across.loss
 
 
+@pytest.mark.long
 def test_decoding_routes_as_the_whole_text(tokens):
   decoded = audit.decoding(build('bip'), tokens)
   assert decoded.position == SEQUENCE - 1
@@ -201,6 +204,7 @@ def workdir(tmp_path, monkeypatch):
   return shutil.copytree(STORED, tmp_path / 'bip')
 
 
+@pytest.mark.long
 def test_a_run_is_audited(workdir, tmp_path, capsys):
   out = tmp_path / 'out.json'
   command = [f'--run={workdir}', '--positions=3,7', f'--out={out}']

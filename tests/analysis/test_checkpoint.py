@@ -60,7 +60,11 @@ def test_the_state_is_the_one_that_was_saved(trained, opened):
       np.testing.assert_array_equal(recorded_E, opened.restore(step).q[layer])
 
 
-@pytest.mark.parametrize('shape', [None, (2, 4)], ids=['one', '2x4'])
+@pytest.mark.parametrize(
+  'shape',
+  [None, pytest.param((2, 4), marks=pytest.mark.long)],
+  ids=['one', '2x4'],
+)
 def test_a_text_is_routed_as_in_training(trained, opened, shape):
   """By sequences of 16 tokens, with q as it was saved."""
   mesh = shape and meshes.make_mesh(*shape)
@@ -108,6 +112,7 @@ def test_routes_settle_towards_the_last_checkpoint(opened, tmp_path):
   assert bar.get_ylabel() == 'share of tokens'
 
 
+@pytest.mark.long
 def test_text_goes_on_from_a_prompt(opened):
   text = opened.generate('the load of', tokens=6)
   assert len(text) > 5

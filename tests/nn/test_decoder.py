@@ -149,7 +149,10 @@ def plain(tokens):
   return _train(tokens)
 
 
-@pytest.mark.parametrize('policy', ['nothing_saveable', 'dots_saveable'])
+@pytest.mark.parametrize(
+  'policy',
+  ['nothing_saveable', pytest.param('dots_saveable', marks=pytest.mark.long)],
+)
 def test_remat_changes_nothing(plain, tokens, policy):
   """Not the loss, the gradients or q; the observation counts once."""
   loss, gradients, routers = _train(tokens, remat=True, remat_policy=policy)
@@ -170,6 +173,7 @@ def test_remat_changes_nothing(plain, tokens, policy):
   np.testing.assert_array_equal(load.sum(axis=1), 2 * SEQUENCE * 2)
 
 
+@pytest.mark.long
 def test_what_is_kept_is_not_computed_twice(tokens):
   def products(**overrides):
     run, params = _training(tokens, **overrides)
@@ -195,6 +199,7 @@ def test_gradients_reach_every_parameter(plain):
     assert np.all(np.any(per_layer != 0, axis=-1)), path
 
 
+@pytest.mark.long
 def test_bfloat16_is_finite_and_near_float32(plain, tokens):
   loss, gradients, routers = _train(tokens, dtype='bfloat16')
   assert loss.dtype == jnp.float32

@@ -145,6 +145,7 @@ def test_global_rules_do_not_see_the_shards(balancer, masked):
   jax.tree.map(np.testing.assert_array_equal, *results)
 
 
+@pytest.mark.long
 def test_shards_with_prices_of_their_own():
   x = tokens()
   moe = make_layer(routing.bip(2, scope='shard'), shards=4)

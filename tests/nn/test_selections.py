@@ -266,6 +266,7 @@ def test_rules_solve_for_the_groups_that_compete(x):
   np.testing.assert_array_equal(aux.choice.experts, choice.experts)
 
 
+@pytest.mark.long
 def test_what_does_not_add_up_is_refused_or_seen(x):
   moe = _layer(routing.quantile())
   moe(x, train=True)

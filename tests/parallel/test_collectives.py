@@ -163,6 +163,7 @@ def test_remat_sends_no_rows_back_again():
   assert_static_exchange(found, 4, rows=5, gates=3)
 
 
+@pytest.mark.long
 def test_gradients_are_summed_once_a_step():
   """Not once a microbatch, of which there are four."""
   training, found = compiled(

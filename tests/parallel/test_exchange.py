@@ -232,6 +232,7 @@ def test_weights_split_over_data_change_nothing(layer):
   assert_equal_step(actual, expected(layer))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'shape', [(4, 2), pytest.param((1, 8), marks=pytest.mark.long)]
 )

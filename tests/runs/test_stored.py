@@ -35,6 +35,7 @@ def test_an_older_run_opens(workdir):
   assert run.restore().params
 
 
+@pytest.mark.long
 def test_an_older_run_continues(workdir, tmp_path, monkeypatch):
   tiny.write_text(tmp_path)
   monkeypatch.chdir(tmp_path)  # Its config names the text as *.txt.

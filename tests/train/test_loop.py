@@ -91,6 +91,7 @@ def test_what_a_run_leaves(finished):
     assert (workdir / 'checkpoints' / '6' / item).is_dir()
 
 
+@pytest.mark.long
 def test_some_steps_are_profiled(text, tmp_path):
   config = tiny.tiny_config(text, steps=4, profile='2:1', eval_sequences=1)
   tiny.run(config, tmp_path / 'run')
@@ -255,6 +256,7 @@ def test_a_notice_in_the_last_step_leaves_nothing_to_do(text, tmp_path):
   assert Reader(tmp_path / 'run').checkpoints == [1]
 
 
+@pytest.mark.long
 def test_an_evaluation_that_fails_loses_no_step(text, tmp_path, monkeypatch):
   """The save comes first, and the next start makes the evaluation."""
   config = tiny.tiny_config(text, steps=2, checkpoint_every=100)

@@ -131,6 +131,7 @@ def test_muon_takes_each_matrix_of_each_layer_and_expert(tmp_path):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', ['adafactor', 'muon'])
 def test_each_optimizer_learns_alike_on_many_devices(tmp_path, name):
   config = tiny.tiny_config(
