@@ -282,7 +282,7 @@ def test_each_device_reads_its_part():
     ('mixtral', {'sliding_window': 64}, 'sliding_window=64: attention within'),
     ('mixtral', {'rope_parameters': None}, 'rope_theta: missing'),
     (
-      pytest.param('olmoe', marks=pytest.mark.long),
+      'olmoe',
       {'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4}},
       "rope_type='yarn': scaled rotary",
     ),
@@ -443,7 +443,7 @@ def test_what_no_format_says_is_named(options, message):
     ({'scoring': 'sigmoid', 'attention_bias': 'inputs'}, 'glm4_moe'),
     (
       {'scoring': 'sigmoid', 'rotary_size': 8, 'latent_size': 32},
-      pytest.param('deepseek_v3', marks=pytest.mark.long),
+      'deepseek_v3',
     ),
   ],
 )
