@@ -96,6 +96,13 @@ class OptimizerConfig:
 
   def __post_init__(self):
     check_options(self, 'optimizer.')
+    for name in ('b1', 'b2', 'eps', 'first_moment'):
+      value, default = getattr(self, name), getattr(OptimizerConfig, name)
+      if self.name == 'adafactor' and value != default:
+        raise ValueError(
+          f'optimizer.{name}={value}: not with optimizer.name=adafactor, which '
+          f'has none; leave it at {default}'
+        )
     if (self.schedule == 'wsd') != bool(self.decay_steps):
       raise ValueError(
         f'optimizer.decay_steps={self.decay_steps}: 1 or more with '

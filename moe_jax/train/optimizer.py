@@ -53,8 +53,11 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
       mask=mask,
     )
   elif options.name == 'adafactor':
+    # optax does not multiply this one's decay by the learning rate.
     optimizer = optax.adafactor(
-      schedule, weight_decay_rate=config.weight_decay, weight_decay_mask=mask
+      schedule,
+      weight_decay_rate=lambda count: config.weight_decay * schedule(count),
+      weight_decay_mask=mask,
     )
   else:
     optimizer = contrib.muon(
@@ -62,6 +65,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
       weight_decay=config.weight_decay,
       weight_decay_mask=mask,
       mu_dtype=options.first_moment,
+      eps=options.eps,
       adam_b1=options.b1,
       adam_b2=options.b2,
       adam_weight_decay=config.weight_decay,

@@ -83,9 +83,12 @@ def moves(tmp_path, gradient, **options):
   return jax.tree.map(lambda x: np.asarray(x) / 1e-3, updates)
 
 
-def test_weight_decay_may_leave_out_the_scales_of_norms(tmp_path):
+@pytest.mark.parametrize('name', ['adamw', 'adafactor', 'muon'])
+def test_weight_decay_may_leave_out_the_scales_of_norms(tmp_path, name):
+  """And is in units of the learning rate, whatever the optimizer."""
   nothing = jax.tree.map(jnp.zeros_like, PARAMS)
   options = {'weight_decay': 0.1, 'optimizer.decay': 'matrices'}
+  options['optimizer.name'] = name
   moved = moves(tmp_path, nothing, **options)
   scales = [moved['norm'], moved['moe_blocks'].pop('norm')]
   assert all(np.all(x == 0) for x in jax.tree.leaves(scales))
@@ -168,6 +171,10 @@ def test_the_first_moment_may_be_bfloat16(tmp_path):
     (
       {'schedule': 'wsd', 'decay_steps': 11},
       'decay_steps=11: must be at most steps - warmup_steps = 10',
+    ),
+    (
+      {'name': 'adafactor', 'first_moment': 'bfloat16'},
+      'optimizer.first_moment=bfloat16: not with optimizer.name=adafactor',
     ),
     ({'name': 'adam'}, "optimizer.name='adam': must be one of"),
   ],
