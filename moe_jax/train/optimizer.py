@@ -52,30 +52,36 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
       weight_decay=config.weight_decay,
       mask=mask,
     )
-  elif options.name == 'adafactor':
-    # optax does not multiply this one's decay by the learning rate.
-    optimizer = optax.adafactor(
-      schedule,
-      weight_decay_rate=lambda count: config.weight_decay * schedule(count),
-      weight_decay_mask=mask,
-    )
   else:
-    optimizer = contrib.muon(
-      schedule,
-      weight_decay=config.weight_decay,
-      weight_decay_mask=mask,
-      mu_dtype=options.first_moment,
-      eps=options.eps,
-      adam_b1=options.b1,
-      adam_b2=options.b2,
-      adam_weight_decay=config.weight_decay,
-      muon_weight_dimension_numbers=_orthogonalized,
-      # As large as AdamW's, so that one learning rate does for both.
-      consistent_rms=0.2,
+    # optax's adafactor does not decay in units of the learning rate, and its
+    # muon leaves the mask to the matrices that it takes itself.
+    optimizer = optax.chain(
+      _without_decay(config, schedule),
+      optax.add_decayed_weights(
+        lambda count: -config.weight_decay * schedule(count), mask
+      ),
     )
   greatest = config.gradient_clip
   clip = optax.clip_by_global_norm(greatest) if greatest else optax.identity()
   return optax.chain(clip, optimizer)
+
+
+def _without_decay(
+  config: Config, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+  options = config.optimizer
+  if options.name == 'adafactor':
+    return optax.adafactor(schedule)
+  return contrib.muon(
+    schedule,
+    mu_dtype=options.first_moment,
+    eps=options.eps,
+    adam_b1=options.b1,
+    adam_b2=options.b2,
+    muon_weight_dimension_numbers=_orthogonalized,
+    # As large as AdamW's, so that one learning rate does for both.
+    consistent_rms=0.2,
+  )
 
 
 def _rank(path: tuple, leaf: jax.Array) -> int:
