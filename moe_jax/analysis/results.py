@@ -76,7 +76,7 @@ class Results(Reader):
     for at in sorted(map(int, changes), reverse=True):
       before = {k: change['from'] for k, change in changes[str(at)].items()}
       sizes |= {k: before[k] for k in sizes.keys() & before.keys()}
-      per_step[:at] = math.prod(sizes.values())
+      per_step.loc[:at] = math.prod(sizes.values())
     return per_step.cumsum()
 
   @property

@@ -133,6 +133,7 @@ def write_file(path: epath.Path, *content: bytes | memoryview) -> None:
 
 
 def is_remote(path: epath.Path) -> bool:
+  """Tells whether a path is of a bucket."""
   return '://' in os.fspath(path)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.options import shown
+from moe_jax.runs import files as run_files
 
 # What a tensor may be made of. Quantized ones mean nothing without their scale.
 DTYPES = {
@@ -78,9 +79,9 @@ def find(folder: epath.Path) -> dict[str, Tensor]:
   why = (
     f'{pickles[0]} is a pickle, which could run code: convert it to safetensors'
     if pickles
-    else f'it has {", ".join(files) or "no file"}'
+    else f'it has {names(files) or "no file"}'
   )
-  raise ValueError(f'{folder}: no {SINGLE} nor {INDEX}; {shown_text(why)}')
+  raise ValueError(f'{folder}: no {SINGLE} nor {INDEX}; {why}')
 
 
 def _indexed(folder: epath.Path) -> dict[str, Tensor]:
@@ -109,10 +110,10 @@ def _indexed(folder: epath.Path) -> dict[str, Tensor]:
 def read_json(path: epath.Path) -> dict[str, Any]:
   """Reads an object; raises ValueError, with the path, if there is none."""
   try:
-    value = json.loads(path.read_text())
+    value = run_files.read_json(path)
   except FileNotFoundError as error:
     raise ValueError(f'{path}: is not there') from error
-  except (ValueError, RecursionError) as error:
+  except RecursionError as error:
     raise ValueError(f'{path}: damaged, not JSON ({error})') from error
   if not isinstance(value, dict):
     raise ValueError(f'{path}: must have an object, not {shown(value)}')
@@ -227,11 +228,6 @@ def _write_file(path: epath.Path, tensors: Mapping[str, Planned]) -> None:
       dtype = DTYPES[tensor.dtype]
       values = tensor.values().astype(dtype.newbyteorder('<'))
       file.write(np.ascontiguousarray(values).tobytes())
-
-
-def shown_text(text: str) -> str:
-  """Cuts a text that is too long for a line."""
-  return text if len(text) <= 200 else f'{text[:197]}...'
 
 
 def names(several: Iterable[str]) -> str:

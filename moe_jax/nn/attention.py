@@ -4,6 +4,7 @@ Shape letters: B batch, S sequence, D model, H query heads, G key/value heads,
 W head width, C tokens that a cache has room for.
 """
 
+from collections.abc import Callable
 import functools
 from typing import NamedTuple
 
@@ -150,17 +151,8 @@ class Attention(nnx.Module):
     Returns:
       [B, S, D], and the cache with these tokens added.
     """
-    config, positions = self.config, positions_BxS
-    if positions is None:
-      start = 0 if cache is None else cache.length
-      positions = start + jnp.arange(x_BxSxD.shape[1])
-
-    turn = functools.partial(
-      rotate,
-      positions=positions,
-      theta=config.rope_theta,
-      size=config.rotary_size,
-    )
+    config = self.config
+    turn = turning(config, x_BxSxD, cache, positions_BxS)
     query = turn(
       self._heads(self.query(x_BxSxD), config.heads, self.query_norm)
     )
@@ -169,7 +161,7 @@ class Attention(nnx.Module):
     if cache is None:
       y = attend(query, key, value, positions_BxS)
     else:
-      cache = add(cache, key, value)
+      cache = append(cache, key, value)
       y = attend_last(query, *cache, positions_BxS)
     return self.out(y.reshape(*x_BxSxD.shape[:2], -1)), cache
 
@@ -185,9 +177,35 @@ class Attention(nnx.Module):
     return norm(y) if heads_alone else y
 
 
-def add(cache: KeyValueCache, key, value) -> KeyValueCache:
+def turning(
+  config: DecoderConfig,
+  x_BxSxD: jax.Array,
+  cache: KeyValueCache | None,
+  positions_BxS: jax.Array | None,
+) -> Callable[[jax.Array], jax.Array]:
+  """Returns `rotate` of heads [B, S, H, W] at the places of these tokens."""
+  positions = positions_BxS
+  if positions is None:
+    start = 0 if cache is None else cache.length
+    positions = start + jnp.arange(x_BxSxD.shape[1])
+  return functools.partial(
+    rotate,
+    positions=positions,
+    theta=config.rope_theta,
+    size=config.rotary_size,
+  )
+
+
+def append(
+  cache: KeyValueCache, key_BxSxGxW: jax.Array, value_BxSxGxW: jax.Array
+) -> KeyValueCache:
+  """Returns the cache with keys and values of S more tokens."""
+
   def add(old, new):
     return lax.dynamic_update_slice_in_dim(old, new, cache.length, axis=1)
 
-  length = cache.length + key.shape[1]
-  return KeyValueCache(add(cache.key, key), add(cache.value, value), length)
+  return KeyValueCache(
+    add(cache.key, key_BxSxGxW),
+    add(cache.value, value_BxSxGxW),
+    cache.length + key_BxSxGxW.shape[1],
+  )

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from moe_jax.nn.attention import (
   KeyValueCache,
-  add,
+  append,
   attend,
   attend_last,
-  rotate,
+  turning,
 )
 from moe_jax.nn.config import DecoderConfig
 from moe_jax.nn.feed_forward import linear, rms_norm
@@ -58,16 +58,8 @@ class LatentAttention(nnx.Module):
     positions_BxS: jax.Array | None = None,
   ) -> tuple[jax.Array, KeyValueCache | None]:
     """Attends as `Attention` does."""
-    config, positions = self.config, positions_BxS
-    if positions is None:
-      start = 0 if cache is None else cache.length
-      positions = start + jnp.arange(x_BxSxD.shape[1])
-    turn = functools.partial(
-      rotate,
-      positions=positions,
-      theta=config.rope_theta,
-      size=config.rotary_size,
-    )
+    config = self.config
+    turn = turning(config, x_BxSxD, cache, positions_BxS)
     query = x_BxSxD
     if self.query_latent is not None:
       query = self.query_norm(self.query_latent(query))
@@ -79,7 +71,7 @@ class LatentAttention(nnx.Module):
     if cache is None:
       y = self._attend(query, latent, key_BxSx1xR, positions_BxS)
     else:
-      cache = add(cache, key_BxSx1xR, latent[:, :, None])
+      cache = append(cache, key_BxSx1xR, latent[:, :, None])
       y = self._attend_to_latent(query, cache, positions_BxS)
     return self.out(y.reshape(*x_BxSxD.shape[:2], -1)), cache
 

@@ -1,6 +1,6 @@
 """Batches of text on the devices of a mesh."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import functools
 from typing import NamedTuple
 
@@ -72,17 +72,23 @@ def training_batches(
   return map(functools.partial(to_devices, mesh), batches)
 
 
-def epochs(
-  config: Config, text: data.TextData, sequence: int
-) -> dict[str, float]:
-  """Returns how often each of several texts was gone through, as metrics."""
+def make_epochs(
+  config: Config, text: data.TextData
+) -> Callable[[int], dict[str, float]]:
+  """Builds what tells how often each of several texts was gone through.
+
+  Returns:
+    `(sequence) -> metrics`, none of a single text.
+  """
   if len(text.train) == 1:
-    return {}
+    return lambda sequence: {}
   mixture = data.Mixture(
     text.train, config.sequence_length, config.data.anneal_from
   )
-  found = mixture.epochs(sequence)
-  return {f'data/epochs/{name}': count for name, count in found.items()}
+  return lambda sequence: {
+    f'data/epochs/{name}': count
+    for name, count in mixture.epochs(sequence).items()
+  }
 
 
 def _with_experts(config, batches, step) -> Iterator[dict[str, np.ndarray]]:

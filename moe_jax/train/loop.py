@@ -17,7 +17,7 @@ from moe_jax.parallel import compilers
 from moe_jax.runs import checkpoints, checksums, preemption, routes, writer
 from moe_jax.runs.profile import profiled
 from moe_jax.train import facts as facts_lib
-from moe_jax.train.batches import epochs, training_batches
+from moe_jax.train.batches import make_epochs, training_batches
 from moe_jax.train.evaluate import make_evaluation
 from moe_jax.train.optimizer import make_schedule
 from moe_jax.train.plan import Plan
@@ -59,15 +59,15 @@ def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
     # The first question is of the time while text and checkpoint were read.
     if preempted() or (late and not run.add(evaluate, state, preempted)):
       raise preemption.Preempted(f'after step {done} of {steps}')
-    sequence = position.next_sequence
+    first, size = position.next_sequence, plan.config.batch_size
     batches = run.timed(
-      training_batches(plan.config, plan.mesh, plan.text, sequence)
+      training_batches(plan.config, plan.mesh, plan.text, first)
     )
+    epochs = make_epochs(plan.config, plan.text)
     coming = range(done + 1, steps + 1)
     for step in profiled(coming, plan.config.profile, plan.workdir):
       state, metrics, diagnostics = train_step(state, next(batches))
-      sequence += plan.config.batch_size
-      metrics |= epochs(plan.config, plan.text, sequence)
+      metrics |= epochs(first + (step - done) * size)
       run.record(step, metrics, diagnostics)  # Read while the next step runs.
       last = step == steps
       stop = preempted() and not last  # An evaluation asks for itself.
