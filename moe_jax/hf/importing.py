@@ -271,8 +271,7 @@ def _router(
   if not biases:
     return router
   q_LxE = np.stack([-found[name].read() for name in biases])
-  before = {'moe_blocks': {'feed_forward': {'state': {'q': q_LxE}}}}
-  return nn.carry_prices(before, router)
+  return nn.carry_prices(q_LxE, router)
 
 
 def _write(

@@ -61,18 +61,17 @@ def prices(router: Mapping[str, Any]) -> Any:
   return state['q'] if isinstance(state, Mapping) else state.q
 
 
-def carry_prices(before: Mapping[str, Any], router: dict[str, Any]) -> Any:
-  """Starts routers from the prices that they had under another rule.
+def carry_prices(q_LxE: Any, router: dict[str, Any]) -> Any:
+  """Starts routers from prices that they had elsewhere.
 
   Args:
-    before: router state that was trained, nested dicts.
-    router: initial state of the same routers under the new rule.
+    q_LxE: `prices` under another rule, or of an imported model.
+    router: initial state of the routers.
 
   Returns:
     `router` with its prices, q and any other array of the state of q's shape,
-    such as the pending ones, set to the q before.
+    such as the pending ones, set to these.
   """
-  q_LxE = prices(before)
 
   def carry(leaf):
     same = (q_LxE.shape, q_LxE.dtype) == (leaf.shape, leaf.dtype)

@@ -170,7 +170,7 @@ def _router_now(plan: Plan, balancer: Mapping[str, Any], router: Any) -> Any:
   """Returns router state that a balancer left, for the balancer of now."""
   if balancer == plan.config.balancer:
     return router
-  return nn.carry_prices(router, plan.training.init_router())
+  return nn.carry_prices(nn.prices(router), plan.training.init_router())
 
 
 def _position_now(

@@ -43,10 +43,7 @@ def trained(workdir, prices=0.0, **model):
   )
   layers = options.model.layers - options.model.dense_layers
   q_LxE = prices * np.random.default_rng(0).normal(size=(layers, 4))
-  before = {
-    'moe_blocks': {'feed_forward': {'state': {'q': jnp.float32(q_LxE)}}}
-  }
-  router = nn.carry_prices(before, state.router)
+  router = nn.carry_prices(jnp.float32(q_LxE), state.router)
   workdir.mkdir()
   importing._write(epath.Path(workdir), config, params, router, None)
   return params, q_LxE.astype(np.float32)
