@@ -79,7 +79,8 @@ def _without_decay(
     adam_b1=options.b1,
     adam_b2=options.b2,
     muon_weight_dimension_numbers=_orthogonalized,
-    # As large as AdamW's, so that one learning rate does for both.
+    # As large as AdamW's, so that one learning rate does for both: Liu et al.,
+    # arXiv 2502.16982, section 2.2.
     consistent_rms=0.2,
   )
 
