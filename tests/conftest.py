@@ -1,11 +1,23 @@
 """Eight CPU devices for every test, arranged before jax is imported."""
 
+import importlib.metadata
 import os
 import tempfile
 
-_COUNT = '--xla_force_host_platform_device_count'
-if _COUNT not in os.environ.get('XLA_FLAGS', ''):
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_COUNT}=8'
+
+def _add_flag(name, value):
+  flags = os.environ.get('XLA_FLAGS', '')
+  if name not in flags:
+    os.environ['XLA_FLAGS'] = f'{flags} {name}={value}'
+
+
+_add_flag('--xla_force_host_platform_device_count', 8)
+if os.environ.get('JAX_DISABLE_MOST_OPTIMIZATIONS'):
+  # The quick suite compiles in half the time without the newer emitters; later
+  # versions of jax end at a flag that they do not know.
+  _add_flag('--xla_cpu_parallel_codegen_split_count', 1)
+  if importlib.metadata.version('jaxlib').startswith('0.10.'):
+    _add_flag('--xla_cpu_use_fusion_emitters', 'false')
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import jax  # noqa: E402

@@ -15,9 +15,10 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 import nbformat
 import pytest
 
+from tests import several_processes
+
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'experiments' / 'notebooks').glob('*.ipynb'))
-QUICK = ('routing.ipynb',)
 SECONDS = 240  # for a cell; whole notebooks take less than 60 on two cores
 
 
@@ -58,7 +59,8 @@ def elsewhere(tmp_path, monkeypatch) -> pathlib.Path:
   monkeypatch.setenv('RUNS', str(tmp_path / 'runs'))
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   monkeypatch.setenv('IPYTHONDIR', str(tmp_path / 'ipython'))
-  monkeypatch.delenv('XLA_FLAGS', raising=False)  # One device, as users have.
+  # One device, as users have.
+  monkeypatch.setenv('XLA_FLAGS', several_processes.flags(1))
   return tmp_path
 
 
@@ -76,14 +78,8 @@ def test_git_has_no_outputs(path):
       assert stripped, f'run `make strip`: {path.name} has outputs:\n{cell}'
 
 
-@pytest.mark.parametrize(
-  'path',
-  [
-    pytest.param(path, marks=[] if path.name in QUICK else pytest.mark.long)
-    for path in NOTEBOOKS
-  ],
-  ids=names,
-)
+@pytest.mark.long
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=names)
 def test_runs_from_top_to_bottom(path, elsewhere):
   execute(nbformat.read(path, as_version=4), elsewhere)
 

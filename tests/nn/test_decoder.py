@@ -313,9 +313,8 @@ def test_a_call_without_tokens_is_refused():
     _model()(jnp.zeros((2, 0), jnp.int32), train=False)
 
 
-@pytest.mark.parametrize(
-  'sequence', [pytest.param(n, marks=pytest.mark.long) for n in (16, 40)] + [17]
-)
+@pytest.mark.long
+@pytest.mark.parametrize('sequence', [16, 17, 40])
 def test_attention_in_blocks_equals_attention_to_all(sequence, monkeypatch):
   """Also its gradients, where the last block is shorter."""
   monkeypatch.setattr(attention, '_LEAST', 8)

@@ -90,6 +90,7 @@ def test_cached_logits_are_those_of_the_whole_text(shape, tokens, whole):
   )
 
 
+@pytest.mark.long
 def test_greedy_text_is_that_of_whole_forward_passes(model, tokens):
   forward = nnx.jit(lambda model, text: model(text, train=False)[0])
   prompt = text = tokens[:, :4]

@@ -21,7 +21,14 @@ def _tensor(path, name):
 
 
 @pytest.mark.parametrize(
-  'name', ['mixtral', 'olmoe', 'qwen3_moe', 'glm4_moe', 'deepseek_v3']
+  'name',
+  [
+    pytest.param('mixtral', marks=pytest.mark.long),
+    pytest.param('olmoe', marks=pytest.mark.long),
+    pytest.param('qwen3_moe', marks=pytest.mark.long),
+    'glm4_moe',
+    'deepseek_v3',
+  ],
 )
 def test_experts_and_gates_follow_from_the_router_logits(name):
   folder = golden_data.DIRECTORY / 'hf' / name

@@ -15,7 +15,7 @@ from tests.nn import golden as reference
 @pytest.fixture(
   scope='module',
   params=[
-    ('sequence', 0.0, False),
+    pytest.param(('sequence', 0.0, False), marks=pytest.mark.long),
     ('batch', 0.0, False),
     pytest.param(('sequence', 8.0, False), marks=pytest.mark.long),
     pytest.param(('sequence', 0.0, True), marks=pytest.mark.long),

@@ -101,6 +101,7 @@ def test_rounding_splits_equal_tokens():
   assert np.max(aux.sums['unrounded_load']) == 40
 
 
+@pytest.mark.long
 def test_each_shard_rounds_by_itself():
   x = tokens()
   moe = make_layer(
@@ -121,7 +122,11 @@ def test_each_shard_rounds_by_itself():
   'balancer',
   [
     pytest.param(COUNTING, id='bip'),
-    pytest.param(routing.quantile(estimator='histogram'), id='histogram'),
+    pytest.param(
+      routing.quantile(estimator='histogram'),
+      id='histogram',
+      marks=pytest.mark.long,
+    ),
     pytest.param(
       routing.midpoint(2, lag=True), id='midpoint_lag', marks=pytest.mark.long
     ),

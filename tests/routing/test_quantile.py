@@ -91,6 +91,7 @@ def test_the_mean_of_one_part_is_the_exact_quantile():
   assert np.any(seen[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('estimator', ['shard_mean', 'microbatch_mean'])
 def test_nothing_to_share_out_leaves_q(estimator):
   balancer = routing.quantile(estimator=estimator)

@@ -277,6 +277,7 @@ def test_an_evaluation_that_fails_loses_no_step(text, tmp_path, monkeypatch):
   assert records(workdir) == records(undisturbed.workdir)
 
 
+@pytest.mark.long
 def test_a_first_evaluation_that_fails_leaves_a_checkpoint(
   text, tmp_path, monkeypatch
 ):
