@@ -39,10 +39,10 @@ def _compiled(axis, bits_per_pass=1):
 
 
 @functools.cache
-def _compiled_pair(axis):
+def _compiled_pair(axis, bits_per_pass=1):
   return jax.jit(
     lambda x, k, where: order_statistic.kth_and_next_largest(
-      x, k, axis=axis, where=where
+      x, k, axis=axis, where=where, bits_per_pass=bits_per_pass
     )
   )
 
@@ -78,6 +78,7 @@ def test_equals_sorting(x, where, k, axis):
   )
 
 
+@pytest.mark.parametrize('bits_per_pass', [1, 8])
 @settings(deadline=None, max_examples=50)
 @given(
   x=MATRICES,
@@ -85,13 +86,13 @@ def test_equals_sorting(x, where, k, axis):
   k=st.integers(1, max(SHAPE) + 1),
   axis=st.sampled_from([0, 1]),
 )
-def test_pair_equals_sorting(x, where, k, axis):
-  kth, following = _compiled_pair(axis)(x, k, where)
+def test_pair_equals_sorting(bits_per_pass, x, where, k, axis):
+  kth, following = _compiled_pair(axis, bits_per_pass)(x, k, where)
   _assert_same_bits(kth, _by_sorting(x, k, axis, where))
   _assert_same_bits(following, _by_sorting(x, k + 1, axis, where))
 
 
-@pytest.mark.parametrize('bits_per_pass', [2, 4])
+@pytest.mark.parametrize('bits_per_pass', [2, 4, 8])
 @settings(deadline=None, max_examples=25)
 @given(x=MATRICES, where=MASKS, k=st.integers(1, SHAPE[0] + 1))
 def test_several_bits_a_pass_equal_sorting(bits_per_pass, x, where, k):
@@ -221,12 +222,12 @@ def _all_reduces(program):
   return executed
 
 
-@pytest.mark.parametrize('bits_per_pass', [1, 2, 4])
+@pytest.mark.parametrize('bits_per_pass', [1, 2, 4, 8])
 def test_number_of_all_reduces(tokens, bits_per_pass):
   x, where, k = tokens
   mesh = meshes.make_mesh()
-  columns = x.shape[1]
-  expected = [columns * (2**bits_per_pass - 1)] * (32 // bits_per_pass)
+  counts = 256 if bits_per_pass == 8 else 2**bits_per_pass - 1
+  expected = [x.shape[1] * counts] * (32 // bits_per_pass)
 
   @jax.jit
   @functools.partial(
@@ -276,7 +277,8 @@ def test_nothing_is_gathered(tokens):
     assert collective not in program
 
 
-def test_shard_map_leaves_every_bit(tokens, devices):
+@pytest.mark.parametrize('bits_per_pass', [4, 8])
+def test_shard_map_leaves_every_bit(tokens, devices, bits_per_pass):
   """Over both axes of the mesh; the result is known to be replicated."""
   x, where, k = tokens
   mesh = meshes.make_mesh(-1, min(2, len(devices)), devices=devices)
@@ -290,7 +292,12 @@ def test_shard_map_leaves_every_bit(tokens, devices):
   )
   def select(x, where):
     return order_statistic.kth_and_next_largest(
-      x, k, axis=0, where=where, axis_name=meshes.AXES
+      x,
+      k,
+      axis=0,
+      where=where,
+      axis_name=meshes.AXES,
+      bits_per_pass=bits_per_pass,
     )
 
   for i, actual in enumerate(select(x, where)):
