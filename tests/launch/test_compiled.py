@@ -142,7 +142,7 @@ def test_nothing_is_as_large_as_a_mask(layer):
         assert math.prod(array) < 1.1 * largest, instruction
 
 
-def test_nothing_else_is_communicated(layer):
+def test_nothing_else_is_communicated(layer, request):
   rounded, program, _ = layer
   found = collections.Counter()
   for each in hlo.collectives(program):
@@ -152,8 +152,10 @@ def test_nothing_else_is_communicated(layer):
   kind = 'all-to-all' if rounded else 'ragged-all-to-all'
   spare = 0 if rounded else 256 * row
   assert found.pop((kind, PAIRS * row + spare, EXPERT)) == 4
-  # Each pass of an order statistic, four of 32 bits.
-  assert found.pop(('all-reduce', 15 * EXPERTS * 4, 8)) == ITERATIONS * 8
+  # Each pass of an order statistic: 8 of its 32 bits on TPUs, else 4.
+  counts, passes = (256, 4) if 'v5e' in request.node.name else (15, 8)
+  solving = found.pop(('all-reduce', counts * EXPERTS * 4, 8))
+  assert solving == ITERATIONS * passes
   assert found.pop(('all-reduce', WIDTH * EXPERTS * 4, 8)) == 1  # The router's.
   if rounded:  # Gates, and their gradients.
     assert found.pop((kind, PAIRS * 4, EXPERT)) == 2
