@@ -1,5 +1,7 @@
 """From prices to an assignment: no expert above capacity, no token dropped."""
 
+import functools
+
 import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -114,6 +116,15 @@ def _cheapest(cost_T, group_T, quota_E, where_T):
   group_T, _, order_T = lax.sort(
     (group_T, cost_T, jnp.arange(tokens)), num_keys=2
   )
-  start_E = jnp.searchsorted(group_T, jnp.arange(experts))
+
+  def first(group_T, method):
+    return jnp.searchsorted(group_T, jnp.arange(experts), method=method)
+
+  # Bisection is 14 steps for 8,192 tokens, each to be started by itself.
+  start_E = lax.platform_dependent(
+    group_T,
+    cpu=functools.partial(first, method='scan'),
+    default=functools.partial(first, method='compare_all'),
+  )
   last_T = (start_E + quota_E).at[group_T].get(mode='fill', fill_value=0)
   return where_T.at[order_T].set(jnp.arange(tokens) < last_T)
