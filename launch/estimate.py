@@ -93,7 +93,9 @@ def train_step(
     'parameters': {'total': total, 'active': active},
     'flops': {
       'step': cost.flops(traced.jaxpr.jaxpr, mesh.size, _rows(config, mesh)),
-      'useful': _useful_flops(config, active),
+      'useful': config.batch_size
+      * config.sequence_length
+      * nn.useful_flops(config.model, active, config.sequence_length),
     },
   }
   if compiled.text:
@@ -223,14 +225,6 @@ def _rows(config: Config, mesh: Mesh) -> float:
   """Counts (token, expert) pairs of a device in a microbatch."""
   tokens = config.batch_size * config.sequence_length / config.accumulation
   return tokens * config.model.experts_per_token / mesh.size
-
-
-def _useful_flops(config: Config, active: int) -> float:
-  model, length = config.model, config.sequence_length
-  # Scores and their use, forward and backward: 12 S H W, of which causal
-  # attention needs half.
-  attention = 6 * model.layers * length * model.heads * model.head_width
-  return config.batch_size * length * (6.0 * active + attention)
 
 
 def _memory(config, training, jaxpr, mesh, compiled) -> dict[str, float]:

@@ -34,6 +34,7 @@ import math
 from typing import NamedTuple
 
 from launch.hlo import Collective
+from moe_jax.parallel.peaks import PEAK_FLOPS
 
 
 class Chip(NamedTuple):
@@ -71,40 +72,40 @@ _GIB = 2**30
 _MXU = 2 * 128 * 128  # FLOPs of one matrix unit of that size in a cycle
 CHIPS = {
   'v5e': Chip(
-    peak=197e12,
+    peak=PEAK_FLOPS['TPU v5 lite'],
     hbm=15.75 * _GIB,
     bandwidth=819e9,
     link=400e9 / 2 / 4,
     hop=1e-6,
-    clock=197e12 / (4 * _MXU),
+    clock=PEAK_FLOPS['TPU v5 lite'] / (4 * _MXU),
     ring=16,
     network=6.4e12 / 8 / 256,
     far=50e-6,
   ),
   'v5p': Chip(
-    peak=459e12,
+    peak=PEAK_FLOPS['TPU v5p'],
     hbm=95.73 * _GIB,
     bandwidth=2765e9,
     link=1200e9 / 2 / 6,
     hop=1e-6,
-    clock=459e12 / (8 * _MXU),
+    clock=PEAK_FLOPS['TPU v5p'] / (8 * _MXU),
     ring=4,
     network=50e9 / 8,
     far=50e-6,
   ),
   'v6e': Chip(
-    peak=918e12,
+    peak=PEAK_FLOPS['TPU v6 lite'],
     hbm=31.24 * _GIB,
     bandwidth=1640e9,
     link=800e9 / 2 / 4,
     hop=1e-6,
-    clock=918e12 / (16 * _MXU),
+    clock=PEAK_FLOPS['TPU v6 lite'] / (16 * _MXU),
     ring=16,
     network=25.6e12 / 8 / 256,
     far=50e-6,
   ),
   'h100': Chip(
-    peak=989.4e12,
+    peak=PEAK_FLOPS['NVIDIA H200'],
     hbm=84942979072,
     bandwidth=3.35e12,
     link=450e9,

@@ -10,6 +10,7 @@ from moe_jax.nn.layout import (
   parameter_counts,
   parameter_specs,
   prices,
+  useful_flops,
 )
 from moe_jax.nn.moe import MoE, RouterState, update_routers
 from moe_jax.nn.router import MoEOutput, router_metrics
@@ -31,4 +32,5 @@ __all__ = [
   'prices',
   'router_metrics',
   'update_routers',
+  'useful_flops',
 ]

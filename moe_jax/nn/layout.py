@@ -96,6 +96,26 @@ def parameter_counts(
   return total, total - expert // config.experts * idle
 
 
+def useful_flops(config: DecoderConfig, active: int, sequence: int) -> float:
+  """Counts a token's FLOPs forward and backward, without recomputation.
+
+  6 for each parameter that it uses, and for each layer and token of its
+  sequence 6 for each channel of the heads: scores and their use are 12, of
+  which causal attention needs half.
+
+  Args:
+    config: of the decoder.
+    active: parameters that a token uses, of `parameter_counts`.
+    sequence: tokens of a sequence.
+
+  References:
+    Chowdhery et al., arXiv 2204.02311, appendix B, which counts all of 12.
+  """
+  return 6.0 * (
+    active + config.layers * sequence * config.heads * config.head_width
+  )
+
+
 def parameter_specs(params: nnx.State, mesh: Mesh, *, fsdp: bool) -> nnx.State:
   """Returns where each parameter of a `Decoder` is, in place of its value."""
 

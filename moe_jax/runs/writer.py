@@ -169,8 +169,14 @@ class Writer:
     evaluated = np.int32(self.saved_step in evaluations)
     self.evaluated = bool(multihost_utils.broadcast_one_to_all(evaluated))
 
-  def open(self) -> None:
-    """Opens what the coming steps need: checkpoints, events, progress bar."""
+  def open(self, seconds_at_peak: float | None = None) -> None:
+    """Opens what the coming steps need: checkpoints, events, progress bar.
+
+    Args:
+      seconds_at_peak: of a step, if its devices did nothing but its useful
+        FLOPs; None where that is not known.
+    """
+    self._seconds_at_peak = seconds_at_peak
     step, steps = self._position.step, self._config['steps']
     with processes.agreement():
       self._saver = self._stack.enter_context(
@@ -308,6 +314,8 @@ class Writer:
     tokens = self._config['batch_size'] * self._config['sequence_length']
     record['time/step_seconds'] = seconds
     record['time/tokens_per_second'] = tokens / seconds
+    if self._seconds_at_peak is not None:
+      record['time/mfu'] = self._seconds_at_peak / seconds
     memory = jax.local_devices()[0].memory_stats() or {}  # None on CPU.
     if 'peak_bytes_in_use' in memory:
       record['memory/peak_bytes'] = memory['peak_bytes_in_use']

@@ -12,6 +12,7 @@ import moe_jax
 from moe_jax import nn
 from moe_jax.config import Config
 from moe_jax.data import TextData
+from moe_jax.parallel.peaks import PEAK_FLOPS
 from moe_jax.train import evaluate as evaluation
 from moe_jax.train.state import shards_of
 
@@ -72,6 +73,27 @@ def shards_that_matter(config: Config, mesh: Mesh) -> int:
     or config.capacity_factor
   )
   return shards_of(config, mesh) if matter else 0
+
+
+def seconds_at_peak(config: Config, mesh: Mesh, params: Any) -> float | None:
+  """Returns how long the useful FLOPs of a step take at its devices' peak.
+
+  Args:
+    config: of the run.
+    mesh: its devices.
+    params: the parameters, or what describes them.
+
+  Returns:
+    Seconds; over those of a step they are its MFU. None where the peak is not
+    known, as on CPUs.
+  """
+  peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+  if peak is None:
+    return None
+  _, active = nn.parameter_counts(config.model, params)
+  flops = nn.useful_flops(config.model, active, config.sequence_length)
+  tokens = config.batch_size * config.sequence_length
+  return tokens * flops / (mesh.size * peak)
 
 
 def versions() -> dict[str, str]:

@@ -50,7 +50,7 @@ def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
     if done >= steps and not late:
       print(f'{plan.workdir}: already at step {done}', file=sys.stderr)
       return
-    run.open()
+    run.open(facts_lib.seconds_at_peak(plan.config, plan.mesh, state.params))
     if plan.config.record_routes:
       _tell_size_of_routes(plan, done)
     names = [source.name for source in plan.text.train]

@@ -91,6 +91,22 @@ def test_what_a_run_leaves(finished):
     assert (workdir / 'checkpoints' / '6' / item).is_dir()
 
 
+def test_mfu(text, tmp_path, monkeypatch):
+  """Of a device said to do 1 GFLOP/s; there are eight."""
+  config = tiny.tiny_config(text, steps=2, eval_sequences=1)
+  run = Reader(tiny.run(config, tmp_path / 'unknown').workdir)
+  assert 'time/mfu' not in run.records[0]
+  monkeypatch.setitem(facts_lib.PEAK_FLOPS, 'cpu', 1e9)
+  run = Reader(tiny.run(config, tmp_path / 'known').workdir)
+  facts, model = run.facts, config.model
+  attention = 6 * model.layers * config.sequence_length * model.width
+  flops = 6 * facts['active_parameters'] + attention
+  for record in run.records:
+    seconds = record['time/step_seconds']
+    ideal = facts['tokens_per_step'] * flops / 8e9
+    assert record['time/mfu'] == pytest.approx(ideal / seconds)
+
+
 @pytest.mark.long
 def test_some_steps_are_profiled(text, tmp_path):
   config = tiny.tiny_config(text, steps=4, profile='2:1', eval_sequences=1)
