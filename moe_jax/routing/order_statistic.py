@@ -172,9 +172,7 @@ def _select_by_histograms(
   below = _greatest(jnp.max(below, -1, keepdims=True), axis_name)
   smaller = jnp.where((value < digit) & (count > 0), value, -1)
   smaller = jnp.max(smaller, -1, keepdims=True)
-  below = jnp.where(
-    smaller < 0, below, start << 8 | smaller.astype(jnp.uint32)
-  )
+  below = jnp.where(smaller < 0, below, start << 8 | smaller.astype(jnp.uint32))
   equal = sum_where(value == digit, count)
   return key[..., 0], jnp.where(equal > rank, key, below)[..., 0]
 
@@ -233,9 +231,7 @@ def kth_largest(
   """
   axis %= x.ndim
   keys = _keys(x, where)
-  (key,) = _select(
-    keys, k, axis=axis, axis_name=axis_name, bits=bits_per_pass
-  )
+  (key,) = _select(keys, k, axis=axis, axis_name=axis_name, bits=bits_per_pass)
   return _from_sortable(key)
 
 

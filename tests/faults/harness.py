@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tests import several_processes
 from tests.train import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -29,7 +30,9 @@ ENVIRONMENT = {
   'JAX_PLATFORMS': 'cpu',
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   'PYTHONPATH': str(ROOT),
-  'XLA_FLAGS': '--xla_backend_optimization_level=0',
+  'XLA_FLAGS': ' '.join(
+    (several_processes.flags(1), '--xla_backend_optimization_level=0')
+  ),
 }
 # What a finished run may leave; TensorBoard's files besides.
 EXPECTED = (
