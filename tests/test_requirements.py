@@ -104,7 +104,7 @@ def test_all_imports_are_declared():
   names = {canonicalize_name(each.name) for each in declared()}
   extras = {
     canonicalize_name(each.name)
-    for extra in ('beam', 'sentencepiece', 'wandb', 'zstd')
+    for extra in ('beam', 'harness', 'sentencepiece', 'wandb', 'zstd')
     for each in declared(extra)
   }
   distributions = importlib.metadata.packages_distributions()

@@ -1,0 +1,103 @@
+"""How likely a model finds what follows a text, with q frozen.
+
+Shape letters: N requests, B batch, S sequence.
+"""
+
+from collections.abc import Sequence
+import functools
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import nn
+
+_SHORTEST = 32  # Tokens; each length up to the longest that is a power of 2
+# times this is compiled once.
+
+
+class Likelihood(NamedTuple):
+  """How likely a continuation is.
+
+  Attributes:
+    log: natural logarithm of its probability, given its context.
+    greedy: whether each of its tokens is the most likely one.
+  """
+
+  log: float
+  greedy: bool
+
+
+def log_likelihoods(
+  model: nn.Decoder,
+  requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+  *,
+  longest: int,
+  batch: int,
+) -> list[Likelihood]:
+  """Tells how likely continuations are after their contexts.
+
+  Args:
+    model: of which prices stay as they are.
+    requests: tokens of contexts, none of them empty, and of continuations.
+    longest: most tokens that the model reads at once; of a longer request, the
+      first tokens are left out.
+    batch: sequences at once.
+
+  Raises:
+    ValueError: a context is empty, or a continuation has more than `longest`
+      tokens.
+  """
+  found: list[Likelihood] = [Likelihood(0.0, True)] * len(requests)
+  rows = []
+  for place, (context, continuation) in enumerate(requests):
+    if not len(context):
+      raise ValueError(f'requests: context {place} is empty')
+    if len(continuation) > longest:
+      raise ValueError(
+        f'requests: continuation {place} has {len(continuation)} tokens, the '
+        f'model reads {longest} at once'
+      )
+    tokens = np.concatenate([context, continuation])[-longest - 1 :]
+    if len(continuation):
+      rows.append((len(tokens) - 1, place, np.int32(tokens)))
+  graphdef, state = nnx.split(model)
+  rows.sort(key=lambda row: row[:2])  # Alike in length: little is padded.
+  for start in range(0, len(rows), batch):
+    some = rows[start : start + batch]
+    width = min(longest, _padded(some[-1][0]))
+    tokens_BxS = np.zeros((batch, width + 1), np.int32)
+    mask_BxS = np.zeros((batch, width), bool)
+    for row, (length, _, tokens) in enumerate(some):
+      tokens_BxS[row, : length + 1] = tokens
+      mask_BxS[row, :length] = True
+    logs_BxS, greedy_BxS = jax.device_get(
+      _next_tokens(graphdef, state, tokens_BxS, mask_BxS)
+    )
+    for row, (length, place, _) in enumerate(some):
+      part = slice(length - len(requests[place][1]), length)
+      found[place] = Likelihood(
+        float(logs_BxS[row, part].sum(dtype=np.float64)),
+        bool(greedy_BxS[row, part].all()),
+      )
+  return found
+
+
+def _padded(length: int) -> int:
+  width = _SHORTEST
+  while width < length:
+    width *= 2
+  return width
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _next_tokens(graphdef, state, tokens_BxS, mask_BxS):
+  """Returns log-probability of each next token, and whether it is the best."""
+  model = nnx.merge(graphdef, state, copy=True)
+  logits_BxSxV, _ = model(tokens_BxS[:, :-1], mask_BxS, train=False)
+  logs_BxSxV = jax.nn.log_softmax(logits_BxSxV.astype(jnp.float32))
+  next_BxS = tokens_BxS[:, 1:]
+  logs_BxS = jnp.take_along_axis(logs_BxSxV, next_BxS[..., None], -1)[..., 0]
+  return logs_BxS, jnp.argmax(logits_BxSxV, -1) == next_BxS
