@@ -144,36 +144,45 @@ def _histogram(digits: jax.Array) -> jax.Array:
   return counts.reshape(*digits.shape[:-1], 256)
 
 
+def _sum_where(condition, count):
+  return jnp.sum(jnp.where(condition, count, 0), -1, keepdims=True)
+
+
+# Traced once for all passes.
+@functools.partial(jax.jit, static_argnames='axis_name')
+def _next_digit(keys, key, rank, shift, axis_name):
+  """Finds the next 8 bits of the key of that rank, of keys that begin alike."""
+  digits = (keys >> shift & 255).astype(jnp.int32)
+  begins = lax.shift_right_logical(keys, shift + 8) == key  # By 32, it is 0.
+  count = total(_histogram(jnp.where(begins, digits, -1)), axis_name)
+  at_least = lax.cumsum(count, count.ndim - 1, reverse=True)
+  digit = jnp.sum(at_least[..., 1:] >= rank, -1, keepdims=True)
+  rank = rank - _sum_where(jnp.arange(256) > digit, count)
+  return digit, key << 8 | digit.astype(jnp.uint32), rank, count
+
+
 def _select_by_histograms(
   keys, k, *, axis, axis_name, following=False
 ) -> tuple[jax.Array, ...]:
   """Selects from uint32, as `_select`, by histograms of 8 bits."""
   keys = jnp.moveaxis(keys, axis, -1)
-  value = jnp.arange(256)
-
-  def sum_where(condition, count):
-    return jnp.sum(jnp.where(condition, count, 0), -1, keepdims=True)
-
-  key, rank = jnp.zeros((*keys.shape[:-1], 1), jnp.uint32), k
+  key = jnp.zeros((*keys.shape[:-1], 1), jnp.uint32)
+  rank = jnp.full(key.shape, k, jnp.int32)
   for shift in (24, 16, 8, 0):
-    digits = (keys >> shift & 255).astype(jnp.int32)
-    if shift < 24:
-      digits = jnp.where(keys >> shift + 8 == key, digits, -1)
-    count = total(_histogram(digits), axis_name)
-    at_least = lax.cumsum(count, count.ndim - 1, reverse=True)
-    digit = jnp.sum(at_least[..., 1:] >= rank, -1, keepdims=True)
-    # From now on among those that begin as the k-th does.
-    rank = rank - sum_where(value > digit, count)
-    start, key = key, key << 8 | digit.astype(jnp.uint32)
+    start = key
+    digit, key, rank, count = _next_digit(
+      keys, key, rank, jnp.uint32(shift), axis_name
+    )
   if not following:
     return (key[..., 0],)
   # The next one may begin otherwise; this maximum waits for no last count.
   below = jnp.where(keys >> 8 < start, keys, jnp.uint32(0))
   below = _greatest(jnp.max(below, -1, keepdims=True), axis_name)
+  value = jnp.arange(256)
   smaller = jnp.where((value < digit) & (count > 0), value, -1)
   smaller = jnp.max(smaller, -1, keepdims=True)
   below = jnp.where(smaller < 0, below, start << 8 | smaller.astype(jnp.uint32))
-  equal = sum_where(value == digit, count)
+  equal = _sum_where(value == digit, count)
   return key[..., 0], jnp.where(equal > rank, key, below)[..., 0]
 
 
@@ -186,13 +195,19 @@ def _select(keys, k, *, bits=None, **given) -> tuple[jax.Array, ...]:
     raise ValueError(f'bits_per_pass={bits}: must be 1, 2, 4 or 8')
   if isinstance(k, int) and k < 1:
     raise ValueError(f'k={k}: ranks are counted from 1')
-  by_histograms = functools.partial(_select_by_histograms, **given)
-  by_comparisons = functools.partial(_select_by_comparisons, bits=bits, **given)
-  if bits is None:
-    return lax.platform_dependent(
-      keys, jnp.int32(k), tpu=by_histograms, default=by_comparisons
-    )
-  return (by_histograms if bits == 8 else by_comparisons)(keys, k)
+  if bits == 8 or (bits is None and _for_tpus()):
+    return _select_by_histograms(keys, k, **given)
+  return _select_by_comparisons(keys, k, bits=bits, **given)
+
+
+def _for_tpus() -> bool:
+  """Tells what is being traced for: the devices of the mesh, or the default.
+
+  `lax.platform_dependent` would trace both ways of selection, which takes a
+  second of a train step's time to its first step.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (device.platform if device else jax.default_backend()) == 'tpu'
 
 
 def kth_largest(

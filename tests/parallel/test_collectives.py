@@ -72,6 +72,7 @@ def solving(found):
   return count(found, 'all-reduce', 15 * EXPERTS * 4)
 
 
+@pytest.mark.long
 @on_meshes
 def test_dropless(data, expert):
   training, found = compiled(data, expert)
