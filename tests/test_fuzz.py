@@ -461,16 +461,10 @@ def trace_or_refuse(options, devices):
   return True
 
 
-@hypothesis.settings(NO_DEADLINE, max_examples=4)
-@hypothesis.given(small_configs(), st.sampled_from([1, 2, 8]))
-def test_any_config_is_refused_or_traced(options, devices):
-  trace_or_refuse(options, devices)
-
-
 @pytest.mark.long
 @hypothesis.settings(NO_DEADLINE, max_examples=100)
 @hypothesis.given(small_configs(), st.sampled_from([1, 2, 8]))
-def test_any_config_is_refused_or_traced_long(options, devices):
+def test_any_config_is_refused_or_traced(options, devices):
   trace_or_refuse(options, devices)
 
 

@@ -22,7 +22,6 @@ from tests.train import tiny
 STORED = pathlib.Path(__file__).parents[1] / 'runs/stored/bip'
 # Prices that are solved on the batch that they are for.
 SEES_THE_BATCH = {'bip', 'bip_t2', 'bip_t8', 'bip_t14', 'midpoint', 'sinkhorn'}
-QUICK = ('bip', 'loss_free')  # one of each kind
 VOCABULARY, BATCH, SEQUENCE = 40, 4, 16
 POSITIONS = (3, 11)
 ROUNDING = 1e-5  # what another order of sums may do to a logit
@@ -64,7 +63,7 @@ def tokens():
 @pytest.mark.parametrize(
   'method',
   [
-    pytest.param(m, marks=[] if m in QUICK else pytest.mark.long)
+    pytest.param(m, marks=[] if m == 'bip' else pytest.mark.long)
     for m in METHODS
   ],
 )

@@ -394,6 +394,7 @@ def test_what_was_finished_is_kept(tokenizer, tmp_path, monkeypatch):
   assert files(tmp_path / 'out') == files(tmp_path / 'undisturbed')
 
 
+@pytest.mark.long
 def test_killed_it_ends_as_if_undisturbed(tokenizer, tmp_path):
   (tmp_path / 'a.jsonl').write_bytes(_jsonl(TEXTS * 20))
   source = tmp_path / 'a.jsonl'

@@ -373,6 +373,7 @@ def test_the_program_refuses_in_one_line(
   assert [path.name for path in tmp_path.iterdir()] == ['a']
 
 
+@pytest.mark.long
 def test_a_model_of_ours_is_served_with_its_prices(tmp_path):
   """Sigmoid scores with prices are GLM-4-MoE; all that it computes is kept."""
   params, q_LxE = trained(tmp_path / 'run', 0.1, scoring='sigmoid')

@@ -173,6 +173,7 @@ def test_compute_is_the_compilers_estimate_or_the_longer_of_two_bounds():
   ]
 
 
+@pytest.mark.long
 def test_estimates_a_step(tmp_path):
   config = tiny.tiny_config(
     tmp_path,

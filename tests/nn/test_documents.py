@@ -127,6 +127,7 @@ def check(packed_step, alone_step, begins_BxS, seed):
 
 
 # The same each time, as rounding may flip a choice that is nearly a tie.
+@pytest.mark.long
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @hypothesis.given(
   begins=st.lists(st.booleans(), min_size=2 * SEQUENCE, max_size=2 * SEQUENCE),

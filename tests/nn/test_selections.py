@@ -373,6 +373,7 @@ def test_a_lagged_state_can_be_donated():
     assert moved.q.shape == (4,)
 
 
+@pytest.mark.long
 def test_linen_trains_the_experts(x):
   """By the bridge of Flax, all weights are in the collection 'params'."""
   model = nnx.bridge.to_linen(

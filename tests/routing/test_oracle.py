@@ -188,6 +188,7 @@ def test_prices_bound_the_optimum(scores, q, k):
   assert objective <= found.lp_rows_equal_optimum + TOLERANCE
 
 
+@pytest.mark.long
 @PROPERTY
 @given(
   scores=SCORES, q=PRICES, k=st.integers(1, EXPERTS), shift=st.floats(-2, 2)

@@ -50,6 +50,7 @@ def assert_same(actual, expected):
     np.testing.assert_array_equal(actual[name], value)
 
 
+@pytest.mark.long
 def test_parameters_and_router_are_taken_onto_another_mesh(
   first, text, tmp_path
 ):
