@@ -12,8 +12,9 @@ collectives of an MoE layer, all over the mesh axis `expert`, are
 Those of the router, over both axes, are all-reduces of numbers per expert and
 never grow with the tokens: 8 of [15, E] for each of the T dual iterations (and
 two of [E] with cutoff 'midpoint'), on TPUs 4 of [E, 256] (and one), none with
-scope 'shard', and the sums that are reported. The gradients of weights are summed over the axes over which the
-weights are not split. tests/parallel/test_collectives.py counts all of them.
+scope 'shard', and the sums that are reported. The gradients of weights are
+summed over the axes over which the weights are not split.
+tests/parallel/test_collectives.py counts all of them.
 
 Shape letters: N rows sent, M rows received, D model, E experts, L experts of
 one device, P devices along the axis, C capacity.
