@@ -105,7 +105,7 @@ CHIPS = {
     far=50e-6,
   ),
   'h100': Chip(
-    peak=PEAK_FLOPS['NVIDIA H200'],
+    peak=PEAK_FLOPS['NVIDIA H100 80GB HBM3'],
     hbm=84942979072,
     bandwidth=3.35e12,
     link=450e9,

@@ -59,7 +59,6 @@ class Loaded(HTMLParser):
       self.addresses += [attrs[k] for k in ('src', 'href') if k in attrs]
 
 
-@pytest.mark.long
 def test_pages_load_nothing_from_a_network(site):
   pages = list(site.rglob('*.html'))
   assert len(pages) > len(list(PAGES.rglob('*.md')))  # and 404.html
@@ -71,7 +70,6 @@ def test_pages_load_nothing_from_a_network(site):
     assert not re.search(r'url\(["\']?(\w+:)?//', sheet.read_text()), sheet.name
 
 
-@pytest.mark.long
 def test_formulas_are_rendered(site):
   html = (site / 'concepts.html').read_text()
   formulas = re.findall(r'<math.*?</math>', html, re.DOTALL)
@@ -86,7 +84,6 @@ def test_formulas_are_rendered(site):
   assert 'arithmatex' not in html
 
 
-@pytest.mark.long
 @pytest.mark.parametrize('name', PACKAGES)
 def test_public_names_are_documented(site, name):
   package = importlib.import_module(f'moe_jax.{name}')

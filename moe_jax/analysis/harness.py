@@ -11,7 +11,7 @@ their data from a network when they are first used.
     --tasks    by their names in the harness; see `lm_eval ls tasks`.
     --step     of the checkpoint (the newest).
     --include  directory with YAML files of more tasks.
-    --shots    examples in front of each question (0).
+    --shots    examples in front of each question (as many as the task says).
     --limit    questions of each task (0: all).
     --out      JSON file with all numbers.
 
@@ -111,11 +111,13 @@ def _answer(argv: Sequence[str] | None) -> str:
     parser.add_argument(f'--{name}', required=True)
   for name in ('include', 'out'):
     parser.add_argument(f'--{name}', default='')
-  for name in ('step', 'shots', 'limit'):
+  parser.add_argument('--shots', default=None, type=int)
+  for name in ('step', 'limit'):
     parser.add_argument(f'--{name}', default=0, type=int)
   options = parser.parse_args(argv)
   for name in ('step', 'shots', 'limit'):
-    Option(least=0, most=2**31 - 1).check(f'--{name}', getattr(options, name))
+    value = getattr(options, name) or 0
+    Option(least=0, most=2**31 - 1).check(f'--{name}', value)
   check_output('out', options.out)
   if not importlib.util.find_spec('lm_eval'):
     raise ValueError(
