@@ -164,6 +164,9 @@ def devices(topology: Topology) -> list[Any]:
 
   try:
     if CHIPS[topology.chip].node:
+      from moe_jax import jax_privates
+
+      jax_privates.assume_cudnn()
       here = pathlib.Path(__file__).parent
       local, nodes = topology.shape
       found = topologies.get_topology_desc(

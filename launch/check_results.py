@@ -1,10 +1,11 @@
-"""What `launch.check` compares: q, choices, layers and grouped products.
+"""What `launch.check` compares: q, choices, layers, products and attention.
 
 The references are the simplest there are, on the CPU: sorts by NumPy for q and
 choices, of which every bit must be the same, and in float64 all experts on all
-tokens and a loop over groups. The error of any other array is that of its worst
-row, in the Euclidean norm, over the norm of the reference's row or the root
-mean square of all these norms, whichever is greater. It may be
+tokens, a loop over groups, all scores of attention. The error of any other
+array is that of its worst row, in the Euclidean norm, over the norm of the
+reference's row or the root mean square of all these norms, whichever is
+greater. It may be
 
     roundings x u(dtype) + 4 sqrt(terms) u(float32)
 
@@ -34,6 +35,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from moe_jax import nn, routing
+from moe_jax.nn.attention import attend
 from moe_jax.parallel import grouped_matmul
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel.compilers import compiler_options
@@ -42,6 +44,7 @@ WIDTH, HIDDEN, EXPERTS, K = 256, 384, 16, 4
 DTYPES = ('float32', 'bfloat16')
 # Empty groups, one of a row, some of more than a block of a kernel.
 LOADS = np.array([0, 300, 1, 0, 257, 31, 128, 0], np.int32)
+_TOKENS, _HEADS = 256, 8  # Of attention.
 # Balancer; iterations, whether cuts are in the middle, whether prices are
 # clipped (else centred); whether the prices before are those of the choice.
 RULES = {
@@ -87,6 +90,9 @@ def comparisons(
   for dtype in DTYPES:
     name = f'grouped products, {dtype}'
     found[name] = functools.partial(products, devices[0], dtype)
+    for kind in ('', ' in documents'):
+      name = f'attention{kind}, {dtype}'
+      found[name] = functools.partial(attention, devices[0], cpu, dtype, kind)
   return found
 
 
@@ -247,6 +253,52 @@ def products(device: jax.Device, dtype: str) -> Finding:
   actual = _jit(run, dtype, device)(*operands)
   expected = _named(y, {'w': dw}, dx)
   return _compare(actual, expected, dtype, roundings=1, terms=HIDDEN)
+
+
+def attention(
+  device: jax.Device, cpu: jax.Device, dtype: str, kind: str
+) -> Finding:
+  """Compares attention, in two documents if there is a `kind`."""
+  random = np.random.default_rng(0)
+  query, key, value, dy = (
+    _rounded(random.normal(size=(2, _TOKENS, heads, 64)), dtype)
+    for heads in (_HEADS, 2, 2, _HEADS)
+  )
+  positions_S = np.arange(_TOKENS, dtype=np.int32)
+  document_S = positions_S >= 100
+  if kind:
+    positions_S = positions_S - 100 * document_S
+  mask_SxS = np.tril(np.ones((_TOKENS, _TOKENS), bool))
+  if kind:
+    mask_SxS &= document_S[:, None] == document_S
+
+  def dense(query, key, value):
+    key, value = (jnp.repeat(x, _HEADS // 2, axis=2) for x in (key, value))
+    scores = jnp.einsum('bshw,bchw->bhsc', query, key) / 8
+    shares = jax.nn.softmax(jnp.where(mask_SxS, scores, -jnp.inf))
+    return jnp.einsum('bhsc,bchw->bshw', shares, value)
+
+  def run(query, key, value, positions_BxS, dy):
+    def apply(query, key, value):
+      return attend(query, key, value, positions_BxS)
+
+    y, pullback = jax.vjp(apply, query, key, value)
+    dquery, dkey, dvalue = pullback(dy)
+    return _named(y, {'key': dkey, 'value': dvalue}, dquery)
+
+  with jax.enable_x64(True), jax.default_device(cpu):
+    y, pullback = jax.vjp(jax.jit(dense), *map(np.float64, (query, key, value)))
+    dquery, dkey, dvalue = pullback(np.float64(dy))
+  expected = _named(y, {'key': dkey, 'value': dvalue}, dquery)
+  positions_BxS = np.tile(positions_S, (2, 1)) if kind else None
+  operands = [x.astype(jnp.dtype(dtype)) for x in (query, key, value, dy)]
+  operands.insert(3, positions_BxS)
+  operands = jax.device_put(operands, device)
+  actual = _jit(run, dtype, device)(*operands)
+  # Queries, shares, their gradients, y; and what kernels keep in between.
+  return _compare(
+    actual, jax.device_get(expected), dtype, roundings=8, terms=_TOKENS
+  )
 
 
 def _named(y, dweights, dx) -> dict[str, Any]:

@@ -26,8 +26,9 @@ _SCOPES = {
   'experts': 'experts',
   'ragged-dot': 'experts',
   'dispatch': 'dispatch',
-  # `jax.nn.dot_product_attention` maps over sequences; projections do not.
-  'attention.*vmap': 'scores',
+  # `jax.nn.dot_product_attention` and splash attention map over sequences;
+  # projections do not.
+  'attention.*(vmap|dot_product_attention)': 'scores',
   'attention': 'attention',
   'optimizer': 'optimizer',
 }

@@ -121,6 +121,7 @@ def parse(text: str) -> Program:
     ValueError: the text has no entry computation.
   """
   computations, entry, current = {}, None, {}
+  text = re.sub(r'\n(?="|}})', '', text)  # Kernels' metadata have lines.
   for line in text.splitlines():
     header = re.match(r'(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$', line)
     if header:

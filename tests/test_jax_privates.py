@@ -3,12 +3,14 @@
 Where a release of jax changes such a thing, its test fails and names it.
 """
 
+import functools
 import pathlib
 import re
 
 import jax
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import pytest
 
 from moe_jax import jax_privates
 from moe_jax.parallel import mesh as meshes
@@ -51,6 +53,48 @@ def test_varying_axes():
   jax.eval_shape(product, np.ones((8, 3)), np.ones((3, 3)))
   assert seen == {'rows': {'data', 'expert'}, 'weights': frozenset()}
   assert jax_privates.varying_axes(np.ones(3)) == frozenset()
+
+
+def test_untracked():
+  """`jax._src.config._check_vma`, and the type of what a primitive returns."""
+  mesh, seen = meshes.make_mesh(4, 2), {}
+
+  def add(rows, more):
+    seen['inside'] = jax_privates.varying_axes(rows + more)
+    return rows + more, more
+
+  def local(rows, more):
+    sums, more = jax_privates.untracked(add, rows, more)
+    seen['outside'] = jax_privates.varying_axes(sums)
+    return sums, more
+
+  run = jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(meshes.BATCH, P()),
+    out_specs=meshes.BATCH,
+  )
+  rows = np.arange(24.0).reshape(8, 3)
+  sums, more = jax.jit(run)(rows, np.ones((1, 3)))
+  assert seen == {'inside': frozenset(), 'outside': {'data', 'expert'}}
+  np.testing.assert_array_equal(sums, rows + 1)
+  np.testing.assert_array_equal(more, np.ones((8, 3)))
+  alone, _ = jax_privates.untracked(add, rows, np.ones((1, 3)))
+  np.testing.assert_array_equal(alone, rows + 1)
+
+
+def test_assume_cudnn(monkeypatch):
+  """`jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version`."""
+  place = jax_privates.fused_attention_stablehlo
+  monkeypatch.setattr(place, 'check_cudnn_version', place.check_cudnn_version)
+  half = jax.ShapeDtypeStruct((1, 64, 2, 64), 'bfloat16')
+  attend = functools.partial(
+    jax.nn.dot_product_attention, implementation='cudnn'
+  )
+  with pytest.raises(RuntimeError, match='cuDNN'):
+    jax.eval_shape(attend, half, half, half)
+  jax_privates.assume_cudnn()
+  assert jax.eval_shape(attend, half, half, half).shape == half.shape
 
 
 def test_cluster(monkeypatch):

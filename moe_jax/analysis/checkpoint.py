@@ -121,7 +121,7 @@ class Checkpoint:
     A model was never trained on more than `config.sequence_length` tokens.
 
     Args:
-      prompt: the text.
+      prompt: the text; '' begins a document.
       tokens: how many to add.
       **options: `temperature`, `top_k` and `seed` of `nn.generate`.
 
@@ -129,12 +129,14 @@ class Checkpoint:
       What follows the prompt.
 
     Raises:
-      ValueError: the prompt is empty, or an option out of its range.
+      ValueError: an option is out of its range.
     """
     tokenizer = self._run.tokenizer
+    prompt_S = tokenizer.encode(prompt)
+    if not len(prompt_S):
+      prompt_S = [tokenizer.end_of_document]
     # A row for each device; they are all alike.
-    prompt_BxS = np.tile(tokenizer.encode(prompt), (self.mesh.size, 1))
-    prompt_BxS = prompt_BxS.astype(np.int32)
+    prompt_BxS = np.tile(np.int32(prompt_S), (self.mesh.size, 1))
     new_BxN = nn.generate(self.model, prompt_BxS, tokens=tokens, **options)
     return tokenizer.decode(np.asarray(new_BxN)[0])
 

@@ -12,7 +12,9 @@ from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from moe_jax.nn import attention_kernels
 from moe_jax.nn.config import DecoderConfig
 from moe_jax.nn.feed_forward import linear, rms_norm
 
@@ -69,12 +71,26 @@ _LEAST, _BLOCKS = 256, 16
 
 
 def attend(
-  query_BxSxHxW, key_BxSxGxW, value_BxSxGxW, positions_BxS=None, *, scale=None
+  query_BxSxHxW,
+  key_BxSxGxW,
+  value_BxSxGxW,
+  positions_BxS=None,
+  *,
+  scale=None,
+  mesh=None,
 ):
-  """Attends from each block of queries to the keys up to its end alone.
+  """Attends from each token to those up to it, of its document alone.
 
-  With many blocks that is half of the scores; the rest would be masked.
+  By a kernel, or where there is none, from each block of queries to the keys up
+  to its end. With many blocks that is half of the scores; the rest would be
+  masked.
   """
+  kernel = attention_kernels.find(
+    query_BxSxHxW, documents=positions_BxS is not None, mesh=mesh
+  )
+  if kernel:
+    arrays = query_BxSxHxW, key_BxSxGxW, value_BxSxGxW, positions_BxS
+    return kernel(*arrays, scale=scale)
   sequence = query_BxSxHxW.shape[1]
   size = max(_LEAST, -(-sequence // _BLOCKS))
   # Scores are not kept.
@@ -115,10 +131,18 @@ def attend_last(
 
 
 class Attention(nnx.Module):
-  """Causal self-attention; each key/value head serves H/G query heads."""
+  """Causal self-attention; each key/value head serves H/G query heads.
 
-  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-    self.config, width = config, config.width
+  Args:
+    config: sizes and options.
+    mesh: as of `MoE`.
+    rngs: for the initial weights.
+  """
+
+  def __init__(
+    self, config: DecoderConfig, *, mesh: Mesh | None = None, rngs: nnx.Rngs
+  ):
+    self.config, self.mesh, width = config, mesh, config.width
     query_width = config.heads * config.head_width
     kv_width = config.kv_heads * config.head_width
     bias = config.attention_bias
@@ -159,7 +183,7 @@ class Attention(nnx.Module):
     key = turn(self._heads(self.key(x_BxSxD), config.kv_heads, self.key_norm))
     value = self._heads(self.value(x_BxSxD), config.kv_heads)
     if cache is None:
-      y = attend(query, key, value, positions_BxS)
+      y = attend(query, key, value, positions_BxS, mesh=self.mesh)
     else:
       cache = append(cache, key, value)
       y = attend_last(query, *cache, positions_BxS)

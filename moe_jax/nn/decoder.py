@@ -30,6 +30,7 @@ class Block(nnx.Module):
   Args:
     config: sizes and options.
     feed_forward: makes an `MoE` or a dense layer, from `rngs`.
+    mesh: as of `MoE`.
     rngs: for the initial weights.
   """
 
@@ -38,11 +39,12 @@ class Block(nnx.Module):
     config: DecoderConfig,
     feed_forward: Callable[..., nnx.Module],
     *,
+    mesh: Mesh | None = None,
     rngs: nnx.Rngs,
   ):
     self.attention_norm = rms_norm(config, rngs=rngs)
     kind = LatentAttention if config.latent_size else Attention
-    self.attention = kind(config, rngs=rngs)
+    self.attention = kind(config, mesh=mesh, rngs=rngs)
     self.feed_forward_norm = rms_norm(config, rngs=rngs)
     self.feed_forward = feed_forward(rngs=rngs)
 
@@ -77,13 +79,13 @@ class DecoderCache(NamedTuple):
   moe: KeyValueCache
 
 
-def _stack(config, layers: int, feed_forward, rngs: nnx.Rngs) -> Block:
+def _stack(config, layers: int, feed_forward, mesh, rngs: nnx.Rngs) -> Block:
   """Builds `layers` blocks as one whose variables have a leading axis L."""
 
   @nnx.split_rngs(splits=layers)
   @nnx.vmap(in_axes=0, out_axes=0)
   def stack(rngs):
-    return Block(config, feed_forward, rngs=rngs)
+    return Block(config, feed_forward, mesh=mesh, rngs=rngs)
 
   return stack(rngs)
 
@@ -147,9 +149,11 @@ class Decoder(nnx.Module):
     )
     dense_layers = config.dense_layers
     self.dense_blocks = (
-      _stack(config, dense_layers, dense, rngs) if dense_layers else None
+      _stack(config, dense_layers, dense, mesh, rngs) if dense_layers else None
     )
-    self.moe_blocks = _stack(config, config.layers - dense_layers, moe, rngs)
+    self.moe_blocks = _stack(
+      config, config.layers - dense_layers, moe, mesh, rngs
+    )
     self.norm = rms_norm(config, rngs=rngs)
     self.output = None if config.tied_embeddings else embed()
 

@@ -10,6 +10,7 @@ import functools
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from moe_jax.nn.attention import (
   KeyValueCache,
@@ -35,8 +36,10 @@ class LatentAttention(nnx.Module):
     DeepSeek-AI, arXiv 2405.04434, section 2.1.
   """
 
-  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-    self.config = config
+  def __init__(
+    self, config: DecoderConfig, *, mesh: Mesh | None = None, rngs: nnx.Rngs
+  ):
+    self.config, self.mesh = config, mesh
     width, heads, latent = config.width, config.heads, config.latent_size
     made = functools.partial(linear, dtype=config.dtype, rngs=rngs)
     norm = functools.partial(rms_norm, config, epsilon=_EPSILON, rngs=rngs)
@@ -92,7 +95,7 @@ class LatentAttention(nnx.Module):
       jnp.pad(x, ((0, 0),) * 3 + ((0, most - x.shape[-1]),))
       for x in (query_BxSxHxW, key, value_BxSxHxV)
     ]
-    y = attend(*heads, positions_BxS, scale=width**-0.5)
+    y = attend(*heads, positions_BxS, scale=width**-0.5, mesh=self.mesh)
     return y[..., : config.value_width]
 
   def _attend_to_latent(self, query_BxSxHxW, cache, positions_BxS):

@@ -123,6 +123,15 @@ def test_text_goes_on_from_a_prompt(opened):
 
 
 @pytest.mark.long
+def test_without_a_prompt_a_document_begins(opened):
+  checkpoint, tokenizer = opened.restore(), opened.tokenizer
+  start_BxS = np.full((1, 1), tokenizer.end_of_document, np.int32)
+  new_BxN = nn.generate(checkpoint.model, start_BxS, tokens=6)
+  text = tokenizer.decode(np.asarray(new_BxN)[0])
+  assert checkpoint.generate('', tokens=6) == text
+
+
+@pytest.mark.long
 def test_text_is_the_same_on_a_mesh(opened):
   on_a_mesh = opened.restore(mesh=meshes.make_mesh(2, 4))
   text = opened.generate('the load of', tokens=6)

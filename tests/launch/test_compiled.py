@@ -1,4 +1,6 @@
-"""What compilers make of an MoE layer: its FLOPs, its arrays, its collectives.
+"""What compilers make of an MoE layer, and of attention.
+
+Of the layer: its FLOPs, its arrays, its collectives.
 
 They need no chips, but they are not in requirements-dev.txt: `make test-newer`
 installs them.
@@ -201,3 +203,31 @@ def products_of(program, computation, instruction):
     for name, part in parts
     if product_flops(program, hlo.Visit(part, name, 1, False))
   ]
+
+
+SPLASH = ['splash_mha_dkv', 'splash_mha_dq', 'splash_mha_fwd']
+CUDNN = ['fmhaSoftmax', 'fmhaSoftmaxBackward']
+
+
+@pytest.mark.parametrize(
+  ('topology', 'documents', 'kernels'),
+  [
+    pytest.param('v5e:2x4', 0, SPLASH, marks=libtpu),
+    pytest.param('v5e:2x4', 1, SPLASH, marks=libtpu),
+    pytest.param('h100:8', 0, CUDNN, marks=cuda),
+  ],
+)
+def test_attention_stores_no_scores(topology, documents, kernels):
+  """Its memory grows as the sequence does, forward and backward."""
+  needed = []
+  for sequence in (16_384, 32_768):
+    command = ['-m', 'tests.launch.compiled_attention', topology]
+    command += [str(sequence), str(documents)]
+    done = subprocess.run(
+      [sys.executable, *command], cwd=ROOT, capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr
+    size, *found = done.stdout.split()
+    assert found == kernels
+    needed.append(int(size))
+  assert needed[1] < 2.1 * needed[0]

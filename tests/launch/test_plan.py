@@ -1,5 +1,6 @@
 """The planner: its arithmetic by hand, its answers, and what it refuses."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -15,6 +16,8 @@ import pytest
 
 from launch import ahead, cost, estimate, hardware, hlo, plan
 from launch.hardware import CHIPS
+from moe_jax import jax_privates
+from moe_jax.nn import attention_kernels
 from moe_jax.parallel import mesh as meshes
 from tests.parallel.test_mesh import pod
 from tests.train import tiny
@@ -136,6 +139,33 @@ def test_flops_of_loops_devices_and_grouped_products():
   assert cost.flops(jaxpr.jaxpr, mesh.size, rows=20) == expected
 
 
+@pytest.mark.parametrize(
+  ('kernel', 'products'),
+  # Forward 2; cuDNN does 5 backward, splash attention 3 and 4.
+  [
+    (attention_kernels._cudnn, 2 + 5),
+    (functools.partial(attention_kernels._splash, interpret=True), 2 + 3 + 4),
+  ],
+  ids=['cudnn', 'splash'],
+)
+def test_flops_of_attention_are_those_of_the_causal_half(
+  kernel, products, monkeypatch
+):
+  monkeypatch.setattr(
+    jax_privates.fused_attention_stablehlo, 'check_cudnn_version', lambda: 91002
+  )
+  query = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
+  key = jax.ShapeDtypeStruct((2, 256, 1, 64), jnp.bfloat16)
+
+  def loss(*arrays):
+    return jnp.sum(kernel(*arrays, None, scale=1.0).astype(jnp.float32))
+
+  jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(query, key, key)
+  each = 2 * 2 * 4 * 64 * 256 * 256 / 2
+  counted = cost.flops(jaxpr.jaxpr, 1, rows=1)
+  assert counted == pytest.approx(products * each, rel=1e-2)
+
+
 MODULE = """HloModule step
 
 %fused (a: f32[4,8], b: f32[8,16]) -> f32[4,16] {
@@ -149,9 +179,14 @@ ENTRY %main (x: f32[4,8], y: f32[8,16], z: bf16[99,8]) -> f32[4,16] {
   %x = f32[4,8]{1,0} parameter(0)
   %y = f32[8,16]{1,0} parameter(1)
   %z = bf16[99,8]{1,0} parameter(2)
+  %q = bf16[1,2,8,4]{3,2,1,0} parameter(3)
   %w = bf16[2,8,5]{2,1,0} pad(%x), backend_config=\
 {"estimated_cycles":"300"}
   %kernel = bf16[99,5]{1,0} custom-call(%z, %w), metadata={op_name="experts"}
+  %splash_mha_dq.1 = bf16[1,2,8,4]{3,2,1,0} custom-call(%q), \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="attention/vmap()"}
   %sorted = f32[4,8]{1,0} sort(%x), dimensions={1}
   %sum = f32[4]{0} reduce(%x), dimensions={1}, backend_config=\
 {"estimated_cycles":"900"}
@@ -167,6 +202,8 @@ def test_compute_is_the_compilers_estimate_or_the_longer_of_two_bounds():
     (3.0, True, ''),  # 300 cycles of 100 Hz
     # 9 rows: 2 x 9 x 8 x 5 FLOPs, 2 x (9 x 8 + 9 x 5 + 2 x 8 x 5) bytes.
     (pytest.approx(0.720), False, 'experts'),
+    # 3 x 2 x (2 x 4) x 8 x 8 / 2 FLOPs, at half of the peak.
+    (pytest.approx(3.072), False, 'attention/vmap()'),
     (pytest.approx(0.256), False, ''),  # 128 bytes read, 128 written
     (pytest.approx(0.144), False, ''),  # Not fused: 128 and 16 bytes.
     (pytest.approx(1.024), False, 'attention'),  # 2 x 4 x 8 x 16 FLOPs
