@@ -40,13 +40,16 @@ demo: setup
 board: setup
 	$(BIN)/tensorboard --logdir=$(RUNS) --host=127.0.0.1
 
-# Programs that run for seconds compile in half the time; test-all has them as
+# Programs that run for seconds compile in half the time; test-newer has them as
 # users do, whose compilers join operations and their rounding.
+QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1
+PYTEST := -m pytest -q -n 2 --dist loadfile
+
 test: setup
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not long' $(TESTS)
+	$(QUICKLY) $(BIN)/python $(PYTEST) -m 'not long'
 
 test-all: setup test-newer
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(QUICKLY) $(BIN)/python $(PYTEST)
 
 # Quick tests with the jax for later Pythons, and tests of what the compilers
 # for TPU and GPU make of a program, in an environment of their own.
@@ -54,7 +57,8 @@ test-newer:
 ifeq ($(PYTHON_NEWER),)
 	@echo 'skipped: no Python 3.12 or later is found, nor tested; make PYTHON_NEWER=...'
 else
-	$(MAKE) test VENV=.venv-newer PYTHON=$(PYTHON_NEWER) TESTS='$(NEWER)'
+	$(MAKE) setup VENV=.venv-newer PYTHON=$(PYTHON_NEWER)
+	.venv-newer/bin/python $(PYTEST) -m 'not long' $(NEWER)
 	grep -hE '^(libtpu|jax-cuda12)' requirements-tpu.txt requirements-cuda.txt \
 	    | .venv-newer/bin/pip install --quiet --no-deps -r /dev/stdin
 	.venv-newer/bin/python -m pytest -q tests/launch/test_compiled.py tests/launch/test_plan.py

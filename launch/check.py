@@ -9,6 +9,7 @@ its CPU:
     q and choices     from equal scores; all bits must be the same
     MoE layers        output and gradients, in float32 and bfloat16
     grouped products  value and gradients, of uneven and empty groups
+    attention         output and gradients, of one document and of two
 
 launch/check_results.py says how the errors that are allowed are derived. Then
 it trains the experiment for a few steps on made-up tokens, by default

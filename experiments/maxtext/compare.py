@@ -9,10 +9,6 @@ table in Markdown. How the two differ, and how that is bridged:
   chip has room for with all layers. 4 are compiled; then loops over layers are
   taken to turn as often as the model has layers, and the optimizer's time to
   grow as they do.
-- Attention: MaxText's never stores scores (splash attention), ours those of a
-  block of queries. Sequences of 2,048 are compiled, as many tokens a chip;
-  their scores are then replaced by the FLOPs of causal attention at 8,192 that
-  stores none, at the efficiency of the compiler's large products.
 - Recomputation: MaxText offloads queries, keys, values and the attention's
   output to the host and recomputes the rest, ours all but choices.
 - Dispatch: MaxText multiplies by one-hot masks, ours gathers rows.
@@ -26,10 +22,7 @@ from typing import Any
 
 from launch import ahead, hlo, table
 
-LAYERS, SEQUENCE = 4, 2048
-# What the compiler's cycles make of a product of 8192 x 8192 bfloat16 matrices,
-# see launch/hardware.py.
-EFFICIENCY = 0.88
+LAYERS = 4
 # MFU by file and capacity factor. Published in June 2025, before MaxText began
 # to count but half of attention, the causal one (its pull request 1988).
 MEASURED = (
@@ -44,17 +37,6 @@ def flops(config, active: int) -> float:
   model, length = config.model, config.sequence_length
   attention = 12 * model.layers * length * model.heads * model.head_width
   return config.batch_size * length * (6.0 * active + attention)
-
-
-def attention_seconds(config, chips: int, peak: float) -> float:
-  """Estimates blockwise causal attention, without its projections.
-
-  Of 2 products forward, 2 again in recomputation and 5 backward, each half.
-  """
-  model, length = config.model, config.sequence_length
-  product = 2.0 * length * model.heads * model.head_width / 2
-  tokens = config.batch_size * length / chips
-  return 9 * product * tokens * model.layers / (peak * EFFICIENCY)
 
 
 def with_layers(program: hlo.Program, layers: int) -> hlo.Program:
@@ -76,19 +58,15 @@ def with_layers(program: hlo.Program, layers: int) -> hlo.Program:
   )
 
 
-def replaced(
-  times: Mapping[str, Any], layers: int, scores: float
-) -> dict[str, float]:
+def of_all_layers(times: Mapping[str, Any], layers: int) -> dict[str, float]:
   """Returns the seconds of each part of the whole model.
 
   Args:
     times: as `launch.estimate.times` returns them, of `with_layers`.
     layers: of the whole model.
-    scores: seconds of attention that does not store them.
   """
   parts = dict(times['compute_seconds'])
   parts['optimizer'] *= layers / LAYERS
-  parts['scores'] = scores
   sent, waited = (
     sum(row['seconds'] for row in times['collectives']),
     times['waited_seconds'],
@@ -103,31 +81,19 @@ def compare(file: str, capacity_factor: float, mfu: float) -> dict[str, Any]:
   from moe_jax import nn
   from moe_jax.main import parse
 
-  config, few = (
-    _config(
-      parse,
-      f'--config=experiments/maxtext/{file}.py:unbalanced',
-      f'--config.capacity_factor={capacity_factor}',
-      *more,
-    )
-    for more in (
-      (),
-      (
-        f'--config.model.layers={LAYERS}',
-        f'--config.sequence_length={SEQUENCE}',
-        f'--config.batch_size={256 * 8192 // SEQUENCE}',
-      ),
-    )
+  flags = (
+    f'--config=experiments/maxtext/{file}.py:unbalanced',
+    f'--config.capacity_factor={capacity_factor}',
   )
+  config = _config(parse, *flags)
+  few = _config(parse, *flags, f'--config.model.layers={LAYERS}')
   topology = ahead.parse_topology('v6e:16x16')
   mesh, training, traced = estimate.trace(few, ahead.devices(topology))
   program = hlo.parse(ahead.compile_step(traced.lower(), topology).text)
   layers, peak = config.model.layers, topology.hardware.peak
   program = with_layers(program, layers)
   times = estimate.times(few, topology, mesh, program)
-  parts = replaced(
-    times, layers, attention_seconds(config, topology.size, peak)
-  )
+  parts = of_all_layers(times, layers)
   _, active = nn.parameter_counts(few.model, training.abstract.params)
   active += (layers - LAYERS) * (active - _ends(few)) // LAYERS
   return {'model': file, 'capacity_factor': capacity_factor} | beside(
