@@ -262,6 +262,7 @@ class MoE(nnx.Module):
     `router.route`.
     """
     axes = None if specs is None else self.axes
+    rounding = self.config.round_to_capacity and train and not self.dropless
     with jax.named_scope('router'):
       output, moved = router.route(
         x_BxSxD,
@@ -272,7 +273,7 @@ class MoE(nnx.Module):
         self.select,
         self.config,
         train=train,
-        rounding=self.config.round_to_capacity and train and not self.dropless,
+        rounding=rounding,
         mask_BxS=mask_BxS,
         experts_BxSxK=experts_BxSxK,
         groups=groups,
@@ -286,6 +287,7 @@ class MoE(nnx.Module):
       train=train,
       groups=groups,
       mask_T=None if mask_BxS is None else mask_BxS.reshape(-1),
+      even=rounding and mask_BxS is None and experts_BxSxK is None,
       on_mesh=specs is not None,
     )
     output = self._over_devices(output, mixed.dropped, axes)
@@ -322,7 +324,9 @@ class MoE(nnx.Module):
       specs,
     )
 
-  def _mix(self, x_TxD, choice, weights, *, train, groups, mask_T, on_mesh):
+  def _mix(
+    self, x_TxD, choice, weights, *, train, groups, mask_T, even, on_mesh
+  ):
     config, factor = self.config, self.capacity_factor
     if config.round_to_capacity:
       factor = max(factor, 1.0)  # Rounded loads fit exactly.
@@ -333,7 +337,12 @@ class MoE(nnx.Module):
     axis_name = self.axes.expert if on_mesh else None
     if room and train and not self.dropless:
       return dispatch.capacity(
-        *arguments, capacity=room, groups=groups, axis_name=axis_name
+        *arguments,
+        capacity=room,
+        groups=groups,
+        full=even
+        and room * config.experts == tokens * config.experts_per_token,
+        axis_name=axis_name,
       )
     if room and on_mesh:  # Dropless, in the buffers that training has.
       return dispatch.in_rounds(

@@ -10,6 +10,7 @@ Shape letters: T tokens, D model, F hidden, E experts, K chosen, N rows,
 C capacity.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -41,9 +42,12 @@ class Mixed(NamedTuple):
   dropped: jax.Array
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def take_rows(
-  x_MxD: jax.Array, index_N: jax.Array, inverse_MxJ: jax.Array
+  x_MxD: jax.Array,
+  index_N: jax.Array,
+  inverse_MxJ: jax.Array,
+  full: bool = False,
 ) -> jax.Array:
   """Gathers x[index], where `inverse` says which outputs each row went to.
 
@@ -55,23 +59,27 @@ def take_rows(
     index_N: int32; M or more yields a row of zeros.
     inverse_MxJ: int32, the positions in the output that hold each row; N or
       more stands for none.
+    full: whether nothing stands for none, so that no row need be cleared.
 
   Returns:
     [N, D].
   """
+  return _rows_at(x_MxD, index_N, full)
+
+
+def _rows_at(x_MxD, index_N, full):
+  if full:
+    return x_MxD.at[index_N].get(mode='clip')
   return x_MxD.at[index_N].get(mode='fill', fill_value=0)
 
 
-def _take_rows_forward(x_MxD, index_N, inverse_MxJ):
-  return take_rows(x_MxD, index_N, inverse_MxJ), inverse_MxJ
+def _take_rows_forward(x_MxD, index_N, inverse_MxJ, full):
+  return take_rows(x_MxD, index_N, inverse_MxJ, full), inverse_MxJ
 
 
-def _take_rows_backward(inverse_MxJ, dy_NxD):
+def _take_rows_backward(full, inverse_MxJ, dy_NxD):
   # A loop over the few J fuses; a sum over a gathered [M, J, D] does not.
-  dx_MxD = sum(
-    dy_NxD.at[index_M].get(mode='fill', fill_value=0)
-    for index_M in inverse_MxJ.T
-  )
+  dx_MxD = sum(_rows_at(dy_NxD, index_M, full) for index_M in inverse_MxJ.T)
   return dx_MxD, None, None
 
 
@@ -121,11 +129,13 @@ def _sort_pairs(
 class _Layout(NamedTuple):
   """Which pair, counted as T K, each row holds, and which row each pair has.
 
-  The number of pairs stands for none, and so does that of rows.
+  The number of pairs stands for none, and so does that of rows. In a `full`
+  layout, none is without the other.
   """
 
   pair_of_row: jax.Array
   row_of_pair: jax.Array
+  full: bool = False
 
 
 def _lay_out(choice: Choice, pairs: _Pairs, row_N, rows: int) -> _Layout:
@@ -140,14 +150,17 @@ def _lay_out(choice: Choice, pairs: _Pairs, row_N, rows: int) -> _Layout:
 
 def _to_rows(x_TxD: jax.Array, layout: _Layout) -> jax.Array:
   k = layout.row_of_pair.shape[1]
-  return take_rows(x_TxD, layout.pair_of_row // k, layout.row_of_pair)
+  return take_rows(
+    x_TxD, layout.pair_of_row // k, layout.row_of_pair, layout.full
+  )
 
 
 def _to_pairs(y_NxD: jax.Array, layout: _Layout) -> jax.Array:
   """Returns [T, K, D]; 0 for a pair without a row."""
   shape = (*layout.row_of_pair.shape, y_NxD.shape[1])
   row_TK = layout.row_of_pair.reshape(-1)
-  return take_rows(y_NxD, row_TK, layout.pair_of_row[:, None]).reshape(shape)
+  y_TKxD = take_rows(y_NxD, row_TK, layout.pair_of_row[:, None], layout.full)
+  return y_TKxD.reshape(shape)
 
 
 def _split_over(axis_name: str | None) -> int:
@@ -217,6 +230,7 @@ def capacity(
   *,
   capacity: int,
   groups: int = 1,
+  full: bool = False,
   axis_name: str | None = None,
 ) -> Mixed:
   """Applies the experts to static buffers of `capacity` tokens each.
@@ -231,12 +245,14 @@ def capacity(
     mask_T: bool; False leaves a token out: no buffer space, and y is 0 there.
     capacity: tokens per expert of each group, C >= 1.
     groups: equal, consecutive parts of the tokens with buffers of their own.
+    full: whether loads are known to fill all buffers exactly.
     axis_name: mesh axis over which experts are split, inside `jax.shard_map`.
   """
   queues = choice.load.shape[0] * groups
   pairs = _sort_pairs(choice, mask_T, groups)
   row_N = _row_of_pair(pairs, queues, capacity)
   layout = _lay_out(choice, pairs, row_N, queues * capacity)
+  layout = layout._replace(full=full)
   y_TxKxD = _apply_in_buffers(x_TxD, choice, weights, layout, axis_name)
   dropped = (pairs.queue_N < queues) & (row_N == queues * capacity)
   return Mixed(_sum(y_TxKxD), jnp.sum(dropped, dtype=jnp.int32))
@@ -323,7 +339,10 @@ def _apply_in_buffers(x_TxD, choice, weights, layout: _Layout, axis_name):
   """
   gates_TKx1 = choice.gates.reshape(-1, 1)
   gates_Nx1 = take_rows(
-    gates_TKx1, layout.pair_of_row, layout.row_of_pair.reshape(-1, 1)
+    gates_TKx1,
+    layout.pair_of_row,
+    layout.row_of_pair.reshape(-1, 1),
+    layout.full,
   )
 
   def apply(x_ExCxD, gates_ExCx1):

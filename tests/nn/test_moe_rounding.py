@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax import nn, routing
+from moe_jax.parallel import dispatch
 
 WIDTH, EXPERTS, K = 16, 8, 2
 COUNTING = routing.bip(1)._replace(observe=routing.loss_free().observe)
@@ -90,6 +91,37 @@ def test_rounding_is_even_and_drops_nothing_from_the_first_step(
   np.testing.assert_array_equal(
     aux.choice.experts, routing.choose(aux.scores, q, k=K).experts
   )
+
+
+@pytest.mark.parametrize(
+  ('full', 'sequence', 'factor', 'masked', 'replayed'),
+  [
+    (True, (4, 10), 0.0, False, False),
+    (False, (5, 5), 0.0, False, False),  # 6.25 a buffer.
+    (False, (4, 10), 1.5, False, False),
+    (False, (4, 10), 0.0, True, False),
+    (False, (4, 10), 0.0, False, True),
+  ],
+)
+def test_buffers_are_full_where_every_row_has_a_pair(
+  monkeypatch, full, sequence, factor, masked, replayed
+):
+  seen = []
+  real = dispatch.capacity
+
+  def capacity(*arguments, **options):
+    seen.append(options['full'])
+    return real(*arguments, **options)
+
+  monkeypatch.setattr(dispatch, 'capacity', capacity)
+  x = tokens(*sequence)
+  moe = make_layer(COUNTING, factor, round_to_capacity=True)
+  mask = jnp.ones(sequence, bool) if masked else None
+  experts = jnp.zeros((*sequence, K), jnp.int32).at[..., 1].set(1)
+  nnx.eval_shape(
+    lambda moe: moe(x, mask, experts if replayed else None, train=True)[0], moe
+  )
+  assert seen == [full]
 
 
 def test_rounding_splits_equal_tokens():

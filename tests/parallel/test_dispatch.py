@@ -155,6 +155,22 @@ def test_capacity_for_the_largest_load_equals_grouped():
   assert dropped == np.sum(load == load.max())
 
 
+def test_full_buffers_need_not_be_cleared():
+  x, _, _, weights = _problem('even')
+  everyone = jnp.ones(T, bool)
+  experts = (jnp.arange(T)[:, None] + jnp.array([0, 2])) % E  # 160 for each.
+  gates = jax.random.uniform(jax.random.key(0), (T, K))
+  choice = _choice(experts, gates, np.ones(T, bool))
+
+  def run(full):
+    def apply(x, choice, weights, mask):
+      return dispatch.capacity(x, choice, weights, capacity=160, full=full)
+
+    return _with_gradients(apply)(x, choice, everyone, weights)
+
+  jax.tree.map(np.testing.assert_array_equal, run(True), run(False))
+
+
 @pytest.mark.parametrize('capacity', [None, 110])
 def test_bfloat16_is_float32_within_its_precision(capacity):
   x, choice, mask, weights = _problem('even')
