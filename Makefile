@@ -48,8 +48,9 @@ PYTEST := -m pytest -q -n 2 --dist loadfile
 test: setup
 	$(QUICKLY) $(BIN)/python $(PYTEST) -m 'not long'
 
+# In the order of files, as one of the first has the longest test.
 test-all: setup test-newer
-	$(QUICKLY) $(BIN)/python $(PYTEST)
+	$(QUICKLY) $(BIN)/python $(PYTEST) --no-loadscope-reorder
 
 # Quick tests with the jax for later Pythons, and tests of what the compilers
 # for TPU and GPU make of a program, in an environment of their own.

@@ -8,12 +8,17 @@ import time
 
 import numpy as np
 
-# As the program, with parts that are small enough for a test.
-PROGRAM = """
-import sys
+# As the program, with parts that are small enough for a test. It prints its
+# greatest memory as Linux has it: what getrusage gives is at first that of the
+# process that started it.
+PROGRAM = r"""
+import re, sys
 from moe_jax.data import parts, prepare
 parts.PART_BYTES = int(sys.argv.pop())
-sys.exit(prepare.main(sys.argv))
+code = prepare.main(sys.argv)
+status = open('/proc/self/status').read()
+print(1024 * int(re.search(r'VmHWM:\s*(\d+) kB', status)[1]))
+sys.exit(code)
 """
 
 
@@ -41,10 +46,11 @@ def kill_and_resume(folder, source, tokenizer, kills, part_bytes):
   that is whole: the job, a shard, or the record of a part.
 
   Returns:
-    How many were killed before they were done.
+    How many were killed before they were done, and the most bytes of memory
+    that the undisturbed one had.
   """
   undisturbed = start(source, tokenizer, folder / 'one', part_bytes)
-  _, errors = undisturbed.communicate()
+  output, errors = undisturbed.communicate()
   assert undisturbed.returncode == 0, errors
   random = np.random.default_rng(0)
   killed, out = 0, folder / 'two'
@@ -61,7 +67,7 @@ def kill_and_resume(folder, source, tokenizer, kills, part_bytes):
   _, errors = last.communicate()
   assert last.returncode == 0, errors
   assert files(out) == files(folder / 'one')  # And nothing is left beside.
-  return killed
+  return killed, int(output.splitlines()[-1])
 
 
 def _names(folder, whole):

@@ -398,7 +398,8 @@ def test_what_was_finished_is_kept(tokenizer, tmp_path, monkeypatch):
 def test_killed_it_ends_as_if_undisturbed(tokenizer, tmp_path):
   (tmp_path / 'a.jsonl').write_bytes(_jsonl(TEXTS * 20))
   source = tmp_path / 'a.jsonl'
-  assert killing.kill_and_resume(tmp_path, source, tokenizer, 2, 2000) == 2
+  killed, _ = killing.kill_and_resume(tmp_path, source, tokenizer, 2, 2000)
+  assert killed == 2
 
 
 def test_one_process_prepares_and_another_is_told(tokenizer, tmp_path):
