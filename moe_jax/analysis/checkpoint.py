@@ -140,15 +140,30 @@ class Checkpoint:
     new_BxN = nn.generate(self.model, prompt_BxS, tokens=tokens, **options)
     return tokenizer.decode(np.asarray(new_BxN)[0])
 
+  def with_balancer(self, **balancer: Any) -> nn.Decoder:
+    """Returns the model under another rule, with the prices that it begins at.
+
+    Args:
+      **balancer: the rule's `name`, and its options, as in `config.balancer`.
+
+    Raises:
+      ValueError: there is no such rule or option.
+    """
+    plan = self._planned(dataclasses.replace(self.config, balancer=balancer))
+    return nnx.merge(plan.graphdef, self.params, plan.init_router())
+
   @functools.cached_property
   def _plan(self) -> states.Training:
-    """The model on this mesh, whatever the run's own mesh and batches were."""
+    return self._planned(self.config)
+
+  def _planned(self, config: config_lib.Config) -> states.Training:
+    """Plans a model on this mesh, whatever the run's own mesh and batches."""
     config = dataclasses.replace(
-      self.config,
+      config,
       mesh=config_lib.MeshConfig(),
       batch_size=self.mesh.size,
       accumulation=1,
-      model=dataclasses.replace(self.config.model, shards=0),
+      model=dataclasses.replace(config.model, shards=0),
     )
     return states.make_training(config, self.mesh, optimizer=optax.identity())
 
