@@ -105,4 +105,4 @@ def test_board(tmp_path, board):
   assert list(shown['histograms']['bip']) == ['router/load/layer_00']
   assert shown['text'] == {'bip': ['run/text_summary']}
   page = f'{url}data/plugin/text/text?run=bip&tag=run/text_summary'
-  assert '<h1>bip, seed 0</h1>' in get(page)[0]['text']
+  assert '<h1>bip seed 0</h1>' in get(page)[0]['text']

@@ -361,7 +361,7 @@ def test_in_a_browser(write_run, spread, tmp_path, chromium, page, width):
     record |= {f'router/q/layer_{i:02d}': [0.0, 0.1, 0.2, 0.3] for i in (0, 1)}
   better = [r | {'router/max_violation': 0.25} for r in records]
   page(
-    write_run(long, data={'files': 'y' * 300}),
+    write_run(long, records=records, data={'files': 'y' * 300}),
     write_run('<script>alert(1)', records=better[:2]),
     write_run('third', records=[*records[:2], records[2]], seed=1),
   )

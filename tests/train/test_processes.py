@@ -57,8 +57,7 @@ def assert_same_training(workdir, expected):
     for name, value in same.items():
       if name.startswith(('train/', 'eval/')):
         # Devices' sums are made in another order: not the bits.
-        later = 1e-2 if name == 'train/gradient_norm' else 1e-3
-        tolerance = 1e-6 if first else later
+        tolerance = 1e-6 if first else 5e-3
         assert record[name] == pytest.approx(value, rel=tolerance), name
       if name.startswith('router/load/'):
         assert sum(record[name]) == sum(value)
