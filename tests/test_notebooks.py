@@ -108,6 +108,7 @@ def test_all_are_there():
   assert {path.stem for path in NOTEBOOKS} == {
     'checkpoint',
     'compare',
+    'public_model',
     'routing',
     'your_model',
   }
