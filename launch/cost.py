@@ -144,7 +144,7 @@ def _roofline(program, visit, chip, rows) -> float:
   elif is_call and (
     needed := _attention_flops(
       f'{instruction.name} {instruction.attributes}',
-      [sizes for shape in shapes for sizes in _sizes(shape)],
+      [sizes for shape in shapes[:-1] for sizes in _sizes(shape)],
     )
   ):
     flops, size = needed / _KERNEL_SHARE, sum(map(hlo.shape_bytes, shapes))
@@ -201,18 +201,19 @@ def _grouped_product(shapes: Sequence[str], rows: float) -> tuple[float, float]:
   return 2.0 * min(room, rows) * k * n, size
 
 
-def _attention_flops(name: str, shapes: Sequence[Sequence[int]]) -> float:
+def _attention_flops(name: str, operands: Sequence[Sequence[int]]) -> float:
   """Returns the FLOPs of a kernel of causal attention, 0 of anything else.
 
-  Half of the scores are not computed. Queries are the greatest array of four
-  axes, [B, S, H, W] or [B, H, S, W], and no text has fewer tokens than heads.
+  Half of the scores are not computed. Queries are the greatest operand of three
+  axes or more: [B, S, H, W], [B, H, S, W] or, of one sequence, [H, S, W]. No
+  text has fewer tokens than heads.
   """
   products = next((n for part, n in _ATTENTION.items() if part in name), 0)
-  shapes = [shape for shape in shapes if len(shape) == 4]
-  if not products or not shapes:
+  operands = [shape for shape in operands if len(shape) > 2]
+  if not products or not operands:
     return 0.0
-  query = max(shapes, key=math.prod)
-  return float(products * math.prod(query) * max(query[1:3]))
+  query = max(operands, key=math.prod)
+  return float(products * math.prod(query) * max(query[-3:-1]))
 
 
 def _arrays(shape: str) -> list[str]:

@@ -148,20 +148,21 @@ def test_flops_of_loops_devices_and_grouped_products():
   ],
   ids=['cudnn', 'splash'],
 )
+@pytest.mark.parametrize('batch', [1, 2])
 def test_flops_of_attention_are_those_of_the_causal_half(
-  kernel, products, monkeypatch
+  kernel, products, batch, monkeypatch
 ):
   monkeypatch.setattr(
     jax_privates.fused_attention_stablehlo, 'check_cudnn_version', lambda: 91002
   )
-  query = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
-  key = jax.ShapeDtypeStruct((2, 256, 1, 64), jnp.bfloat16)
+  query = jax.ShapeDtypeStruct((batch, 256, 4, 64), jnp.bfloat16)
+  key = jax.ShapeDtypeStruct((batch, 256, 1, 64), jnp.bfloat16)
 
   def loss(*arrays):
     return jnp.sum(kernel(*arrays, None, scale=1.0).astype(jnp.float32))
 
   jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(query, key, key)
-  each = 2 * 2 * 4 * 64 * 256 * 256 / 2
+  each = 2 * batch * 4 * 64 * 256 * 256 / 2
   counted = cost.flops(jaxpr.jaxpr, 1, rows=1)
   assert counted == pytest.approx(products * each, rel=1e-2)
 
@@ -183,7 +184,8 @@ ENTRY %main (x: f32[4,8], y: f32[8,16], z: bf16[99,8]) -> f32[4,16] {
   %w = bf16[2,8,5]{2,1,0} pad(%x), backend_config=\
 {"estimated_cycles":"300"}
   %kernel = bf16[99,5]{1,0} custom-call(%z, %w), metadata={op_name="experts"}
-  %splash_mha_dq.1 = bf16[1,2,8,4]{3,2,1,0} custom-call(%q), \
+  %splash_mha_dq.1 = (bf16[1,2,8,4]{3,2,1,0}, f32[1,2,8,9]{3,2,1,0}) \
+custom-call(%q), \
 frontend_attributes={kernel_metadata={
 "xprof_metadata":"{}"
 }}, metadata={op_name="attention/vmap()"}
