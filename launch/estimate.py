@@ -139,7 +139,7 @@ def evaluation_step(
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     lowered = step.lower(state.params, state.router, batch)
   compiled = ahead.compile_step(lowered, topology)
-  optimizer = state_lib.bytes_per_device(state.optimizer)
+  optimizer = _bytes_of_optimizer(state)
   needed = optimizer + compiled.argument_bytes + compiled.temporary_bytes
   result = {
     'sequences': rows,
@@ -237,12 +237,17 @@ def _memory(config, training, jaxpr, mesh, compiled) -> dict[str, float]:
   kept = min(_kept_bytes(jaxpr, config, mesh), temporary)
   return {
     'parameters': size(abstract.params),
-    'optimizer': size(abstract.optimizer),
+    'optimizer': _bytes_of_optimizer(abstract),
     'activations': kept,
     'temporaries': temporary - kept,
     'needed': compiled.argument_bytes + compiled.temporary_bytes,
     'limit': compiled.limit,
   }
+
+
+def _bytes_of_optimizer(state: state_lib.TrainState) -> int:
+  """Counts what lives beside the parameters that are evaluated."""
+  return state_lib.bytes_per_device((state.optimizer, state.average))
 
 
 def _kept_bytes(jaxpr: core.Jaxpr, config: Config, mesh: Mesh) -> float:

@@ -168,9 +168,7 @@ def test_a_run_unpickles_nothing_and_listens_on_nothing(
   checkpoints.restore_newest(
     directory,
     Reader(tmp_path / 'run').facts['run'],
-    lambda config: {
-      name: getattr(abstract, name) for name in checkpoints.ITEMS
-    },
+    lambda config: checkpoints.items_of(abstract),
   )
   assert unpickled == []
   files = [path for path in directory.rglob('*') if path.is_file()]

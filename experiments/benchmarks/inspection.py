@@ -22,7 +22,7 @@ from moe_jax import config as config_lib
 from moe_jax import main as command_line
 from moe_jax.parallel import mesh as meshes
 from moe_jax.runs import files
-from moe_jax.runs.checkpoints import ITEMS, Position
+from moe_jax.runs.checkpoints import Position, items_of
 from moe_jax.runs.saver import Saver
 from moe_jax.train import facts
 from moe_jax.train import state as states
@@ -68,7 +68,7 @@ def write(config: config_lib.Config, directory: pathlib.Path) -> None:
     losses={},
     largest=max(x.nbytes for x in jax.tree.leaves(state)),
   ) as saver:
-    items = {name: getattr(state, name) for name in ITEMS}
+    items = items_of(state)
     saver.save(items, Position(1), record={}, wait=True)
 
 

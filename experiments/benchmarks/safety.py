@@ -24,7 +24,7 @@ from moe_jax import config as config_lib
 from moe_jax import main as command_line
 from moe_jax.parallel import mesh as meshes
 from moe_jax.runs import checksums, preemption
-from moe_jax.runs.checkpoints import ITEMS
+from moe_jax.runs.checkpoints import items_of
 from moe_jax.train import state as state_lib
 from moe_jax.train import step as step_lib
 
@@ -54,7 +54,7 @@ def each_checkpoint(
   mesh = meshes.make_mesh()
   training = state_lib.make_training(config, mesh)
   state = training.init()
-  arrays = {name: getattr(state, name) for name in ITEMS}
+  arrays = items_of(state)
   jax.block_until_ready(arrays)
   times = {'checksums': [], 'metrics on the disk': []}
   with tempfile.NamedTemporaryFile() as file:

@@ -73,8 +73,12 @@ class Checkpoint:
 
   @functools.cached_property
   def params(self) -> dict[str, Any]:
-    """All parameters, nested dicts of float32 arrays on the mesh."""
-    return self._read(self._checked, 'params', self._plan.abstract.params)
+    """All parameters, nested dicts of float32 arrays on the mesh.
+
+    Where the run averages them, that is the average.
+    """
+    name = 'average' if self.config.optimizer.average else 'params'
+    return self._read(self._checked, name, self._plan.abstract.params)
 
   @functools.cached_property
   def model(self) -> nn.Decoder:

@@ -23,10 +23,10 @@ import orbax.checkpoint as ocp
 from moe_jax.options import Refused
 from moe_jax.runs import checksums, files, processes
 
-ITEMS = ('params', 'optimizer', 'router')
+ITEMS = ('params', 'optimizer', 'router', 'average')
 # What older versions did not save: zeros between steps, when they saved.
 _LATER = ('so_far',)
-Items = dict[str, Any]  # a pytree of arrays for each of these
+Items = dict[str, Any]  # a pytree of arrays for each of these, or some
 
 # Types of errors, and what tensorstore and buckets call theirs.
 _MAY_PASS = re.compile(
@@ -34,6 +34,12 @@ _MAY_PASS = re.compile(
   r'|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED'
   r'|UNAUTHENTICATED|ABORTED)\b'
 )
+
+
+def items_of(state: Any) -> Items:
+  """Returns the items of a state that has them as attributes, or None."""
+  items = {name: getattr(state, name) for name in ITEMS}
+  return {name: item for name, item in items.items() if item is not None}
 
 
 class Position(NamedTuple):

@@ -263,9 +263,11 @@ class Writer:
       output.sync()
     # First: a checkpoint without the metrics before it could not be continued.
     files.patiently(self._upload, f'{self._workdir}: upload')
-    items = {name: getattr(state, name) for name in checkpoints.ITEMS}
     self._saver.save(
-      items, self._position, record=records.finite(self._record), wait=wait
+      checkpoints.items_of(state),
+      self._position,
+      record=records.finite(self._record),
+      wait=wait,
     )
     self.saved_step = step
     self._clock = time.perf_counter()

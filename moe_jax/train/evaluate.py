@@ -105,7 +105,7 @@ def _add_up(step, state, batches, stop) -> dict[str, float] | None:
   for batch in batches:
     if stop():
       return None
-    before, waiting = waiting, step(state.params, state.router, batch)
+    before, waiting = waiting, step(state.evaluated, state.router, batch)
     add(before)
   add(waiting)
   return sums

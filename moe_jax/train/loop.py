@@ -111,8 +111,7 @@ def _restore_or_begin(
   def items_under(options: dict[str, Any]) -> checkpoints.Items:
     abstract = plan.training.abstract
     router = _router_under(plan, config_lib.upgrade(options)['balancer'])
-    items = {name: getattr(abstract, name) for name in checkpoints.ITEMS}
-    return items | {'router': router}
+    return checkpoints.items_of(abstract) | {'router': router}
 
   saved = run.restore(items_under)
   if saved is None:

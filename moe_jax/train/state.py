@@ -29,12 +29,19 @@ class TrainState(NamedTuple):
     params: float32 parameters.
     optimizer: optax's state.
     router: every MoE layer's router state.
+    average: moving average of the parameters, or None.
   """
 
   step: jax.Array
   params: Any
   optimizer: Any
   router: Any
+  average: Any = None
+
+  @property
+  def evaluated(self) -> Any:
+    """The parameters that are evaluated: their average, where there is one."""
+    return self.params if self.average is None else self.average
 
 
 class Training(NamedTuple):
@@ -113,7 +120,8 @@ def make_training(
   def init() -> TrainState:
     _, params, router = split()
     params, router = nnx.to_pure_dict(params), nnx.to_pure_dict(router)
-    return TrainState(jnp.int32(0), params, optimizer.init(params), router)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), router)
+    return state._replace(average=params) if config.optimizer.average else state
 
   abstract = jax.eval_shape(init)
   shardings = _shardings(abstract, params, optimizer, mesh, config.mesh.fsdp)
@@ -219,6 +227,7 @@ def _shardings(abstract, params, optimizer, mesh, fsdp) -> TrainState:
       is_leaf=is_masked,
     ),
     router=jax.tree.map(lambda _: replicated, abstract.router),
+    average=None if abstract.average is None else param_shardings,
   )
 
 

@@ -67,7 +67,9 @@ def make_train_step(
     finite = jnp.isfinite(sums['loss'] + sums['auxiliary_loss'])
     finite &= jnp.isfinite(gradient_norm)
     finite &= ~jnp.any(sums['router']['infinite'])
-    update = functools.partial(_update, training, gradient, router)
+    update = functools.partial(
+      _update, training, config.optimizer.average, gradient, router
+    )
     new = apply_if(finite, update, state)
     # Not `state.step`: skipped steps update nothing.
     (_, updates), *_ = optax.tree.get_all_with_path(state.optimizer, 'count')
@@ -226,16 +228,20 @@ def _routes(choice: routing.Choice, shape_BxS: tuple[int, int]) -> jax.Array:
   return experts_LxBxSxK.swapaxes(0, 1).astype(jnp.int16)
 
 
-def _update(training, gradient, router, state) -> TrainState:
+def _update(training, decay, gradient, router, state) -> TrainState:
   """Moves parameters by a gradient and routers by what they have observed."""
   with jax.named_scope('optimizer'):
     updates, optimizer = training.optimizer.update(
       gradient, state.optimizer, state.params
     )
     params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if average is not None:
+      average = optax.incremental_update(params, average, 1 - decay)
   model = nnx.merge(training.graphdef, state.params, router, copy=True)
   nn.update_routers(model)
-  return TrainState(state.step, params, optimizer, _router_state(model))
+  router = _router_state(model)
+  return TrainState(state.step, params, optimizer, router, average)
 
 
 def _router_state(model: nn.Decoder) -> dict[str, Any]:

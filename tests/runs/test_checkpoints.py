@@ -24,7 +24,7 @@ from tests.train import tiny
 
 
 def items_of(state):
-  return {name: getattr(state, name) for name in checkpoint_lib.ITEMS}
+  return checkpoint_lib.items_of(state)
 
 
 def open_saver(directory, config, run='name', losses=None, largest=0):

@@ -22,6 +22,7 @@ from moe_jax.train import evaluate as evaluation
 from moe_jax.train import facts as facts_lib
 from moe_jax.train import loop
 from moe_jax.train import plan as plan_lib
+from moe_jax.train.state import TrainState
 from tests.train import tiny
 
 METHODS = ('loss_controlled', 'loss_free', 'bip')
@@ -37,7 +38,7 @@ def records(workdir):
 
 def abstract_items(plan):
   abstract = plan.training.abstract
-  return {name: getattr(abstract, name) for name in checkpoints.ITEMS}
+  return checkpoints.items_of(abstract)
 
 
 def latest(plan):
@@ -89,6 +90,35 @@ def test_what_a_run_leaves(finished):
   assert options['balancer']['iterations'] == 4
   for item in ('params', 'optimizer', 'router', 'data', 'meta'):
     assert (workdir / 'checkpoints' / '6' / item).is_dir()
+
+
+@pytest.mark.long
+def test_the_average_is_saved_evaluated_and_goes_on(text, tmp_path):
+  config = tiny.tiny_config(
+    text, **{'eval_every': 3, 'optimizer.average': 0.9, 'mesh.expert': 4}
+  )
+  whole = tiny.run(config, tmp_path / 'whole')
+  asked = itertools.count()
+  with pytest.raises(preemption.Preempted):
+    tiny.run(config, tmp_path / 'parts', preempted=lambda: next(asked) > 3)
+  parts = tiny.run(config, tmp_path / 'parts')
+  saved, again = (latest(plan).items for plan in (whole, parts))
+  assert saved.keys() == {*checkpoints.ITEMS}
+  jax.tree.map(np.testing.assert_array_equal, again, saved)
+  opened = analysis.Run(whole.workdir).restore()
+  jax.tree.map(np.testing.assert_array_equal, opened.params, saved['average'])
+  differ = jax.tree.map(
+    lambda a, p: np.any(a != p), saved['average'], saved['params']
+  )
+  assert all(jax.tree.leaves(differ))
+  evaluate = evaluation.make_evaluation(
+    config, whole.training, whole.mesh, whole.text
+  )
+  recorded = records(whole.workdir)[-1]
+  state = TrainState(6, **saved)
+  for average in (state.average, None):
+    found = evaluate(state._replace(average=average), lambda: False)
+    assert (found.items() <= recorded.items()) == (average is not None)
 
 
 def test_mfu(text, tmp_path, monkeypatch):

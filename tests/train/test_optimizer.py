@@ -194,3 +194,23 @@ def test_the_first_moment_may_be_bfloat16(tmp_path):
 def test_what_cannot_be_is_refused(tmp_path, options, message):
   with pytest.raises(ValueError, match=message):
     learning_rates(tmp_path, 0, **options)
+
+
+def test_the_average_follows_the_parameters(tmp_path):
+  config = tiny.tiny_config(tmp_path, **{'optimizer.average': 0.75})
+  plain = tiny.tiny_config(tmp_path)
+  averaged, steps = None, range(4)
+  for count in steps:
+    _, _, state, _ = run_steps(plain, count)
+    assert state.average is None and state.evaluated is state.params
+    if averaged is None:
+      averaged = jax.device_get(state.params)
+    else:
+      averaged = jax.tree.map(
+        lambda a, p: 0.75 * a + 0.25 * p, averaged, jax.device_get(state.params)
+      )
+  _, _, state, _ = run_steps(config, len(steps) - 1)
+  assert_close(state.average, averaged)
+  jax.tree.map(np.testing.assert_array_equal, state.evaluated, state.average)
+  _, _, plain_state, _ = run_steps(plain, len(steps) - 1)
+  jax.tree.map(np.testing.assert_array_equal, state.params, plain_state.params)
