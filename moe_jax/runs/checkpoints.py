@@ -9,7 +9,6 @@ that.
 from collections.abc import Callable, Mapping
 import hashlib
 import json
-import math
 import re
 import sys
 from typing import Any, NamedTuple
@@ -319,7 +318,17 @@ def array_handler(largest: int = 0) -> ocp.PyTreeCheckpointHandler:
   if jax.default_backend() == 'cpu':
     # What is being written takes memory that the step needs. An array above the
     # limit could not be written at all.
-    limit = max(1, math.ceil(largest / 1e9))
+    limit = max(0.2, 1.01 * largest / 1e9)
   return ocp.PyTreeCheckpointHandler(
     save_concurrent_gb=limit, save_device_host_concurrent_gb=limit
   )
+
+
+def written(item: Any) -> ocp.args.PyTreeSave:
+  """Returns an item of arrays with how it is written.
+
+  On CPU in files of 32 MB: whole files are kept in memory first, and by
+  default they have 2 GB.
+  """
+  size = 1 << 25 if jax.default_backend() == 'cpu' else None
+  return ocp.args.PyTreeSave(item, ocdbt_target_data_file_size=size)

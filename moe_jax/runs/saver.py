@@ -107,7 +107,7 @@ class Saver:
     }
     data = {'next_sequence': position.next_sequence}
     saved = ocp.args.Composite(
-      **{name: ocp.args.PyTreeSave(item) for name, item in items.items()},
+      **{name: checkpoints.written(item) for name, item in items.items()},
       data=ocp.args.JsonSave(data),
       meta=ocp.args.JsonSave(
         meta | {'sha256': checkpoints.sha256_of(meta, data)}
