@@ -40,8 +40,9 @@ demo: setup
 board: setup
 	$(BIN)/tensorboard --logdir=$(RUNS) --host=127.0.0.1
 
-# Programs that run for seconds compile in half the time; test-newer has them as
-# users do, whose compilers join operations and their rounding.
+# Programs that run for seconds compile in half the time. As users have them,
+# whose compilers join operations and their rounding: the quick tests of
+# test-newer, and recomputation.
 QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 PYTEST := -m pytest -q -n 2 --dist loadfile
 
@@ -51,6 +52,7 @@ test: setup
 # In the order of files, as one of the first has the longest test.
 test-all: setup test-newer
 	$(QUICKLY) $(BIN)/python $(PYTEST) --no-loadscope-reorder
+	$(BIN)/python -m pytest -q tests/train/test_step.py -k remat
 
 # Quick tests with the jax for later Pythons, and tests of what the compilers
 # for TPU and GPU make of a program, in an environment of their own.

@@ -44,7 +44,8 @@ WIDTH, HIDDEN, EXPERTS, K = 256, 384, 16, 4
 DTYPES = ('float32', 'bfloat16')
 # Empty groups, one of a row, some of more than a block of a kernel.
 LOADS = np.array([0, 300, 1, 0, 257, 31, 128, 0], np.int32)
-_TOKENS, _HEADS = 256, 8  # Of attention.
+# Of attention: several blocks of a kernel, a scale that is no power of two.
+_TOKENS, _HEADS, _HEAD = 640, 4, 128
 # Balancer; iterations, whether cuts are in the middle, whether prices are
 # clipped (else centred); whether the prices before are those of the choice.
 RULES = {
@@ -87,12 +88,12 @@ def comparisons(
       for kind, factor in (('dropless', 0.0), ('static', EXPERTS / K)):
         name = f'{kind} layer, {dtype}, {where}'
         found[name] = functools.partial(layer, mesh, cpu, dtype, factor)
+      for kind in ('', ' in documents'):
+        name = f'attention{kind}, {dtype}, {where}'
+        found[name] = functools.partial(attention, mesh, cpu, dtype, kind)
   for dtype in DTYPES:
     name = f'grouped products, {dtype}'
     found[name] = functools.partial(products, devices[0], dtype)
-    for kind in ('', ' in documents'):
-      name = f'attention{kind}, {dtype}'
-      found[name] = functools.partial(attention, devices[0], cpu, dtype, kind)
   return found
 
 
@@ -255,13 +256,11 @@ def products(device: jax.Device, dtype: str) -> Finding:
   return _compare(actual, expected, dtype, roundings=1, terms=HIDDEN)
 
 
-def attention(
-  device: jax.Device, cpu: jax.Device, dtype: str, kind: str
-) -> Finding:
+def attention(mesh: Mesh, cpu: jax.Device, dtype: str, kind: str) -> Finding:
   """Compares attention, in two documents if there is a `kind`."""
-  random = np.random.default_rng(0)
+  random, batch = np.random.default_rng(0), mesh.size
   query, key, value, dy = (
-    _rounded(random.normal(size=(2, _TOKENS, heads, 64)), dtype)
+    _rounded(random.normal(size=(batch, _TOKENS, heads, _HEAD)), dtype)
     for heads in (_HEADS, 2, 2, _HEADS)
   )
   positions_S = np.arange(_TOKENS, dtype=np.int32)
@@ -274,13 +273,13 @@ def attention(
 
   def dense(query, key, value):
     key, value = (jnp.repeat(x, _HEADS // 2, axis=2) for x in (key, value))
-    scores = jnp.einsum('bshw,bchw->bhsc', query, key) / 8
+    scores = jnp.einsum('bshw,bchw->bhsc', query, key) * _HEAD**-0.5
     shares = jax.nn.softmax(jnp.where(mask_SxS, scores, -jnp.inf))
     return jnp.einsum('bhsc,bchw->bshw', shares, value)
 
   def run(query, key, value, positions_BxS, dy):
     def apply(query, key, value):
-      return attend(query, key, value, positions_BxS)
+      return attend(query, key, value, positions_BxS, mesh=mesh)
 
     y, pullback = jax.vjp(apply, query, key, value)
     dquery, dkey, dvalue = pullback(dy)
@@ -290,11 +289,11 @@ def attention(
     y, pullback = jax.vjp(jax.jit(dense), *map(np.float64, (query, key, value)))
     dquery, dkey, dvalue = pullback(np.float64(dy))
   expected = _named(y, {'key': dkey, 'value': dvalue}, dquery)
-  positions_BxS = np.tile(positions_S, (2, 1)) if kind else None
+  positions_BxS = np.tile(positions_S, (batch, 1)) if kind else None
   operands = [x.astype(jnp.dtype(dtype)) for x in (query, key, value, dy)]
   operands.insert(3, positions_BxS)
-  operands = jax.device_put(operands, device)
-  actual = _jit(run, dtype, device)(*operands)
+  operands = jax.device_put(operands, NamedSharding(mesh, meshes.BATCH))
+  actual = _jit(run, dtype, mesh.devices.flat[0])(*operands)
   # Queries, shares, their gradients, y; and what kernels keep in between.
   return _compare(
     actual, jax.device_get(expected), dtype, roundings=8, terms=_TOKENS

@@ -185,7 +185,9 @@ def _grouped_products(config, mesh, tokens):
 
 def _attention(config, mesh, tokens):
   model, device = config.model, mesh.devices.flat[0]
-  graphdef, params = nnx.split(Attention(model, rngs=nnx.Rngs(0)))
+  alone = meshes.make_mesh(1, 1, devices=[device])
+  attention = Attention(model, mesh=alone, rngs=nnx.Rngs(0))
+  graphdef, params = nnx.split(attention)
   shape = (tokens // config.sequence_length, config.sequence_length)
   x = _random((*shape, model.width), model.dtype, device)
   params = jax.device_put(params, device)

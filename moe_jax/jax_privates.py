@@ -16,7 +16,7 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxlib import _jax
 
-_CUDNN = 91002  # The least that jax asks for.
+_CUDNN = 91300  # Has all that jax asks for.
 _CLUSTERS = (
   clusters.SlurmCluster,
   clusters.GkeTpuCluster,
@@ -35,7 +35,8 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 def untracked(function: Callable[..., Any], *arguments: Any) -> Any:
   """Calls a function of one device's arrays; results vary as its arguments do.
 
-  What it calls need not know of mesh axes. It cannot be differentiated.
+  What it calls need not know of mesh axes. It can be neither differentiated nor
+  mapped by `jax.vmap`, and is traced at each call.
 
   Why: `jax.shard_map` refuses kernels that do not tell over which axes their
   results vary, such as those of splash attention.
@@ -75,7 +76,7 @@ def _result_types(*types, jaxpr):
   ]
 
 
-_untracked.def_impl(jax.jit(_evaluate, static_argnames='jaxpr'))
+_untracked.def_impl(_evaluate)
 mlir.register_lowering(
   _untracked, mlir.lower_fun(_evaluate, multiple_results=True)
 )
@@ -87,6 +88,17 @@ def assume_cudnn() -> None:
   Why: jax asks for its version, also where it compiles for described GPUs.
   """
   fused_attention_stablehlo.check_cudnn_version = lambda: _CUDNN
+
+
+def has_cudnn() -> bool:
+  """Tells whether jax finds cuDNN.
+
+  Why: `jax.nn.dot_product_attention` ends with an error where it does not.
+  """
+  try:
+    return bool(fused_attention_stablehlo.check_cudnn_version())
+  except RuntimeError:
+    return False
 
 
 def cluster() -> type[clusters.ClusterEnv] | None:

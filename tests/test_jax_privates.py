@@ -87,13 +87,16 @@ def test_assume_cudnn(monkeypatch):
   """`jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version`."""
   place = jax_privates.fused_attention_stablehlo
   monkeypatch.setattr(place, 'check_cudnn_version', place.check_cudnn_version)
+  monkeypatch.setattr(place, 'cuda_versions', None)  # As without cuDNN.
   half = jax.ShapeDtypeStruct((1, 64, 2, 64), 'bfloat16')
   attend = functools.partial(
     jax.nn.dot_product_attention, implementation='cudnn'
   )
   with pytest.raises(RuntimeError, match='cuDNN'):
     jax.eval_shape(attend, half, half, half)
+  assert not jax_privates.has_cudnn()
   jax_privates.assume_cudnn()
+  assert jax_privates.has_cudnn()
   assert jax.eval_shape(attend, half, half, half).shape == half.shape
 
 

@@ -77,7 +77,7 @@ class Checkpoint:
 
     Where the run averages them, that is the average.
     """
-    name = 'average' if self.config.optimizer.average else 'params'
+    name = states.evaluated_item(self.config)
     return self._read(self._checked, name, self._plan.abstract.params)
 
   @functools.cached_property
@@ -153,21 +153,22 @@ class Checkpoint:
     Raises:
       ValueError: there is no such rule or option.
     """
-    plan = self._planned(dataclasses.replace(self.config, balancer=balancer))
+    plan = self._planned(balancer=balancer)
     return nnx.merge(plan.graphdef, self.params, plan.init_router())
 
   @functools.cached_property
   def _plan(self) -> states.Training:
-    return self._planned(self.config)
+    return self._planned()
 
-  def _planned(self, config: config_lib.Config) -> states.Training:
+  def _planned(self, **changes: Any) -> states.Training:
     """Plans a model on this mesh, whatever the run's own mesh and batches."""
     config = dataclasses.replace(
-      config,
+      self.config,
       mesh=config_lib.MeshConfig(),
       batch_size=self.mesh.size,
       accumulation=1,
-      model=dataclasses.replace(config.model, shards=0),
+      model=dataclasses.replace(self.config.model, shards=0),
+      **changes,
     )
     return states.make_training(config, self.mesh, optimizer=optax.identity())
 

@@ -37,15 +37,16 @@ def find_prices(model: nn.Decoder, tokens_NxBxS: np.ndarray) -> None:
   Rules that solve on a batch have their prices after one; those that move a
   little after each step want many.
   """
-  _without_dropping(model)
+  copied = _without_dropping(model)
   for tokens_BxS in tokens_NxBxS:
-    _of_batch(model, tokens_BxS, train=True)
+    _of_batch(copied, tokens_BxS, train=True)
+  nnx.update(model, nnx.state(copied, nn.RouterState))
 
 
 def routed(model: nn.Decoder, tokens_NxBxS: np.ndarray) -> Routed:
   """Routes and predicts a text with prices as they are."""
-  _without_dropping(model)
-  found = [_of_batch(model, each, train=False) for each in tokens_NxBxS]
+  copied = _without_dropping(model)
+  found = [_of_batch(copied, each, train=False) for each in tokens_NxBxS]
   loads, losses = zip(*jax.device_get(found), strict=True)
   load_LxE = np.sum(loads, axis=0, dtype=np.int64)
   return Routed(load_LxE, float(np.mean(losses, dtype=np.float64)))
@@ -53,7 +54,10 @@ def routed(model: nn.Decoder, tokens_NxBxS: np.ndarray) -> Routed:
 
 def _without_dropping(model):
   """As in evaluation: a capacity is an option of the training."""
-  model.set_attributes(dropless=True)
+  graphdef, state = nnx.split(model)
+  copied = nnx.merge(graphdef, state, copy=True)
+  copied.set_attributes(dropless=True)
+  return copied
 
 
 @functools.partial(nnx.jit, static_argnames='train')

@@ -90,9 +90,10 @@ class OptimizerConfig:
   """Added to the root of that mean."""
   first_moment: str = option('float32', among=('float32', 'bfloat16'))
   """Type of the mean of gradients in memory, of AdamW and Muon."""
-  average: float = option(0.0, least=0, most=0.999999)
-  """Decay, each step, of a moving average of the parameters; 0.0 keeps none.
-  It is what is evaluated, saved beside the parameters and read by analyses."""
+  average: float = option(0.0, least=0, most=0.9999)
+  """Decay, each step, of a moving average of the parameters, which begins at
+  the first ones; 0.0 keeps none. It is what is evaluated, analysed and
+  exported, saved beside the parameters; `init_from` takes the latter."""
   decay: str = option('all', among=('all', 'matrices'), change='named')
   """What `weight_decay` acts on: all parameters, as in MiniMind, or all but
   the scales of norms."""

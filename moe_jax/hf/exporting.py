@@ -141,12 +141,13 @@ def _read(
   abstract = states.make_training(
     config, mesh, optimizer=optax.identity()
   ).abstract
+  name = states.evaluated_item(config)
   items = {
-    name: checkpoints.read_item(path, name, getattr(abstract, name))
-    for name in ('params', 'router')
+    name: checkpoints.read_item(path, name, abstract.params),
+    'router': checkpoints.read_item(path, 'router', abstract.router),
   }
   checkpoints.check(meta, items)
-  return items
+  return {'params': items[name], 'router': items['router']}
 
 
 def _public(

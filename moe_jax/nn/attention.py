@@ -135,7 +135,7 @@ class Attention(nnx.Module):
 
   Args:
     config: sizes and options.
-    mesh: as of `MoE`.
+    mesh: of the devices that attend, see `attention_kernels.find`.
     rngs: for the initial weights.
   """
 

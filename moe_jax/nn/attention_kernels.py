@@ -7,6 +7,7 @@ width.
 from collections.abc import Callable
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -26,44 +27,49 @@ def find(
 ) -> Callable[..., jax.Array] | None:
   """Returns the kernel that can attend with such queries, or None.
 
-  On NVIDIA GPUs it is cuDNN's, for 16-bit numbers in heads of up to 128, where
-  a sequence is one document. On TPUs it is splash attention, for sequences of a
-  multiple of 128 tokens.
+  On NVIDIA GPUs since Ampere it is cuDNN's, for 16-bit numbers in heads of up
+  to 128, where a sequence is one document. On TPUs it is splash attention, for
+  sequences of a multiple of 128 tokens.
 
   Args:
     query_BxSxHxW: or anything of its shape and dtype.
     documents: whether a sequence may hold several.
-    mesh: of `MoE`; None is one device, or a `jax.shard_map` of the caller's.
+    mesh: of the devices that attend. None has no kernel: nothing says where
+      the arrays are, and a compiler would not know how to split one.
 
   Returns:
     A function of query, key, value [B, S, G, W], positions_BxS or None, and
     `scale`.
   """
-  platform = _platform(mesh)
-  sequence, width = query_BxSxHxW.shape[1], query_BxSxHxW.shape[3]
-  if platform == 'tpu' and sequence % _LANES == 0:
+  if not isinstance(mesh, Mesh):
+    return None
+  device = mesh.devices.flat[0]
+  batch, sequence, _, width = query_BxSxHxW.shape
+  if device.platform == 'tpu' and sequence % _LANES == 0:
     kernel = _splash
   elif (
-    platform == 'gpu'
+    device.platform == 'gpu'
     and not documents
     and query_BxSxHxW.dtype in _CUDNN_DTYPES
     and width <= _CUDNN_WIDTH
     and width % 8 == 0
+    and _has_cudnn(device)
   ):
     kernel = _cudnn
   else:
     return None
   manual = jax.sharding.get_abstract_mesh().manual_axes
-  if mesh is None or mesh.size == 1 or set(meshes.AXES) <= set(manual):
+  if mesh.size == 1 or set(meshes.AXES) <= set(manual):
     return kernel
+  if batch % mesh.size:  # The MoE layers say so.
+    return None
   return functools.partial(_on_each_device, kernel, mesh)
 
 
-def _platform(mesh: Mesh | None) -> str:
-  if mesh is not None:
-    return mesh.devices.flat[0].platform
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.platform if device else jax.default_backend()
+def _has_cudnn(device: jax.Device) -> bool:
+  # Those of AMD have names in place of numbers.
+  major = re.match(r'(\d+)\.', getattr(device, 'compute_capability', ''))
+  return bool(major) and int(major[1]) >= 8 and jax_privates.has_cudnn()
 
 
 def _on_each_device(kernel, mesh, *arrays, scale):
@@ -108,7 +114,8 @@ def _splash(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _splash_BxHxSxW(scale, interpret, query, key, value, documents):
-  return _splash_forward(scale, interpret, query, key, value, documents)[0]
+  kernel = functools.partial(_splash_kernel, scale, interpret)
+  return jax_privates.untracked(kernel, documents, query, key, value)
 
 
 def _splash_forward(scale, interpret, query, key, value, documents):

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import config as config_lib
@@ -142,7 +143,10 @@ def _first_state(plan: Plan) -> TrainState:
   items = start.read(wanted)
   if plan.config.init_router:
     items['router'] = _router_now(plan, balancer, items['router'])
-  return state._replace(**items)
+  state = state._replace(**items)
+  if state.average is not None:  # It begins where they do.
+    state = state._replace(average=jax.tree.map(jnp.copy, state.params))
+  return state
 
 
 def _continued(

@@ -44,6 +44,11 @@ class TrainState(NamedTuple):
     return self.params if self.average is None else self.average
 
 
+def evaluated_item(config: Config) -> str:
+  """Returns which item of a checkpoint has `TrainState.evaluated`."""
+  return 'average' if config.optimizer.average else 'params'
+
+
 class Training(NamedTuple):
   """A model ready to train on a mesh.
 

@@ -237,7 +237,9 @@ def _update(training, decay, gradient, router, state) -> TrainState:
     params = optax.apply_updates(state.params, updates)
     average = state.average
     if average is not None:
-      average = optax.incremental_update(params, average, 1 - decay)
+      average = jax.tree.map(
+        lambda a, x: a + (1 - decay) * (x - a), average, params
+      )
   model = nnx.merge(training.graphdef, state.params, router, copy=True)
   nn.update_routers(model)
   router = _router_state(model)

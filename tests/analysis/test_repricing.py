@@ -1,5 +1,8 @@
 """Prices found for a public model on a text, and what they make of it."""
 
+import dataclasses
+from unittest import mock
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -65,6 +68,15 @@ def test_rules_that_move_after_a_step_move_with_each_batch(checkpoint):
     seen.append(q_of(model))
   assert np.all(np.abs(seen[0]) <= 0.0101) and seen[0].any()
   assert np.abs(seen[2]).max() == pytest.approx(0.03, abs=1e-6)
+
+
+def test_a_rule_that_solves_on_one_batch_alone(checkpoint):
+  """Whatever the run accumulates."""
+  config = dataclasses.replace(
+    checkpoint.config, accumulation=2, batch_size=2 * checkpoint.mesh.size
+  )
+  with mock.patch.object(checkpoint, 'config', config):
+    assert checkpoint.with_balancer(name='quantile')
 
 
 def test_an_unknown_rule_is_refused(checkpoint):

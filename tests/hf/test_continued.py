@@ -12,6 +12,7 @@ from moe_jax import config as config_lib
 from moe_jax import hf
 from moe_jax.analysis import Run
 from moe_jax.data import prepare
+from moe_jax.runs import checkpoints
 from moe_jax.runs.reader import Reader
 from moe_jax.train import batches
 from tests import golden_data
@@ -36,17 +37,48 @@ def public(tmp_path_factory):
   return place
 
 
+@pytest.fixture
+def train(public, tmp_path, monkeypatch):
+  """Returns a function that trains the model on."""
+
+  def run(method, steps, average=0.0):
+    monkeypatch.setenv('MODEL', str(public / 'run'))
+    options = continued.get_config(method)
+    options.update(
+      steps=steps,
+      warmup_steps=steps // 10,
+      batch_size=8,
+      sequence_length=32,
+      learning_rate=1e-3,
+    )
+    options.data.update(corpus=str(public / 'corpus'), evaluation_sets='')
+    options.data.cache_dir = str(tmp_path / 'cache')
+    options.optimizer.average = average
+    return tiny.run(config_lib.freeze(options), tmp_path / 'run')
+
+  return run
+
+
+@pytest.mark.long
+def test_an_average_is_what_is_exported(train, tmp_path):
+  run = train('loss_free', steps=2, average=0.5)
+  hf.export_model(str(run.workdir), str(tmp_path / 'out'))
+  hf.import_model(str(tmp_path / 'out'), str(tmp_path / 'again'))
+  again, trained = (
+    Run(workdir).restore().params
+    for workdir in (tmp_path / 'again', run.workdir)
+  )
+  jax.tree.map(np.testing.assert_array_equal, again, trained)
+  raw = checkpoints.read_item(run.workdir / 'checkpoints' / '2', 'params')
+  assert np.any(
+    raw['embedding']['embedding'] != trained['embedding']['embedding']
+  )
+
+
 @pytest.mark.long
 @pytest.mark.parametrize('method', ['loss_free', 'bip', 'midpoint'])
-def test_a_loss_goes_on_without_a_jump(public, method, tmp_path, monkeypatch):
-  monkeypatch.setenv('MODEL', str(public / 'run'))
-  options = continued.get_config(method)
-  options.update(
-    steps=STEPS, batch_size=8, sequence_length=32, learning_rate=1e-3
-  )
-  options.data.update(corpus=str(public / 'corpus'), evaluation_sets='')
-  options.data.cache_dir = str(tmp_path / 'cache')
-  run = tiny.run(config_lib.freeze(options), tmp_path / 'run')
+def test_a_loss_goes_on_without_a_jump(public, train, method):
+  run = train(method, STEPS)
   losses = [record['train/loss'] for record in Reader(run.workdir).records]
   assert len(losses) == STEPS
   # The first one is the loss of the model as it was imported.

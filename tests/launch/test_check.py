@@ -47,7 +47,7 @@ def test_eight_devices(monkeypatch, tmp_path):
   assert (told['device'], told['devices']) == ('cpu', 8)
   assert told['config']['model']['width'] == 32 and told['versions']['jaxlib']
   names = [row['name'] for row in told['checks']]
-  assert len(names) == len(set(names)) == 2 * (3 + 2) + 1 + 2 + 1
+  assert len(names) == len(set(names)) == 2 * (3 + 2 + 2) + 1 + 1
   for row in told['checks']:
     assert row['passed'] and row['error'] <= row['bound']
     assert 'float32' not in row['name'] or row['bound'] < 1e-5
@@ -73,7 +73,7 @@ def test_one_device(tmp_path):
   )
   assert result.returncode == 0, result.stdout + result.stderr
   told = json.loads(out.read_text())
-  assert told['devices'] == 1 and len(told['checks']) == 3 + 4 + 2 + 4 + 1
+  assert told['devices'] == 1 and len(told['checks']) == 3 + 4 + 4 + 2 + 1
   assert told['mfu'] is None and 'does not know cpu' in told['plan']['reason']
   assert '18 of 18 checks and timings passed' in result.stdout
   assert 'MFU unknown, planned unknown' in result.stdout

@@ -4,6 +4,7 @@ cuDNN's cannot run here; that of TPUs is interpreted. What the chips' compilers
 make of both: tests/launch/test_compiled.py.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -17,15 +18,32 @@ from moe_jax import jax_privates
 from moe_jax.nn import attention, attention_kernels
 from moe_jax.parallel import mesh as meshes
 
-BATCH, SEQUENCE = 4, 256
+BATCH, SEQUENCE = 4, 384  # Three blocks of 128.
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """One that only describes itself."""
+
+  platform: str
+  id: int
+  compute_capability: str
+  device_kind: str = ''
+  num_cores: int | None = None
+  process_index: int = 0
 
 
 @pytest.fixture
-def platform(monkeypatch):
-  """Tells for which platform is compiled."""
-  return lambda name: monkeypatch.setattr(
-    attention_kernels, '_platform', lambda mesh: name
-  )
+def device(monkeypatch):
+  """Returns a function that makes a mesh of devices that are not here."""
+
+  def make(platform, count=1, capability='9.0'):
+    array = np.empty((1, count), object)
+    array[0] = [Device(platform, i, capability) for i in range(count)]
+    return jax.sharding.Mesh(array, meshes.AXES)
+
+  monkeypatch.setattr(jax_privates, 'has_cudnn', lambda: True)
+  return make
 
 
 @pytest.mark.parametrize(
@@ -43,13 +61,32 @@ def platform(monkeypatch):
     ('tpu', 'bfloat16', 100, 64, False, None),
   ],
 )
-def test_which_kernel(
-  platform, name, dtype, sequence, width, documents, kernel
-):
-  platform(name)
+def test_which_kernel(device, name, dtype, sequence, width, documents, kernel):
   query = jax.ShapeDtypeStruct((2, sequence, 4, width), dtype)
-  found = attention_kernels.find(query, documents=documents, mesh=None)
+  found = attention_kernels.find(query, documents=documents, mesh=device(name))
   assert (found and found.__name__) == kernel
+
+
+@pytest.mark.parametrize('capability', ['7.5', 'gfx942'])
+def test_other_gpus_have_none(device, capability):
+  query = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
+  mesh = device('gpu', capability=capability)
+  assert not attention_kernels.find(query, documents=False, mesh=mesh)
+
+
+def test_without_cudnn_there_is_none(device, monkeypatch):
+  query = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
+  monkeypatch.setattr(jax_privates, 'has_cudnn', lambda: False)
+  assert not attention_kernels.find(query, documents=False, mesh=device('gpu'))
+
+
+def test_nor_where_nothing_says_how_a_batch_is_split(device):
+  query = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
+  find = functools.partial(attention_kernels.find, query, documents=False)
+  mesh = device('tpu', 4)
+  for unknown in (None, mesh.abstract_mesh, mesh):  # 2 sequences, 4 devices.
+    assert not find(mesh=unknown)
+  assert find(mesh=device('tpu', 2))
 
 
 def operands(documents):
@@ -102,15 +139,12 @@ def test_splash_attends_as_blocks_do(documents):
 
 @pytest.mark.parametrize('documents', [False, True])
 @pytest.mark.parametrize('inside', [False, True])
-def test_splash_on_a_mesh(platform, monkeypatch, inside, documents):
+def test_splash_on_a_mesh(monkeypatch, inside, documents):
   """In a shard_map of the caller's, as in training, or in one of its own."""
-  platform('tpu')
-  monkeypatch.setattr(attention_kernels, '_splash', SPLASH)
-  arrays, mesh = (
-    operands(documents),
-    meshes.make_mesh(2, 2, devices=jax.devices()[:4]),
-  )
-  attend = functools.partial(attention.attend, mesh=mesh)
+  arrays = operands(documents)
+  mesh = meshes.make_mesh(2, 2, devices=jax.devices()[:4])
+  own = functools.partial(attention_kernels._on_each_device, SPLASH, mesh)
+  attend = functools.partial(SPLASH if inside else own, scale=0.25)
 
   def layers(query, *rest):
     layer = jax.checkpoint(lambda x, _: (attend(x, *rest), None))
@@ -124,23 +158,21 @@ def test_splash_on_a_mesh(platform, monkeypatch, inside, documents):
     on_mesh = jax.shard_map(
       layers, mesh=mesh, in_specs=P(meshes.AXES), out_specs=P(meshes.AXES)
     )
-  assert 'untracked' in str(jax.make_jaxpr(on_mesh)(*arrays))
   actual = outputs_and_gradients(on_mesh, arrays)
-  platform('cpu')
   assert_alike(actual, outputs_and_gradients(twice, arrays))
 
 
 @pytest.mark.parametrize('width', [64, 128])
-def test_cudnn_is_asked_for_causal_attention(platform, monkeypatch, width):
+def test_cudnn_is_asked_for_causal_attention(monkeypatch, width):
   monkeypatch.setattr(
     jax_privates.fused_attention_stablehlo, 'check_cudnn_version', lambda: 91002
   )
-  platform('gpu')
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
   query, key = shape((2, 64, 4, width)), shape((2, 64, 2, width))
 
   def loss(*arrays):
-    return jnp.sum(attention.attend(*arrays, scale=0.25).astype(jnp.float32))
+    y = attention_kernels._cudnn(*arrays, None, scale=0.25)
+    return jnp.sum(y.astype(jnp.float32))
 
   traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(query, key, key)
   text = traced.lower(lowering_platforms=('cuda',)).as_text()

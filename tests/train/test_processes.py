@@ -57,7 +57,8 @@ def assert_same_training(workdir, expected):
     for name, value in same.items():
       if name.startswith(('train/', 'eval/')):
         # Devices' sums are made in another order: not the bits.
-        tolerance = 1e-6 if first else 5e-3
+        later = 1e-3 if name == 'train/loss' else 5e-3
+        tolerance = 1e-6 if first else later
         assert record[name] == pytest.approx(value, rel=tolerance), name
       if name.startswith('router/load/'):
         assert sum(record[name]) == sum(value)

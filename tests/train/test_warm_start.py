@@ -166,3 +166,14 @@ def test_another_function_of_the_same_parameters_is_said(
   plan(text, tmp_path / 'new', first, **{'model.rope_theta': 1e4})
   said = 'model.rope_theta=10000.0 (there 1000000.0)'
   assert f'note: init_from={first}: {said}' in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_an_average_begins_at_the_parameters(first, text, tmp_path):
+  new = plan(text, tmp_path / 'new', first, **{'optimizer.average': 0.9})
+  state = loop._first_state(new)
+  assert_same(state.params, saved(first, 2, 'params'))
+  assert_same(state.average, state.params)
+  for leaf in jax.tree.leaves(state.params):  # As a step does.
+    leaf.delete()
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.average))
