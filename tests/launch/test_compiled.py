@@ -230,4 +230,4 @@ def test_attention_stores_no_scores(topology, documents, kernels):
     size, *found = done.stdout.split()
     assert found == kernels
     needed.append(int(size))
-  assert needed[1] < 2.1 * needed[0]
+  assert needed[1] < 2.5 * needed[0]  # Scores would be 4 times as many.
