@@ -139,7 +139,7 @@ BROKEN = {
   'a token is lost': (
     dispatch,
     'take_rows',
-    lambda real: lambda x, index, inverse: real(x, index.at[5].set(0), inverse),
+    lambda real: lambda x, index, *rest: real(x, index.at[5].set(0), *rest),
     'static layer, bfloat16, 1 device',
   ),
 }
