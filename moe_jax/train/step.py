@@ -237,6 +237,8 @@ def _update(training, decay, gradient, router, state) -> TrainState:
     params = optax.apply_updates(state.params, updates)
     average = state.average
     if average is not None:
+      # Not `optax.incremental_update`, whose two weights round to another sum
+      # than 1 where the decay is near it.
       average = jax.tree.map(
         lambda a, x: a + (1 - decay) * (x - a), average, params
       )

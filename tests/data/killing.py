@@ -8,16 +8,15 @@ import time
 
 import numpy as np
 
-# As the program, with parts that are small enough for a test. It prints its
-# greatest memory as Linux has it: what getrusage gives is at first that of the
-# process that started it.
-PROGRAM = r"""
-import re, sys
+from tests.several_processes import PRINTS_MEMORY
+
+# As the program, with parts that are small enough for a test.
+PROGRAM = f"""
+import sys
 from moe_jax.data import parts, prepare
 parts.PART_BYTES = int(sys.argv.pop())
 code = prepare.main(sys.argv)
-status = open('/proc/self/status').read()
-print(1024 * int(re.search(r'VmHWM:\s*(\d+) kB', status)[1]))
+{PRINTS_MEMORY}
 sys.exit(code)
 """
 

@@ -15,12 +15,11 @@ GOLDEN = golden_data.DIRECTORY / 'hf' / 'mixtral'
 LAYERS = 10
 # Of the golden model, and what is there in their place.
 SIDES = {32: 1024, 40: 4096, 16: 512, 8: 8, 97: 97}
-IMPORTS = r"""
-import re, sys
+IMPORTS = f"""
+import sys
 from moe_jax.hf import __main__ as program
 code = program.main(sys.argv)
-status = open('/proc/self/status').read()
-print(1024 * int(re.search(r'VmHWM:\s*(\d+) kB', status)[1]))
+{several_processes.PRINTS_MEMORY}
 sys.exit(code)
 """
 

@@ -23,10 +23,6 @@ from moe_jax.train import state as state_lib
 from tests.train import tiny
 
 
-def items_of(state):
-  return checkpoint_lib.items_of(state)
-
-
 def open_saver(directory, config, run='name', losses=None, largest=0):
   options, losses = config_lib.to_dict(config), {} if losses is None else losses
   return Saver(directory, options, run, losses=losses, largest=largest)
@@ -39,7 +35,7 @@ def save(directory, config, items, position, run='name'):
 
 def restore(directory, training, run='name'):
   return checkpoint_lib.restore_newest(
-    directory, run, lambda config: items_of(training.abstract)
+    directory, run, lambda config: checkpoint_lib.items_of(training.abstract)
   )
 
 
@@ -60,7 +56,9 @@ def test_pending_prices_and_histograms_come_back(method, tmp_path):
     leaf + jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape) + i
     for i, leaf in enumerate(leaves)
   ]
-  items = items_of(state) | {'router': structure.unflatten(leaves)}
+  items = checkpoint_lib.items_of(state) | {
+    'router': structure.unflatten(leaves)
+  }
   shapes = {leaf.shape for leaf in leaves}
   layers, experts = config.model.layers, config.model.experts
   if method == 'midpoint_lag':  # Prices and those that wait; loads so far.
@@ -113,11 +111,11 @@ def test_checkpoints_move_between_meshes(path, tmp_path):
     )
     training = state_lib.make_training(config, mesh)
     if first is None:
-      items = items_of(training.init())
+      items = checkpoint_lib.items_of(training.init())
       first = jax.device_get(items)
     else:
       items = restore(directory, training).items
-    planned = jax.tree.leaves(items_of(training.abstract))
+    planned = jax.tree.leaves(checkpoint_lib.items_of(training.abstract))
     for leaf, plan in zip(jax.tree.leaves(items), planned, strict=True):
       assert leaf.sharding == plan.sharding
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(items), first)
@@ -131,7 +129,7 @@ def trained(tmp_path_factory):
   config = tiny.tiny_config(directory, checkpoints_kept=3)
   mesh = meshes.make_mesh(1, 1, devices=jax.devices()[:1])
   training = state_lib.make_training(config, mesh)
-  items = items_of(training.init())
+  items = checkpoint_lib.items_of(training.init())
   with open_saver(directory / 'checkpoints', config) as saver:
     for step in (1, 2, 3):
       saver.save(items, checkpoint_lib.Position(step, 8 * step), record={})

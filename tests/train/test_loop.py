@@ -37,8 +37,7 @@ def records(workdir):
 
 
 def abstract_items(plan):
-  abstract = plan.training.abstract
-  return checkpoints.items_of(abstract)
+  return checkpoints.items_of(plan.training.abstract)
 
 
 def latest(plan):
