@@ -185,8 +185,8 @@ def test_what_may_pass_is_not_taken_for_damage(workdir, error):
 @pytest.mark.parametrize('name', ['params', 'router'])
 def test_damage_is_told(workdir, name):
   files = (workdir / 'checkpoints/6' / name).rglob('d/*')
-  # Of small items there is a file of each process, of the same size and not read
-  # any more, deeper down.
+  # Of small items there is a file of each process, of the same size and no
+  # longer read, deeper down.
   largest = max(files, key=lambda x: (x.stat().st_size, -len(x.parts)))
   content = bytearray(largest.read_bytes())
   content[len(content) // 2] ^= 1
