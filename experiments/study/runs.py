@@ -1,0 +1,184 @@
+"""Arms of the study: trains them, and keeps one file of each run.
+
+An arm is a method with its options; with a seed it is a run. Runs of one
+experiment and seed share initial weights, batches, tokens and evaluation.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import pandas as pd
+
+from moe_jax import analysis
+from moe_jax.analysis.command_line import Parser
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / 'experiments' / 'results' / 'study'
+# Of every step, for curves; all else is summed up.
+CURVES = (
+  'train/loss',
+  'router/max_violation',
+  'router/worst_max_violation',
+  'router/sequence_violation',
+)
+# Other things run beside the study, so its times say nothing.
+_TIMES = (
+  'step_seconds',
+  'step_seconds_25',
+  'step_seconds_75',
+  'tokens_per_second',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One method of one experiment.
+
+  Attributes:
+    name: of the arm; unique within the experiment.
+    method: what follows the colon of `--config`.
+    options: flags `--config.NAME=VALUE`.
+    seeds: of the runs.
+    experiment: the file in `experiments` that has all other options.
+    minutes: of one run, on two cores that do nothing else.
+  """
+
+  name: str
+  method: str
+  options: Mapping[str, Any]
+  seeds: Iterable[int] = (0,)
+  experiment: str = 'mini_16e'
+  minutes: float = 3.5
+
+  def command(self, seed: int, workdir: pathlib.Path | str) -> list[str]:
+    """Returns the arguments of the Python that trains a run."""
+    options = {'seed': seed, **self.options}
+    return [
+      *('-m', 'moe_jax.main'),
+      f'--config=experiments/{self.experiment}.py:{self.method}',
+      *(f'--config.{name}={value}' for name, value in options.items()),
+      f'--workdir={workdir}',
+    ]
+
+  def path(self, seed: int, results: pathlib.Path = RESULTS) -> pathlib.Path:
+    """Returns the file of a run."""
+    name = f'{self.name}.seed_{seed}'
+    return results / 'runs' / self.experiment / f'{name}.json'
+
+  def stored(self, results: pathlib.Path = RESULTS) -> dict[int, dict]:
+    """Returns what is stored of the runs, by their seeds."""
+    paths = {seed: self.path(seed, results) for seed in self.seeds}
+    return {
+      seed: json.loads(path.read_text())
+      for seed, path in paths.items()
+      if path.exists()
+    }
+
+
+def train(arm: Arm, seed: int, workdir: pathlib.Path) -> pathlib.Path:
+  """Trains a run, or continues it; returns its work directory.
+
+  Raises:
+    SystemExit: it was preempted or failed; with its exit code.
+  """
+  directory = workdir / arm.experiment / f'{arm.name}.seed_{seed}'
+  command = [sys.executable, *arm.command(seed, directory)]
+  # It handles Ctrl-C and SIGTERM itself, and says so by its exit code.
+  code = subprocess.run(command, cwd=ROOT, check=False).returncode
+  if code:
+    raise SystemExit(code)
+  return directory
+
+
+def record(arm: Arm, seed: int, directory: pathlib.Path) -> dict[str, Any]:
+  """Sums up what a run left: where it comes from, its results and curves."""
+  run = analysis.Run(directory)
+  worst = run.layer_max_violation.max(axis='columns')
+  metrics = run.metrics.assign(**{'router/worst_max_violation': worst})
+  summary = analysis.summarize(run)
+  return {
+    'command': shlex.join(['python', *arm.command(seed, 'DIR')]),
+    'commit': _commit(),
+    'config': run.config,
+    'facts': run.facts,
+    'summary': {k: v for k, v in summary.items() if k not in _TIMES},
+    'curves': {
+      name: [float(f'{value:.5g}') for value in metrics[name]]
+      for name in CURVES
+    },
+  }
+
+
+def _commit() -> str:
+  command = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
+  found = subprocess.run(
+    command, cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  return found.stdout.strip() or 'unknown'
+
+
+def write(found: Mapping[str, Any], path: pathlib.Path) -> None:
+  """Writes a JSON file: a line a key, and a line for each curve."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  lines = []
+  for key, value in found.items():
+    if key == 'curves':
+      inner = ',\n'.join(f'  {json.dumps(k)}: {v}' for k, v in value.items())
+      lines.append(f'"curves": {{\n{inner}\n}}')
+    else:
+      lines.append(f'{json.dumps(key)}: {json.dumps(value)}')
+  partial = path.with_suffix('.partial')
+  partial.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
+  partial.replace(path)
+
+
+def frame(arms: Sequence[Arm], results: pathlib.Path = RESULTS) -> pd.DataFrame:
+  """Returns the summaries of stored runs; index (`arm`, `seed`)."""
+  rows = {
+    (arm.name, seed): stored['summary']
+    for arm in arms
+    for seed, stored in arm.stored(results).items()
+  }
+  table = pd.DataFrame.from_dict(rows, orient='index')
+  if rows:
+    table.index = pd.MultiIndex.from_tuples(rows, names=['arm', 'seed'])
+  return table
+
+
+def run_all(
+  arms: Sequence[Arm], workdir: pathlib.Path, results: pathlib.Path = RESULTS
+) -> None:
+  """Trains every run that has no file yet, seed after seed.
+
+  An interruption leaves all methods at the same seeds, so that what is stored
+  can be compared.
+  """
+  missing = [
+    (arm, seed)
+    for seed in sorted({seed for arm in arms for seed in arm.seeds})
+    for arm in arms
+    if seed in arm.seeds and not arm.path(seed, results).exists()
+  ]
+  for number, (arm, seed) in enumerate(missing, 1):
+    print(f'{number} of {len(missing)}: {arm.path(seed, results).stem}')
+    directory = train(arm, seed, workdir)
+    write(record(arm, seed, directory), arm.path(seed, results))
+
+
+def main(arms: Sequence[Arm], argv: Sequence[str] | None = None) -> int:
+  """Runs the program of a question; returns its exit code."""
+  parser = Parser(description=f'Trains the {len(arms)} arms of a question.')
+  parser.add_argument('--workdir', required=True, type=pathlib.Path)
+  try:
+    options = parser.parse_args(argv)
+  except ValueError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  run_all(arms, options.workdir.absolute())
+  return 0
