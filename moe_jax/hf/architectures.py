@@ -6,6 +6,7 @@ name, options that it always has, and two functions for the rest.
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 from moe_jax.nn import DecoderConfig
@@ -65,25 +66,78 @@ _DEFAULTS = {'tie_word_embeddings': False, 'norm_topk_prob': True}
 
 
 def _rope(public: Public) -> dict[str, Any]:
-  """Reads the rotary base; newer releases have it in `rope_parameters`."""
+  """Reads rotary positions; newer releases have them in `rope_parameters`."""
   rope = public.get('rope_parameters') or {}
   scaling = public.get('rope_scaling') or rope
   kind = scaling.get('rope_type', scaling.get('type', 'default'))
-  if kind != 'default':
-    raise ValueError(
-      f'rope_type={shown(kind)}: scaled rotary frequencies are not known here, '
-      'only default ones'
-    )
   theta = rope.get('rope_theta', public.get('rope_theta'))
   if theta is None:
     raise ValueError('rope_theta: missing')
+  if kind == 'yarn':
+    return {'rope_theta': float(theta), **_yarn(public, scaling)}
+  if kind != 'default':
+    raise ValueError(
+      f'rope_type={shown(kind)}: must be default or yarn, no other way to '
+      'stretch positions is known here'
+    )
   return {'rope_theta': float(theta)}
 
 
+def _yarn(public: Public, scaling: Public) -> dict[str, Any]:
+  """Reads how positions are stretched, as transformers does."""
+  if not scaling.get('truncate', True):
+    raise ValueError('truncate=False: is not known here')
+  longest = public.get('max_position_embeddings')
+  length = public.get(
+    'original_max_position_embeddings',
+    scaling.get('original_max_position_embeddings', longest),
+  )
+  factor = float(scaling.get('factor') or longest / length)
+  whole = scaling.get('mscale_all_dim') or 0.0
+  magnitude = scaling.get('attention_factor')
+  if magnitude is None:
+    scale = scaling.get('mscale')
+    above, below = (scale, whole) if scale and whole else (1, 0)
+    magnitude = _mscale(factor, above) / _mscale(factor, below)
+  return {
+    'rope_factor': factor,
+    'rope_length': length,
+    'rope_fast': float(scaling.get('beta_fast') or 32),
+    'rope_slow': float(scaling.get('beta_slow') or 1),
+    'rope_magnitude': float(magnitude),
+    # Only one type of model has it act on all of a head.
+    'rope_mscale': float(whole) if 'kv_lora_rank' in public else 0.0,
+  }
+
+
+def _mscale(factor: float, weight: float) -> float:
+  """Returns by how much YaRN enlarges entries."""
+  return 1 + 0.1 * weight * math.log(factor)
+
+
 def _write_rope(config: DecoderConfig, **more: Any) -> dict[str, Any]:
-  rope = {'rope_type': 'default', 'rope_theta': config.rope_theta, **more}
+  rope: dict[str, Any] = {'rope_type': 'default', **more}
+  if config.rope_factor > 1:
+    rope |= {
+      'rope_type': 'yarn',
+      'type': 'yarn',
+      'factor': config.rope_factor,
+      'original_max_position_embeddings': config.rope_length,
+      'beta_fast': config.rope_fast,
+      'beta_slow': config.rope_slow,
+      'attention_factor': config.rope_magnitude,
+    }
+    if config.rope_mscale:
+      rope['mscale_all_dim'] = config.rope_mscale
+      if config.rope_magnitude == 1:  # As others than transformers read it.
+        rope['mscale'] = config.rope_mscale
   # Older releases read the keys at top level, newer ones the group.
-  return {'rope_parameters': rope, 'rope_theta': config.rope_theta, **more}
+  return {
+    'rope_parameters': rope | {'rope_theta': config.rope_theta},
+    'rope_theta': config.rope_theta,
+    'rope_scaling': rope if config.rope_factor > 1 else None,
+    **more,
+  }
 
 
 def _must_be(public: Public, **wanted: Any) -> None:
@@ -385,4 +439,7 @@ def _computed(config: DecoderConfig) -> dict[str, Any]:
     del options['kv_heads']
   if config.expert_groups == 1:
     del options['groups_per_token']
+  if config.rope_factor == 1:
+    for name in ('rope_length', 'rope_fast', 'rope_slow', 'rope_mscale'):
+      del options[name]
   return options

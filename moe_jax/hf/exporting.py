@@ -159,6 +159,7 @@ def _public(
   public['vocab_size'] = config.data.vocabulary
   if 'num_nextn_predict_layers' in public:
     public['num_nextn_predict_layers'] = 0  # They were skipped.
+  public.pop('quantization_config', None)  # Written as what it stands for.
   return public
 
 

@@ -21,7 +21,7 @@ from moe_jax.data import pretrained
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.hf import architectures, folders, tensor_files, tensors
 from moe_jax.hf.architectures import Architecture
-from moe_jax.hf.tensor_files import DTYPES, Tensor
+from moe_jax.hf.tensor_files import DTYPES, FP8, Tensor
 from moe_jax.hf.tensors import Row
 from moe_jax.options import one_line
 from moe_jax.parallel import mesh as meshes
@@ -69,7 +69,8 @@ def import_model(
   rows = {row.ours: row for row in tensors.table(architecture, model, public)}
   biases = tensors.corrections(architecture, model)
   found, told = _without_what_is_not_used(
-    _of_experts(tensor_files.find(source), architecture), public
+    _of_experts(_scaled(tensor_files.find(source), public), architecture),
+    public,
   )
   _check(source, found, rows, biases, training.abstract.params, model.experts)
   dtypes = {tensor.dtype for tensor in found.values()}
@@ -82,7 +83,10 @@ def import_model(
     params = _parameters(training.abstract.params, rows, found)
     router = _router(training, found, biases)
     _write(place, config, params, router, tokenizer)
-    was = {name: tensor.dtype for name, tensor in found.items()}
+    was = {
+      name: 'F32' if tensor.scale else tensor.dtype
+      for name, tensor in found.items()
+    }
     files.write_json(place / folders.PUBLIC, {'config': public, 'dtypes': was})
   return told + why
 
@@ -110,6 +114,29 @@ def _training(config: Config, mesh: Mesh) -> states.Training:
   """Plans the model on the mesh."""
   config = dataclasses.replace(config, batch_size=mesh.size)
   return states.make_training(config, mesh, optimizer=optax.identity())
+
+
+def _scaled(
+  found: dict[str, Tensor], public: Mapping[str, Any]
+) -> dict[str, Tensor]:
+  """Gives matrices of 8-bit floats the factors of their blocks.
+
+  Published DeepSeek-V3 is stored so: one factor for 128 x 128 entries.
+  """
+  quantization = public.get('quantization_config') or {}
+  block = tuple(quantization.get('weight_block_size') or ())
+  if quantization.get('quant_method') != 'fp8' or len(block) != 2:
+    return found
+  scaled = dict(found)
+  for name, tensor in found.items():
+    scale = found.get(f'{name}_scale_inv')
+    blocks = tuple(
+      -(-n // m) for n, m in zip(tensor.shape, block, strict=False)
+    )
+    if tensor.dtype == FP8 and scale is not None and scale.shape == blocks:
+      scaled[name] = tensor._replace(scale=scale, block=block)
+      del scaled[f'{name}_scale_inv']
+  return scaled
 
 
 def _of_experts(
@@ -176,7 +203,7 @@ def _check(
 ) -> None:
   """Raises ValueError unless the tensors are those of the table."""
   for name, tensor in found.items():
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in DTYPES and tensor.scale is None:
       raise ValueError(
         f'{tensor.file}: {name} is of type {one_line(tensor.dtype)}; must be '
         f'{", ".join(DTYPES)}, so convert the checkpoint first'

@@ -9,7 +9,7 @@ just fits into memory is read and written here. Nothing in a file can run code.
 from collections.abc import Callable, Iterable, Mapping
 import json
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 from etils import epath
 import jax.numpy as jnp
@@ -18,12 +18,15 @@ import numpy as np
 from moe_jax.options import shown
 from moe_jax.runs import files as run_files
 
-# What a tensor may be made of. Quantized ones mean nothing without their scale.
+# What a tensor may be made of.
 DTYPES = {
   'F32': np.dtype(np.float32),
   'BF16': np.dtype(jnp.bfloat16),
   'F16': np.dtype(np.float16),
 }
+# What means nothing without its scale.
+FP8 = 'F8_E4M3'
+_SIZED = DTYPES | {FP8: np.dtype(jnp.float8_e4m3fn)}
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
 _LARGEST_HEADER = 100_000_000  # As of the format's own library.
 _DAMAGE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
@@ -38,12 +41,17 @@ class Tensor(NamedTuple):
     dtype: as the format calls it, such as 'BF16'.
     shape: sizes of its axes.
     start: first byte.
+    scale: [rows / block, columns / block], rounded up: the factor of each block
+      of a matrix; None where there is none.
+    block: rows and columns that have one factor.
   """
 
   file: epath.Path
   dtype: str
   shape: tuple[int, ...]
   start: int
+  scale: Optional['Tensor'] = None
+  block: tuple[int, int] = (0, 0)
 
   def read(self) -> np.ndarray:
     """Returns its values, float32.
@@ -51,14 +59,22 @@ class Tensor(NamedTuple):
     Raises:
       OSError: the file is shorter than it was.
     """
-    dtype, count = DTYPES[self.dtype], math.prod(self.shape)
+    dtype, count = _SIZED[self.dtype], math.prod(self.shape)
     with self.file.open('rb') as file:
       file.seek(self.start)
       data = file.read(count * dtype.itemsize)
     if len(data) != count * dtype.itemsize:
       raise OSError(f'{self.file}: ends too early')
-    values = np.frombuffer(data, dtype.newbyteorder('<'))
-    return values.reshape(self.shape).astype(np.float32, copy=False)
+    values = np.frombuffer(data, dtype.newbyteorder('<')).reshape(self.shape)
+    values = values.astype(np.float32, copy=False)
+    if self.scale is not None:
+      factors = self.scale.read()
+      for axis, (size, block) in enumerate(
+        zip(self.shape, self.block, strict=True)
+      ):
+        factors = factors.repeat(block, axis).take(range(size), axis)
+      values *= factors
+    return values
 
 
 def find(folder: epath.Path) -> dict[str, Tensor]:
@@ -155,7 +171,7 @@ def _tensor(path: epath.Path, entry: dict[str, Any], start: int) -> Tensor:
   numbers = (*shape, first, end)
   if not all(type(number) is int and number >= 0 for number in numbers):
     raise ValueError(f'no shape or place: {shown(entry)}')
-  known = DTYPES.get(dtype)
+  known = _SIZED.get(dtype)
   if known and end - first != math.prod(shape) * known.itemsize:
     raise ValueError(f'no such size: {shown(entry)}')
   return Tensor(path, dtype, shape, start + first)
@@ -177,7 +193,7 @@ class Planned(NamedTuple):
   @property
   def size(self) -> int:
     """Bytes of it."""
-    return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+    return math.prod(self.shape) * _SIZED[self.dtype].itemsize
 
 
 def write(
@@ -225,7 +241,7 @@ def _write_file(path: epath.Path, tensors: Mapping[str, Planned]) -> None:
   with path.open('wb') as file:
     file.write(len(text).to_bytes(8, 'little') + text)
     for tensor in tensors.values():
-      dtype = DTYPES[tensor.dtype]
+      dtype = _SIZED[tensor.dtype]
       values = tensor.values().astype(dtype.newbyteorder('<'))
       file.write(np.ascontiguousarray(values).tobytes())
 

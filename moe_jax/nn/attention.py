@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from moe_jax.nn import attention_kernels
 from moe_jax.nn.config import DecoderConfig
 from moe_jax.nn.feed_forward import linear, rms_norm
+from moe_jax.nn.rotary import rotate
 
 
 class KeyValueCache(NamedTuple):
@@ -31,38 +32,6 @@ class KeyValueCache(NamedTuple):
   key: jax.Array
   value: jax.Array
   length: jax.Array
-
-
-def rotate(
-  x_BxSxHxW: jax.Array, positions: jax.Array, *, theta: float, size: int = 0
-) -> jax.Array:
-  """Rotates each pair of neighbouring entries by its position's angle.
-
-  Entries (2j, 2j+1) of position s turn by s * theta^(-2j/W), in float32. The
-  pairs are interleaved, as in the paper, not the two halves of a head.
-
-  Args:
-    x_BxSxHxW: [batch, sequence, heads, head width].
-    positions: int32 [B, S], or [S] where all sequences have the same.
-    theta: base of the frequencies.
-    size: number of leading entries that turn, as a head of that width; 0 is
-      all.
-
-  References:
-    Su et al., arXiv 2104.09864, equation 34.
-  """
-  width = x_BxSxHxW.shape[-1]
-  if 0 < size < width:
-    turning, rest = jnp.split(x_BxSxHxW, [size], axis=-1)
-    turned = rotate(turning, positions, theta=theta)
-    return jnp.concatenate([turned, rest], axis=-1)
-  frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-  angle = positions.astype(jnp.float32)[..., None] * frequency
-  cos, sin = (f(angle)[..., None, :] for f in (jnp.cos, jnp.sin))
-  pairs = x_BxSxHxW.astype(jnp.float32).reshape(*x_BxSxHxW.shape[:-1], -1, 2)
-  even, odd = pairs[..., 0], pairs[..., 1]
-  turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-  return turned.reshape(x_BxSxHxW.shape).astype(x_BxSxHxW.dtype)
 
 
 # Queries are taken in blocks of at least so many, and in so many blocks at
@@ -182,11 +151,12 @@ class Attention(nnx.Module):
     )
     key = turn(self._heads(self.key(x_BxSxD), config.kv_heads, self.key_norm))
     value = self._heads(self.value(x_BxSxD), config.kv_heads)
+    scale = config.attention_scale
     if cache is None:
-      y = attend(query, key, value, positions_BxS, mesh=self.mesh)
+      y = attend(query, key, value, positions_BxS, scale=scale, mesh=self.mesh)
     else:
       cache = append(cache, key, value)
-      y = attend_last(query, *cache, positions_BxS)
+      y = attend_last(query, *cache, positions_BxS, scale=scale)
     return self.out(y.reshape(*x_BxSxD.shape[:2], -1)), cache
 
   def _heads(self, y, heads, norm=None):
@@ -212,12 +182,7 @@ def turning(
   if positions is None:
     start = 0 if cache is None else cache.length
     positions = start + jnp.arange(x_BxSxD.shape[1])
-  return functools.partial(
-    rotate,
-    positions=positions,
-    theta=config.rope_theta,
-    size=config.rotary_size,
-  )
+  return functools.partial(rotate, positions=positions, config=config)
 
 
 def append(

@@ -1,6 +1,7 @@
 """Sizes and options of the model."""
 
 import dataclasses
+import math
 
 from moe_jax import routing
 from moe_jax.nn.selections import SELECTIONS
@@ -137,6 +138,20 @@ class DecoderConfig(MoEConfig):
   """Greatest size of an entry of queries, keys and values; 0.0 is any."""
   rope_theta: float = option(1e6, above=0, most=1e30)
   """Base of the rotary frequencies."""
+  rope_factor: float = option(1.0, least=1.0, most=1e6)
+  """Factor by which YaRN stretches the text that rotary positions tell apart;
+  1.0 is none."""
+  rope_length: int = option(4096, least=1, most=2**30)
+  """Tokens of the text that they told apart before."""
+  rope_fast: float = option(32.0, above=0, most=1e6)
+  """YaRN keeps frequencies of at least so many turns over `rope_length`."""
+  rope_slow: float = option(1.0, above=0, most=1e6)
+  """It divides those of at most so many turns by `rope_factor`."""
+  rope_magnitude: float = option(1.0, above=0, most=1e6)
+  """Factor of the entries of queries and keys that turn."""
+  rope_mscale: float = option(0.0, least=0, most=1e3)
+  """Attention's scores are multiplied by the square of 1 + 0.1 `rope_mscale`
+  ln(`rope_factor`), as DeepSeek does."""
   rotary_size: int = option(0, least=0, most=2**16)
   """Number of leading entries of a head that turn with the position, even; 0 is
   all of them."""
@@ -195,6 +210,16 @@ class DecoderConfig(MoEConfig):
         f'model.remat_policy={self.remat_policy}: needs model.remat=True, or '
         'all is kept anyway'
       )
+    if self.rope_slow >= self.rope_fast:
+      raise ValueError(
+        f'model.rope_slow={self.rope_slow}: must be less than '
+        f'model.rope_fast={self.rope_fast}'
+      )
+    if self.rope_factor > 1 and self.rope_theta <= 1:
+      raise ValueError(
+        f'model.rope_theta={self.rope_theta}: must be above 1 with '
+        f'model.rope_factor={self.rope_factor}'
+      )
     if self.rotary_size % 2 or self.rotary_size > self.head_width:
       raise ValueError(
         f'model.rotary_size={self.rotary_size}: must be even, and at most the '
@@ -225,6 +250,12 @@ class DecoderConfig(MoEConfig):
   def head_width(self) -> int:
     """W, width of each head."""
     return self.head_size or self.width // self.heads
+
+  @property
+  def attention_scale(self) -> float:
+    """Factor of the products of queries and keys."""
+    stretched = 1 + 0.1 * self.rope_mscale * math.log(self.rope_factor)
+    return self.head_width**-0.5 * stretched**2
 
   @property
   def cache_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -95,7 +95,9 @@ class LatentAttention(nnx.Module):
       jnp.pad(x, ((0, 0),) * 3 + ((0, most - x.shape[-1]),))
       for x in (query_BxSxHxW, key, value_BxSxHxV)
     ]
-    y = attend(*heads, positions_BxS, scale=width**-0.5, mesh=self.mesh)
+    y = attend(
+      *heads, positions_BxS, scale=config.attention_scale, mesh=self.mesh
+    )
     return y[..., : config.value_width]
 
   def _attend_to_latent(self, query_BxSxHxW, cache, positions_BxS):
@@ -118,6 +120,6 @@ class LatentAttention(nnx.Module):
       seen,
       cache.length,
       positions_BxS,
-      scale=config.head_width**-0.5,
+      scale=config.attention_scale,
     )
     return jnp.einsum('bshm,mhv->bshv', y[..., rotary:], value_MxHxV)

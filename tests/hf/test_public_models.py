@@ -141,6 +141,93 @@ def test_older_config_means_the_same(name):
   assert architectures.read(older) == architectures.read(public)
 
 
+def test_positions_are_stretched_as_deepseek_publishes(tmp_path):
+  """Its keys, of https://huggingface.co/deepseek-ai/DeepSeek-V3."""
+  folder = copy('deepseek_v3', tmp_path)
+  published = {
+    'max_position_embeddings': 163840,
+    'rope_parameters': None,
+    'rope_theta': 10000,
+    'rope_scaling': {
+      'beta_fast': 32,
+      'beta_slow': 1,
+      'factor': 40,
+      'mscale': 1.0,
+      'mscale_all_dim': 1.0,
+      'original_max_position_embeddings': 4096,
+      'type': 'yarn',
+    },
+  }
+  architecture, model = architectures.read(change(folder, **published))
+  assert (model.rope_factor, model.rope_length) == (40.0, 4096)
+  assert (model.rope_magnitude, model.rope_mscale) == (1.0, 1.0)
+  # 1 + 0.1 ln 40, squared.
+  width = model.head_width
+  assert model.attention_scale == pytest.approx(1.87386 / width**0.5, rel=1e-5)
+  written = architectures.write(architecture, model)
+  assert architectures.read(written) == (architecture, model)
+  assert written['rope_scaling'].items() >= published['rope_scaling'].items()
+
+
+def test_magnitude_follows_from_the_factor_unless_it_is_given():
+  public = json.loads((GOLDEN / 'qwen3_moe' / 'config.json').read_text())
+  stretched = {'rope_type': 'yarn', 'rope_theta': 1e6, 'factor': 4.0}
+  for more, magnitude in (
+    ({}, 1.13863),  # 1 + 0.1 ln 4
+    ({'attention_factor': 1.5}, 1.5),
+    ({'mscale': 2.0, 'mscale_all_dim': 1.0}, 1.27726 / 1.13863),
+  ):
+    _, model = architectures.read(
+      public | {'rope_parameters': stretched | more}
+    )
+    assert model.rope_magnitude == pytest.approx(magnitude, rel=1e-5)
+    assert model.rope_mscale == 0  # Of latent attention alone.
+    assert model.rope_length == public['max_position_embeddings']
+
+
+@pytest.mark.long
+def test_blocks_of_8_bit_floats_are_multiplied_by_their_factors(tmp_path):
+  """As DeepSeek-V3 is published; edges have smaller blocks."""
+  folder = copy('deepseek_v3', tmp_path)
+  change(
+    folder,
+    quantization_config={'quant_method': 'fp8', 'weight_block_size': [10, 12]},
+  )
+  planned, meant, random = {}, {}, np.random.default_rng(0)
+  for name, tensor in tensor_files.find(epath.Path(folder)).items():
+    kind = 'F8_E4M3' if name.endswith('proj.weight') else tensor.dtype
+    if name.endswith('norm.weight'):
+      kind = 'BF16'
+    stored = tensor.read().astype(tensor_files._SIZED[kind]).astype('f')
+    planned[name] = tensor_files.Planned(
+      kind, tensor.shape, lambda stored=stored: stored
+    )
+    meant[name] = stored
+    if kind == 'F8_E4M3':
+      blocks = -(-stored.shape[0] // 10), -(-stored.shape[1] // 12)
+      scale = np.float32(random.uniform(0.5, 2.0, blocks))
+      planned[f'{name}_scale_inv'] = tensor_files.Planned(
+        'F32', blocks, lambda scale=scale: scale
+      )
+      rows, columns = np.indices(stored.shape)
+      meant[name] = stored * scale[rows // 10, columns // 12]
+  tensor_files.write(epath.Path(folder), planned)
+  hf.import_model(str(folder), str(tmp_path / 'run'))
+  assert Run(tmp_path / 'run').config['model']['dtype'] == 'bfloat16'
+  hf.export_model(str(tmp_path / 'run'), str(tmp_path / 'out'))
+  public = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert 'quantization_config' not in public
+  out = tensor_files.find(epath.Path(tmp_path / 'out'))
+  assert out.keys() == meant.keys()
+  for name, values in meant.items():
+    np.testing.assert_array_equal(out[name].read(), values, name)
+  hf.import_model(str(tmp_path / 'out'), str(tmp_path / 'again'))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    *(Run(tmp_path / run).restore().params for run in ('run', 'again')),
+  )
+
+
 @pytest.mark.long
 def test_many_files_bfloat16_and_what_predicts_further_ahead(tmp_path):
   """As public checkpoints are; through two devices."""
@@ -283,8 +370,8 @@ def test_each_device_reads_its_part():
     ('mixtral', {'rope_parameters': None}, 'rope_theta: missing'),
     (
       'olmoe',
-      {'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4}},
-      "rope_type='yarn': scaled rotary",
+      {'rope_parameters': {'rope_type': 'linear', 'rope_theta': 1e4}},
+      "rope_type='linear': must be default or yarn",
     ),
     ('qwen3_moe', {'mlp_only_layers': [1]}, r'mlp_only_layers=\[1\]: layers'),
     ('qwen3_moe', {'decoder_sparse_step': 2}, 'decoder_sparse_step=2: must'),
@@ -332,14 +419,14 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, capsys):
   data = path.read_bytes()
   size = int.from_bytes(data[:8], 'little')
   header = json.loads(data[8 : 8 + size])
-  header[norm]['dtype'] = 'F8_E4M3'
+  header[norm]['dtype'] = 'F8_E5M2'
   text = json.dumps(header, separators=(',', ':')).encode()
   path.write_bytes(len(text).to_bytes(8, 'little') + text + data[8 + size :])
   arguments = ['hf', 'import', str(folder), f'--workdir={tmp_path / "run"}']
   assert program.main(arguments) == 2
   error = capsys.readouterr().err
   assert error.startswith('error: ') and error.count('\n') == 1
-  assert f'{norm} is of type F8_E4M3; must be F32, BF16, F16' in error
+  assert f'{norm} is of type F8_E5M2; must be F32, BF16, F16' in error
   assert list(tmp_path.iterdir()) == [folder]
 
 

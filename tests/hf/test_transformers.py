@@ -88,6 +88,35 @@ np.save(logits, found.numpy())
         'tied_embeddings': False,
       },
     ),
+    (
+      'deepseek_v3',
+      0.1,
+      {
+        'scoring': 'sigmoid',
+        'latent_size': 6,
+        'head_size': 20,
+        'rotary_size': 12,
+        'rope_theta': 100.0,
+        'rope_factor': 8.0,
+        'rope_length': 64,
+        'rope_fast': 4.0,
+        'rope_magnitude': 1.1,
+        'rope_mscale': 1.0,
+      },
+    ),
+    (
+      'mixtral',
+      0.0,
+      {
+        'shared_experts': 0,
+        'head_size': 12,
+        'rope_theta': 100.0,
+        'rope_factor': 8.0,
+        'rope_length': 64,
+        'rope_fast': 4.0,
+        'rope_magnitude': 1.2,
+      },
+    ),
   ],
 )
 def test_logits_are_the_same(name, prices, options, tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from moe_jax import nn
+from moe_jax.nn import rotary
 from moe_jax.nn.attention import Attention
 
 CONFIG = nn.DecoderConfig(
@@ -32,6 +33,23 @@ def attention(config):
     ),
   )
   return layer
+
+
+def frequency(config, pair, size):
+  """YaRN's frequency of a pair: kept, divided, or between the two."""
+  kept = config.rope_theta ** (-2 * pair / size)
+  if config.rope_factor == 1:
+    return kept
+
+  def last_that_turns(times):
+    # theta^(-2j / size) * length = 2 pi * times, solved for j.
+    radians = 2 * np.pi * times / config.rope_length
+    return -size / 2 * np.log(radians) / np.log(config.rope_theta)
+
+  first = max(np.floor(last_that_turns(config.rope_fast)), 0)
+  end = min(np.ceil(last_that_turns(config.rope_slow)), size - 1)
+  share = np.interp(pair, [first, max(end, first + 1e-3)], [0, 1])
+  return kept * (1 - share) + kept / config.rope_factor * share
 
 
 def by_hand(layer, config, x_SxD):
@@ -64,7 +82,8 @@ def by_hand(layer, config, x_SxD):
     y_SxHxW = y_SxHxW.copy()
     for s, row in enumerate(y_SxHxW):
       for j in range(0, size, 2):
-        turn = np.exp(1j * s * config.rope_theta ** (-j / size))
+        turn = np.exp(1j * s * frequency(config, j // 2, size))
+        turn *= config.rope_magnitude
         pair = (row[:, j] + 1j * row[:, j + 1]) * turn
         row[:, j], row[:, j + 1] = pair.real, pair.imag
     return y_SxHxW
@@ -77,6 +96,7 @@ def by_hand(layer, config, x_SxD):
     for h in range(config.heads):
       g = h * config.kv_heads // config.heads
       logits = key[: s + 1, g] @ query[s, h] / np.sqrt(config.head_width)
+      logits *= (1 + config.rope_mscale * np.log(config.rope_factor) / 10) ** 2
       weights = np.exp(logits - logits.max())
       out[s, h] = weights / weights.sum() @ value[: s + 1, g]
   return project('out', out.reshape(len(out), -1))
@@ -89,6 +109,15 @@ def by_hand(layer, config, x_SxD):
     {'attention_bias': 'inputs', 'rotary_size': 2},
     {'attention_bias': 'all', 'query_key_norm': 'head'},
     {'query_key_norm': 'whole', 'query_key_value_clip': 0.5},
+    {
+      'head_size': 16,
+      'rotary_size': 12,
+      'rope_factor': 4.0,
+      'rope_length': 64,
+      'rope_fast': 6.0,
+      'rope_magnitude': 1.2,
+      'rope_mscale': 0.7,
+    },
   ],
   ids=str,
 )
@@ -108,9 +137,22 @@ def test_attention_is_as_the_formulas_say(options):
   assert biased == expected[config.attention_bias]
 
 
+def test_deepseek_keeps_ten_frequencies_and_divides_those_from_23_on():
+  """Its table: 64 entries, base 1e4, 4,096 tokens stretched 40 times."""
+  plain = nn.DecoderConfig(rope_theta=1e4)
+  stretched = dataclasses.replace(plain, rope_factor=40.0)
+  of_plain, found = (rotary.frequencies(c, 64) for c in (plain, stretched))
+  np.testing.assert_array_equal(found[:11], of_plain[:11])
+  np.testing.assert_allclose(found[23:], of_plain[23:] / 40, rtol=1e-6)
+  ratio = np.asarray(of_plain / found)[10:24]
+  assert np.all(np.diff(ratio) > 0)
+
+
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
+    ({'rope_slow': 32.0}, 'rope_slow=32.0: must be less than model.rope_fast'),
+    ({'rope_factor': 2.0, 'rope_theta': 1.0}, 'rope_theta=1.0: must be above'),
     ({'rotary_size': 3}, 'rotary_size=3: must be even, and at most'),
     ({'rotary_size': 66}, 'width of a head, 64'),
     ({'latent_size': 8}, 'rotary_size=0: must be between 0 and the width'),
