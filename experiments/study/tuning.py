@@ -27,7 +27,7 @@ LEARNING_RATES = [
     COMMON | {'learning_rate': rate},
     SEEDS,
   )
-  for rate in (1e-3, 2e-3, 4e-3, 8e-3)
+  for rate in (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
 ]
 ALPHAS = [
   runs.Arm(
