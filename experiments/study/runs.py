@@ -96,7 +96,18 @@ def train(arm: Arm, seed: int, workdir: pathlib.Path) -> pathlib.Path:
   return directory
 
 
-def record(arm: Arm, seed: int, directory: pathlib.Path) -> dict[str, Any]:
+def run(
+  arm: Arm, seed: int, workdir: pathlib.Path, results: pathlib.Path = RESULTS
+) -> None:
+  """Trains a run and stores what it left."""
+  of_code = commit()  # As it is now: another may be checked out by the end.
+  directory = train(arm, seed, workdir)
+  write(record(arm, seed, directory, of_code), arm.path(seed, results))
+
+
+def record(
+  arm: Arm, seed: int, directory: pathlib.Path, commit: str
+) -> dict[str, Any]:
   """Sums up what a run left: where it comes from, its results and curves."""
   run = analysis.Run(directory)
   worst = run.layer_max_violation.max(axis='columns')
@@ -104,7 +115,7 @@ def record(arm: Arm, seed: int, directory: pathlib.Path) -> dict[str, Any]:
   summary = analysis.summarize(run)
   return {
     'command': shlex.join(['python', *arm.command(seed, 'DIR')]),
-    'commit': _commit(),
+    'commit': commit,
     'config': run.config,
     'facts': run.facts,
     'summary': {k: v for k, v in summary.items() if k not in _TIMES},
@@ -115,7 +126,8 @@ def record(arm: Arm, seed: int, directory: pathlib.Path) -> dict[str, Any]:
   }
 
 
-def _commit() -> str:
+def commit() -> str:
+  """Returns the commit that is checked out, marked if files have changed."""
   command = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
   found = subprocess.run(
     command, cwd=ROOT, capture_output=True, text=True, check=False
@@ -167,8 +179,7 @@ def run_all(
   ]
   for number, (arm, seed) in enumerate(missing, 1):
     print(f'{number} of {len(missing)}: {arm.path(seed, results).stem}')
-    directory = train(arm, seed, workdir)
-    write(record(arm, seed, directory), arm.path(seed, results))
+    run(arm, seed, workdir, results)
 
 
 def main(arms: Sequence[Arm], argv: Sequence[str] | None = None) -> int:
