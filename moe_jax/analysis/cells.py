@@ -29,8 +29,11 @@ class Cells(NamedTuple):
 
 def sections(table: pd.DataFrame) -> list[Section]:
   """Returns all sections that the runs of a table have values of."""
-  keys = table.filter(regex='^eval/.*/perplexity$')
-  return columns.sections(key.split('/')[1] for key in keys)
+  sets = table.filter(regex='^eval/.*/perplexity$')
+  texts = table.filter(regex='^train/loss/')
+  return columns.sections(
+    [key.split('/')[1] for key in sets], [key.split('/')[2] for key in texts]
+  )
 
 
 def of_runs(table: pd.DataFrame, section: Section) -> Cells:

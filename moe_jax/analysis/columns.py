@@ -277,10 +277,16 @@ _SOLVED = (
 )
 
 
-def sections(sets: Iterable[str]) -> list[Section]:
-  """Returns all sections of runs that were evaluated on these sets."""
+def sections(sets: Iterable[str], texts: Iterable[str]) -> list[Section]:
+  """Returns all sections.
+
+  Args:
+    sets: what runs were evaluated on.
+    texts: what runs on several texts were trained on.
+  """
   first = map(_section, (Runs, Balance, Spread, Training))
-  return [*first, *map(_evaluation, sets), _section(Cost)]
+  more = [*map(_trained_on, texts), *map(_evaluation, sets)]
+  return [*first, *more, _section(Cost)]
 
 
 def _section(table: type) -> Section:
@@ -288,6 +294,36 @@ def _section(table: type) -> Section:
   columns = [x for x in vars(table).values() if isinstance(x, Column)]
   text, seeds = _text(table), getattr(table, 'seeds', 0)
   return Section(table.__name__, tuple(columns), text, seeds)
+
+
+def _trained_on(name: str) -> Section:
+  loss, share, epochs = (
+    f'{key}/{name}' for key in ('train/loss', 'data/share', 'data/epochs')
+  )
+  columns = (
+    Column(
+      loss,
+      'train loss [nats/token]',
+      '.3f',
+      'Cross-entropy on its tokens, mean over the last 10 steps that had some.',
+      lambda run: run.metrics[loss].dropna().tail(10).mean(),
+    ),
+    Column(
+      share,
+      'share',
+      '.1%',
+      "Its share of the steps' tokens, mean over all steps.",
+      lambda run: _mean(run, share),
+    ),
+    Column(
+      epochs,
+      'epochs',
+      '.2f',
+      'How often all of it was read.',
+      lambda run: run.metrics[epochs].iloc[-1],
+    ),
+  )
+  return Section(f'Trained on {name}', columns, seeds=2)
 
 
 def _evaluation(name: str) -> Section:

@@ -38,9 +38,9 @@ def language_model(run: Run, checkpoint: Checkpoint):
   """Returns a checkpoint as the `lm_eval.api.model.LM` that tasks ask.
 
   A request without a context begins at the end of a document, as training
-  does. What is longer than a sequence of the training loses its beginning.
+  does. What is longer than a sequence of the training loses its beginning, and
+  a longer continuation is read in parts.
   """
-  from lm_eval import utils
   from lm_eval.api.model import LM
 
   tokenizer, longest = run.tokenizer, checkpoint.config.sequence_length
@@ -70,17 +70,8 @@ def language_model(run: Run, checkpoint: Checkpoint):
       return [tuple(each) for each in found]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-      answers = []
-      for request in requests:
-        windows = utils.get_rolling_token_windows(
-          tokenizer.encode(request.args[0]).tolist(),
-          prefix_token=start[0],
-          max_seq_len=longest,
-          context_len=1,
-        )
-        parts = map(utils.make_disjoint_window, windows)
-        answers.append(sum(each.log for each in scored(list(parts))))
-      return answers
+      texts = (tokenizer.encode(request.args[0]) for request in requests)
+      return [each.log for each in scored([(start, text) for text in texts])]
 
     def generate_until(self, requests, disable_tqdm=False):
       answers = []

@@ -42,27 +42,24 @@ def log_likelihoods(
   Args:
     model: of which prices stay as they are.
     requests: tokens of contexts, none of them empty, and of continuations.
-    longest: most tokens that the model reads at once; of a longer request, the
-      first tokens are left out.
+    longest: most tokens that the model reads at once. Each token of a
+      continuation follows what is before it, the first tokens of which are left
+      out where it is more; a longer continuation is read in parts.
     batch: sequences at once.
 
   Raises:
-    ValueError: a context is empty, or a continuation has more than `longest`
-      tokens.
+    ValueError: a context is empty.
   """
   found: list[Likelihood] = [Likelihood(0.0, True)] * len(requests)
   rows = []
   for place, (context, continuation) in enumerate(requests):
     if not len(context):
       raise ValueError(f'requests: context {place} is empty')
-    if len(continuation) > longest:
-      raise ValueError(
-        f'requests: continuation {place} has {len(continuation)} tokens, the '
-        f'model reads {longest} at once'
-      )
-    tokens = np.concatenate([context, continuation])[-longest - 1 :]
-    if len(continuation):
-      rows.append((len(tokens) - 1, place, np.int32(tokens)))
+    tokens = np.int32([*context, *continuation])
+    for start in range(len(context), len(tokens), longest):
+      end = min(start + longest, len(tokens))
+      read = tokens[max(0, end - longest - 1) : end]
+      rows.append((len(read) - 1, place, end - start, read))
   graphdef, state = nnx.split(model)
   rows.sort(key=lambda row: row[:2])  # Alike in length: little is padded.
   for start in range(0, len(rows), batch):
@@ -70,17 +67,17 @@ def log_likelihoods(
     width = min(longest, _padded(some[-1][0]))
     tokens_BxS = np.zeros((batch, width + 1), np.int32)
     mask_BxS = np.zeros((batch, width), bool)
-    for row, (length, _, tokens) in enumerate(some):
+    for row, (length, _, _, tokens) in enumerate(some):
       tokens_BxS[row, : length + 1] = tokens
       mask_BxS[row, :length] = True
     logs_BxS, greedy_BxS = jax.device_get(
       _next_tokens(graphdef, state, tokens_BxS, mask_BxS)
     )
-    for row, (length, place, _) in enumerate(some):
-      part = slice(length - len(requests[place][1]), length)
+    for row, (length, place, count, _) in enumerate(some):
+      part, before = slice(length - count, length), found[place]
       found[place] = Likelihood(
-        float(logs_BxS[row, part].sum(dtype=np.float64)),
-        bool(greedy_BxS[row, part].all()),
+        before.log + float(logs_BxS[row, part].sum(dtype=np.float64)),
+        before.greedy and bool(greedy_BxS[row, part].all()),
       )
   return found
 

@@ -91,6 +91,13 @@ class Results(Reader):
     return [p[1] for p in parts if p[0] == 'eval' and p[-1] == 'perplexity']
 
   @property
+  def texts(self) -> list[str]:
+    """Names of the texts that a mixture was trained on, in order; else none."""
+    prefix = 'train/loss/'
+    keys = (key for key in self.metrics if key.startswith(prefix))
+    return [key.removeprefix(prefix) for key in keys]
+
+  @property
   def max_violation(self) -> pd.Series:
     """MaxVio by step, mean over the MoE layers."""
     return self.metrics['router/max_violation']

@@ -26,9 +26,10 @@ def summarize(run: Results) -> dict[str, Any]:
 
   Returns:
     Every value of `columns.sections`, by its key: `method`, `seed`, `steps`,
-    `average_max_violation`, `train_loss`, `eval/<set>/perplexity` and so on;
-    of each layer, `average_max_violation/layer_00` and `sup_max_violation/...`.
-    None is a value that is unknown or not finite.
+    `average_max_violation`, `train_loss`, `eval/<set>/perplexity` and so on; of
+    a mixture, `train/loss/<text>`; of each layer,
+    `average_max_violation/layer_00` and `sup_max_violation/...`. None is a
+    value that is unknown or not finite.
 
   Raises:
     ValueError: no step is completed, or it is no run of this version.
@@ -39,7 +40,7 @@ def summarize(run: Results) -> dict[str, Any]:
     raise ValueError(f'{run}: no run of this version, it has no train/loss')
   summary = {
     column.key: _measured(column, run)
-    for section in columns.sections(run.evaluation_sets)
+    for section in columns.sections(run.evaluation_sets, run.texts)
     for column in section.columns
   }
   layers = run.layer_max_violation
@@ -167,7 +168,7 @@ def notes(table: pd.DataFrame) -> list[str]:
     diverged = run['first_non_finite_step']
     if not math.isnan(diverged):
       said.append(f'{name} diverged: no finite loss at step {diverged:,.0f}.')
-  table = table.reset_index()
+  table = table.copy().reset_index()  # In one piece: pandas warns otherwise.
   seeds = table.groupby('method', sort=False)['seed'].nunique()
   if alone := list(seeds.index[seeds == 1]):
     said.append(

@@ -56,13 +56,26 @@ def test_nothing_that_follows_is_certain(model):
   assert found == [Likelihood(0.0, True)]
 
 
-@pytest.mark.parametrize(
-  ('request_', 'words'),
-  [
-    (([], [1]), 'context 0 is empty'),
-    (([1], [1] * 41), 'continuation 0 has 41 tokens, the model reads 40'),
-  ],
-)
-def test_refuses(model, request_, words):
-  with pytest.raises(ValueError, match=words):
-    log_likelihoods(model, [request_], longest=LONGEST, batch=1)
+def test_a_long_continuation_is_read_in_parts(model):
+  """Each part after as much of what is before it as the model reads."""
+  random = np.random.default_rng(1)
+  context, continuation = (random.integers(0, VOCABULARY, n) for n in (3, 95))
+  (found,) = log_likelihoods(
+    model, [(context, continuation)], longest=LONGEST, batch=2
+  )
+  parts = [
+    by_hand(model, [*context, *continuation[:start]], part)
+    for start, part in zip(
+      range(0, 95, LONGEST),
+      np.split(continuation, range(LONGEST, 95, LONGEST)),
+      strict=True,
+    )
+  ]
+  assert len(parts) == 3
+  assert found.log == pytest.approx(sum(log for log, _ in parts), rel=1e-5)
+  assert found.greedy == all(greedy for _, greedy in parts)
+
+
+def test_refuses_an_empty_context(model):
+  with pytest.raises(ValueError, match='context 0 is empty'):
+    log_likelihoods(model, [([], [1])], longest=LONGEST, batch=1)

@@ -71,6 +71,21 @@ def test_what_the_run_is(write_run):
   assert (summary['tokens'], summary['finished']) == (24, True)
 
 
+def test_texts_of_a_mixture(write_run, records):
+  """A step that had none of a text has no loss on it."""
+  losses, shares, epochs = [5.0, None, 4.0], [0.25, 0.0, 0.5], [0.5, 0.5, 1.5]
+  for record, *values in zip(records, losses, shares, epochs, strict=True):
+    keys = 'train/loss/code', 'data/share/code', 'data/epochs/code'
+    record.update(zip(keys, values, strict=True))
+  runs = {'bip': [Run(write_run(records=records))]}
+  summary = summarize(runs['bip'][0])
+  assert summary['train/loss/code'] == 4.5
+  assert summary['data/share/code'] == 0.25
+  assert summary['data/epochs/code'] == 1.5
+  markdown = comparison_markdown(comparison(runs))
+  assert cells(markdown, 'bip', 'Trained on code') == ['4.500', '25.0%', '1.50']
+
+
 def test_times_leave_out_the_first_two_steps(write_run, records):
   more = [records[2] | {'step': step} for step in (4, 5, 6, 7)]
   for record, seconds in zip(more, [0.1, 0.2, 0.4, 0.5], strict=True):

@@ -4,7 +4,6 @@ import json
 import math
 import pathlib
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -64,12 +63,8 @@ def test_an_import_takes_little_more_memory_than_the_model(tmp_path):
   (tmp_path / 'model').mkdir()
   size = write_model(tmp_path / 'model')
   assert size > 4e9
-  memory = []
-  # How much waits to be written is a matter of threads: 1.24 to 1.30 were seen.
-  for workdir in (tmp_path / 'first', tmp_path / 'second'):
-    flags = 'import', tmp_path / 'model', f'--workdir={workdir}'
-    (done,) = several_processes.run(['-c', IMPORTS, *flags, '--expert=8'])
-    assert done.returncode == 0, done.stderr
-    memory.append(int(re.findall(r'^\d+$', done.stdout, re.MULTILINE)[-1]))
-    shutil.rmtree(workdir)
-  assert min(memory) < 1.3 * size
+  flags = 'import', tmp_path / 'model', f'--workdir={tmp_path / "run"}'
+  (done,) = several_processes.run(['-c', IMPORTS, *flags, '--expert=8'])
+  assert done.returncode == 0, done.stderr
+  memory = int(re.findall(r'^\d+$', done.stdout, re.MULTILINE)[-1])
+  assert memory < 1.3 * size  # 1.20 to 1.21 were seen.
