@@ -54,7 +54,7 @@ class Arm:
   options: Mapping[str, Any]
   seeds: Iterable[int] = (0,)
   experiment: str = 'mini_16e'
-  minutes: float = 3.5
+  minutes: float = 4.5
 
   def command(self, seed: int, workdir: pathlib.Path | str) -> list[str]:
     """Returns the arguments of the Python that trains a run."""

@@ -1,0 +1,69 @@
+"""Question 4: what each difference between the rules is worth, one at a time.
+
+python -m experiments.study.differences --workdir=DIR
+"""
+
+import sys
+
+from experiments.study import balance, tuning
+from experiments.study.question import Question, Table
+from experiments.study.runs import Arm
+
+_OF_BIP = {
+  'bip_t1': {'iterations': 1},
+  'bip_no_clip': {'clip': False},
+  'bip_kth': {'cutoff': 'kth'},
+  'bip_midpoint_cut': {'cutoff': 'midpoint'},
+  'bip_no_clip_midpoint_cut': {'clip': False, 'cutoff': 'midpoint'},
+  'midpoint_t1': {'clip': False, 'cutoff': 'midpoint', 'iterations': 1},
+}
+_OF_QUANTILE = {
+  'quantile_ema': {'ema': 0.9},
+  'quantile_histogram': {'estimator': 'histogram'},
+  'quantile_shard_mean': {'estimator': 'shard_mean'},
+  'quantile_microbatch_mean': {'estimator': 'microbatch_mean'},
+}
+# What an estimator needs to differ from the exact one.
+_PARTS = {
+  'quantile_shard_mean': {'model.shards': 4},
+  'quantile_microbatch_mean': {'accumulation': 4},
+}
+
+
+def _arms(method, variants):
+  return [
+    Arm(
+      name,
+      method,
+      tuning.TUNED
+      | {f'balancer.{key}': value for key, value in options.items()}
+      | _PARTS.get(name, {}),
+    )
+    for name, options in variants.items()
+  ]
+
+
+CENTRED = Arm(
+  'loss_free_centred', 'loss_free', tuning.TUNED | {'balancer.centre': True}
+)
+MAIN = balance.MAIN
+
+QUESTION = Question(
+  'What is each difference between the rules worth?',
+  'From `bip` (T = 4) and from `quantile`, one switch at a time, one seed: '
+  'number of iterations, clip, cutoff; averaging, and what peers compute in '
+  'place of the quantile over all tokens.',
+  [
+    Table('From bip', [MAIN['bip'], *_arms('bip', _OF_BIP)], MAIN['bip']),
+    Table(
+      'From quantile',
+      [MAIN['quantile'], *_arms('quantile', _OF_QUANTILE)],
+      MAIN['quantile'],
+    ),
+    Table('From loss_free', [MAIN['loss_free'], CENTRED], MAIN['loss_free']),
+  ],
+)
+
+
+if __name__ == '__main__':
+  sys.exit(QUESTION.main())

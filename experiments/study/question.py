@@ -1,0 +1,120 @@
+"""What the questions of the study share: arms in a table, beside a baseline."""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from experiments.study import runs
+from experiments.study.runs import Arm
+from experiments.study.statistics import paired
+from moe_jax.analysis.command_line import table
+
+PERPLEXITY = 'eval/validation/perplexity'
+# Key of a summary -> heading and format.
+COLUMNS = {
+  'average_max_violation': ('AvgMaxVio', '.3f'),
+  'sup_max_violation': ('SupMaxVio', '.3f'),
+  'first_max_violation': ('first step', '.3f'),
+  'worst_sup_max_violation': ('SupMaxVio, worst layer', '.3f'),
+  'sequence_violation': ('sequence MaxVio', '.3f'),
+  PERPLEXITY: ('perplexity, q frozen', '.2f'),
+  'eval/validation/perplexity_solved': ('q solved', '.2f'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """Arms of one experiment, side by side.
+
+  Attributes:
+    heading: of the table.
+    arms: a row each.
+    baseline: the arm that the others are compared with, seed by seed.
+    columns: keys of summaries, with heading and format.
+  """
+
+  heading: str
+  arms: Sequence[Arm]
+  baseline: Arm
+  columns: Mapping[str, tuple[str, str]] = dataclasses.field(
+    default_factory=lambda: COLUMNS
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """One question of the study.
+
+  Attributes:
+    title: the question.
+    method: what was done, for the report.
+    tables: of its arms.
+    answer: the sentence that ends it; '' as long as runs are missing.
+  """
+
+  title: str
+  method: str
+  tables: Sequence[Table]
+  answer: str = ''
+
+  @property
+  def arms(self) -> list[Arm]:
+    """The arms of all tables, each once."""
+    arms = [
+      arm for table in self.tables for arm in (*table.arms, table.baseline)
+    ]
+    return list({(arm.experiment, arm.name): arm for arm in arms}.values())
+
+  def main(self) -> int:
+    """Trains what is missing; returns the program's exit code."""
+    return runs.main(self.arms)
+
+
+def section(
+  question: Question, results: pathlib.Path = runs.RESULTS
+) -> Iterator[str]:
+  """Yields the paragraphs of a question."""
+  yield f'## {question.title}'
+  yield question.method
+  for each in question.tables:
+    yield f'### {each.heading}'
+    yield from _table(each, results)
+  if question.answer:
+    yield f'**{question.answer}**'
+
+
+def _table(each: Table, results: pathlib.Path) -> Iterator[str]:
+  found = runs.frame([*each.arms, each.baseline], results)
+  names = [arm.name for arm in each.arms]
+  done = len(found.loc[found.index.isin(names, 'arm')]) if len(found) else 0
+  planned = sum(len(list(arm.seeds)) for arm in each.arms)
+  if done < planned:
+    yield f'{done} of {planned} runs are done.'
+  if not done:
+    return
+  groups = found.groupby('arm')
+  mean, deviation = (f(numeric_only=True) for f in (groups.mean, groups.std))
+  keys = [key for key in each.columns if key in mean]
+  loss, baseline = np.log(found[PERPLEXITY]), each.baseline.name
+  rows = []
+  for name in filter(mean.index.__contains__, names):
+    cells = [
+      _with_deviation(
+        mean[key][name], deviation[key][name], each.columns[key][1]
+      )
+      for key in keys
+    ]
+    difference = '–'
+    if name != baseline and baseline in mean.index:
+      difference = str(paired(loss, name, baseline))
+    rows.append([name, len(found.loc[name]), *cells, difference])
+  headings = [each.columns[key][0] for key in keys]
+  yield table(['arm', 'seeds', *headings, f'loss - {baseline} [nats]'], rows)
+
+
+def _with_deviation(mean: float, deviation: float, form: str) -> str:
+  if np.isnan(deviation):
+    return f'{mean:{form}}'
+  return f'{mean:{form}} ± {deviation:{form}}'

@@ -1,0 +1,122 @@
+"""The study: its arms, what is stored of them, and the report made of that."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from experiments.study import figures, plan, question, report, runs, tuning
+from experiments.study.runs import Arm
+from experiments.study.statistics import paired
+from moe_jax import config
+from moe_jax import main as command_line
+
+ARMS = [arm for each in report.QUESTIONS for arm in each.arms]
+
+
+def test_every_arm_is_accepted():
+  for arm in ARMS:
+    options, _ = command_line.parse(arm.command(0, 'runs/x')[1:])
+    config.freeze(options)
+
+
+def test_an_arm_has_one_meaning():
+  meanings = {}
+  for arm in ARMS:
+    meaning = meanings.setdefault((arm.experiment, arm.name), arm)
+    assert arm.command(0, 'x') == meaning.command(0, 'x')
+
+
+def test_the_report_is_that_of_the_stored_runs():
+  assert (runs.RESULTS / 'REPORT.md').read_text() == report.report()
+  assert (runs.RESULTS / 'PLAN.md').read_text() == plan.plan()
+
+
+def test_stored_runs_say_where_they_come_from():
+  stored = {
+    arm.path(seed): (arm, seed, run)
+    for arm in ARMS
+    for seed, run in arm.stored().items()
+  }
+  assert stored.keys() == set(runs.RESULTS.glob('runs/*/*.json'))
+  for arm, seed, run in stored.values():
+    command = run['command'].split()
+    assert command == ['python', *arm.command(seed, 'DIR')]
+    assert len(run['commit']) == 40  # Of files that had not changed.
+    assert run['config']['seed'] == run['summary']['seed'] == seed
+    assert run['summary']['finished']
+    assert run['facts']['versions']['jax']
+    steps = run['config']['steps']
+    assert {len(curve) for curve in run['curves'].values()} == {steps}
+
+
+def test_runs_of_a_seed_begin_alike():
+  """But for the number of experts and of sequences."""
+  groups = {}
+  for arm in ARMS:
+    for seed, run in arm.stored().items():
+      model = run['config']['model']
+      alike = arm.experiment, seed, model['experts'], model['hidden']
+      groups.setdefault(alike, set()).add(
+        (
+          run['facts']['initial_parameters_digest'],
+          run['facts']['text_fingerprint'],
+        )
+      )
+  assert all(len(group) == 1 for group in groups.values())
+
+
+def test_the_learning_rate_is_the_lowest_of_the_best():
+  stored = {
+    rate: arm.stored()[tuning.SEEDS[0]]['summary'][question.PERPLEXITY]
+    for rate, arm in tuning.LEARNING_RATES.items()
+  }
+  best = min(stored.values())
+  good = [rate for rate, found in stored.items() if found < 1.01 * best]
+  assert min(good) == tuning.LEARNING_RATE
+  assert min(stored) < tuning.LEARNING_RATE < max(stored)
+
+
+def values_of(**arms):
+  return pd.Series(
+    {(arm, seed): x for arm in arms for seed, x in enumerate(arms[arm])}
+  ).rename_axis(['arm', 'seed'])
+
+
+def test_differences_are_paired():
+  values = values_of(a=[1.0, 5.0, 9.0, 2.0], b=[0.5, 4.5, 8.5])
+  found = paired(values, 'a', 'b')
+  assert (found.mean, found.low, found.high, found.seeds) == (0.5, 0.5, 0.5, 3)
+  assert found.certain
+  assert str(paired(values[:2], 'a', 'a')) == '+0.0000'
+
+
+def test_an_interval_covers_what_the_seeds_leave_open():
+  found = paired(values_of(a=[1.0, -1.0, 0.5], b=[0.0, 0.0, 0.0]), 'a', 'b')
+  assert found.low == -1.0 and found.high == 1.0
+  assert not found.certain
+
+
+@pytest.mark.long
+def test_what_is_interrupted_is_continued_and_stored(tmp_path):
+  options = {'steps': 2, 'eval_every': 0, 'eval_sequences': 8}
+  arms = [
+    Arm(method, method, options, (0, 1), experiment='demo')
+    for method in ('unbalanced', 'midpoint')
+  ]
+  workdir, results = tmp_path / 'runs', tmp_path / 'results'
+  runs.run(arms[1], 0, workdir, results)
+  before = arms[1].path(0, results).stat().st_mtime_ns
+  runs.run_all(arms, workdir, results)
+  assert arms[1].path(0, results).stat().st_mtime_ns == before
+  assert [list(arm.stored(results)) for arm in arms] == [[0, 1]] * 2
+  stored = json.loads(arms[1].path(0, results).read_text())
+  assert 'step_seconds' not in stored['summary']
+  table = question.Table('Two', arms, arms[0])
+  asked = question.Question('Which?', 'Two arms.', [table], 'Neither.')
+  parts = list(question.section(asked, results))
+  assert parts[0] == '## Which?' and parts[-1] == '**Neither.**'
+  assert '| midpoint | 2 |' in parts[-2]
+  figure = figures.balance_figure(arms, results)
+  labels = [line.get_label() for line in figure.axes[0].lines]
+  assert labels == ['unbalanced, 2 seeds', 'midpoint, 2 seeds']
