@@ -2,10 +2,19 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.study import figures, plan, question, report, runs, tuning
+from experiments.study import (
+  audits,
+  figures,
+  plan,
+  question,
+  report,
+  runs,
+  tuning,
+)
 from experiments.study.runs import Arm
 from experiments.study.statistics import paired
 from moe_jax import config
@@ -97,9 +106,20 @@ def test_an_interval_covers_what_the_seeds_leave_open():
   assert not found.certain
 
 
+def test_information_is_that_of_rows_and_columns():
+  label_S = np.array([0, 1, 1, 2])
+  chosen_SxE = np.eye(3, dtype=bool)[label_S]
+  counts = audits._counts(label_S, chosen_SxE)
+  np.testing.assert_array_equal(counts, np.diag([1, 2, 1]))
+  # The entropy of a label that the expert tells.
+  assert audits._information(counts) == pytest.approx(1.5 * np.log(2))
+  assert audits._information(np.outer([1, 3], [2, 5])) == pytest.approx(0)
+
+
 @pytest.mark.long
-def test_what_is_interrupted_is_continued_and_stored(tmp_path):
-  options = {'steps': 2, 'eval_every': 0, 'eval_sequences': 8}
+def test_what_is_interrupted_is_continued_and_stored(tmp_path, monkeypatch):
+  options = {'steps': 2, 'warmup_steps': 0, 'eval_every': 0}
+  options |= {'eval_sequences': 8}
   arms = [
     Arm(method, method, options, (0, 1), experiment='demo')
     for method in ('unbalanced', 'midpoint')
@@ -112,11 +132,29 @@ def test_what_is_interrupted_is_continued_and_stored(tmp_path):
   assert [list(arm.stored(results)) for arm in arms] == [[0, 1]] * 2
   stored = json.loads(arms[1].path(0, results).read_text())
   assert 'step_seconds' not in stored['summary']
-  table = question.Table('Two', arms, arms[0])
-  asked = question.Question('Which?', 'Two arms.', [table], 'Neither.')
+  monkeypatch.setattr(audits, 'ARRIVALS', 64)
+  monkeypatch.setattr(audits, 'TOKENS', 300)
+  of_all = [audits.causality, audits.specialisation, audits.online]
+  for audit in of_all:
+    audits.run(audit, arms[1], workdir, results)
+  leaks, said, assigned = (
+    audits.stored(audit, arms[1], results) for audit in of_all
+  )
+  assert leaks['frozen']['routes flipped'] == 0 < leaks['solved']['loss [nats]']
+  assert said['validation']['purity'] >= 0.5  # Of two domains.
+  assert assigned['exact']['regret [%]'] < assigned['top-k']['regret [%]']
+  asked = question.Question(
+    'Which?',
+    'Two arms.',
+    [question.Table('Two', arms, arms[0])],
+    'Neither.',
+    [question.Audit('Rules', audits.online, arms)],
+  )
   parts = list(question.section(asked, results))
   assert parts[0] == '## Which?' and parts[-1] == '**Neither.**'
-  assert '| midpoint | 2 |' in parts[-2]
+  assert '| midpoint | 2 |' in parts[3]
+  assert parts[5] == '1 of 2 checkpoints are audited.'
+  assert '| midpoint | 10 bins |' in parts[6]
   figure = figures.balance_figure(arms, results)
   labels = [line.get_label() for line in figure.axes[0].lines]
   assert labels == ['unbalanced, 2 seeds', 'midpoint, 2 seeds']

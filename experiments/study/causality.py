@@ -5,8 +5,8 @@ python -m experiments.study.causality --workdir=DIR
 
 import sys
 
-from experiments.study import balance, tuning
-from experiments.study.question import Question, Table
+from experiments.study import audits, balance, tuning
+from experiments.study.question import Audit, Question, Table
 from experiments.study.runs import Arm
 
 STEP = 4096  # Tokens of a step of mini_16e.
@@ -47,6 +47,13 @@ QUESTION = Question(
       balance.MAIN['bip'],
     ),
     Table('16,384 tokens a step', LARGE, LARGE[0]),
+  ],
+  audits=[
+    Audit(
+      'Routes that change with the tokens that follow',
+      audits.causality,
+      [*balance.MAIN.values(), *LAGGED],
+    )
   ],
 )
 

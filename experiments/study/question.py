@@ -1,15 +1,18 @@
 """What the questions of the study share: arms in a table, beside a baseline."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import pathlib
+import sys
+from typing import NamedTuple
 
 import numpy as np
 
-from experiments.study import runs
+from experiments.study import audits, runs
 from experiments.study.runs import Arm
 from experiments.study.statistics import paired
-from moe_jax.analysis.command_line import table
+from moe_jax import analysis
+from moe_jax.analysis.command_line import Parser, table
 
 PERPLEXITY = 'eval/validation/perplexity'
 # Key of a summary -> heading and format.
@@ -43,6 +46,20 @@ class Table:
   )
 
 
+class Audit(NamedTuple):
+  """What is found out about the checkpoints of some arms.
+
+  Attributes:
+    heading: of its table.
+    audit: one of `audits`.
+    arms: of which the first seed is audited.
+  """
+
+  heading: str
+  audit: Callable[[analysis.Run], audits.Rows]
+  arms: Sequence[Arm]
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
   """One question of the study.
@@ -52,12 +69,14 @@ class Question:
     method: what was done, for the report.
     tables: of its arms.
     answer: the sentence that ends it; '' as long as runs are missing.
+    audits: tables of what is found out about checkpoints.
   """
 
   title: str
   method: str
   tables: Sequence[Table]
   answer: str = ''
+  audits: Sequence[Audit] = ()
 
   @property
   def arms(self) -> list[Arm]:
@@ -67,9 +86,21 @@ class Question:
     ]
     return list({(arm.experiment, arm.name): arm for arm in arms}.values())
 
-  def main(self) -> int:
-    """Trains what is missing; returns the program's exit code."""
-    return runs.main(self.arms)
+  def main(self, argv: Sequence[str] | None = None) -> int:
+    """Trains and audits what is missing; returns the program's exit code."""
+    parser = Parser(description=f'Answers: {self.title}')
+    parser.add_argument('--workdir', required=True, type=pathlib.Path)
+    try:
+      workdir = parser.parse_args(argv).workdir.absolute()
+    except ValueError as error:
+      print(f'error: {error}', file=sys.stderr)
+      return 2
+    runs.run_all(self.arms, workdir)
+    for each in self.audits:
+      for arm in each.arms:
+        if not audits.path(each.audit, arm).exists():
+          audits.run(each.audit, arm, workdir)
+    return 0
 
 
 def section(
@@ -81,6 +112,9 @@ def section(
   for each in question.tables:
     yield f'### {each.heading}'
     yield from _table(each, results)
+  for each in question.audits:
+    yield f'### {each.heading}'
+    yield from _audit(each, results)
   if question.answer:
     yield f'**{question.answer}**'
 
@@ -112,6 +146,26 @@ def _table(each: Table, results: pathlib.Path) -> Iterator[str]:
     rows.append([name, len(found.loc[name]), *cells, difference])
   headings = [each.columns[key][0] for key in keys]
   yield table(['arm', 'seeds', *headings, f'loss - {baseline} [nats]'], rows)
+
+
+def _audit(each: Audit, results: pathlib.Path) -> Iterator[str]:
+  found = {
+    arm.name: rows
+    for arm in each.arms
+    if (rows := audits.stored(each.audit, arm, results))
+  }
+  if len(found) < len(each.arms):
+    yield f'{len(found)} of {len(each.arms)} checkpoints are audited.'
+  if found:
+    some = next(iter(next(iter(found.values())).values()))
+    yield table(
+      ['arm', '', *some],
+      [
+        [name, row, *columns.values()]
+        for name, rows in found.items()
+        for row, columns in rows.items()
+      ],
+    )
 
 
 def _with_deviation(mean: float, deviation: float, form: str) -> str:

@@ -14,10 +14,12 @@ from experiments.study import (
   causality,
   differences,
   figures,
+  online,
   paper,
   question,
   runs,
   scale,
+  specialisation,
   tuning,
 )
 
@@ -30,7 +32,9 @@ QUESTIONS = tuple(
     causality,
     differences,
     capacity,
+    specialisation,
     scale,
+    online,
   )
 )
 _HEAD = """# What balancing is worth: the study

@@ -16,7 +16,6 @@ from typing import Any
 import pandas as pd
 
 from moe_jax import analysis
-from moe_jax.analysis.command_line import Parser
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / 'experiments' / 'results' / 'study'
@@ -180,16 +179,3 @@ def run_all(
   for number, (arm, seed) in enumerate(missing, 1):
     print(f'{number} of {len(missing)}: {arm.path(seed, results).stem}')
     run(arm, seed, workdir, results)
-
-
-def main(arms: Sequence[Arm], argv: Sequence[str] | None = None) -> int:
-  """Runs the program of a question; returns its exit code."""
-  parser = Parser(description=f'Trains the {len(arms)} arms of a question.')
-  parser.add_argument('--workdir', required=True, type=pathlib.Path)
-  try:
-    options = parser.parse_args(argv)
-  except ValueError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  run_all(arms, options.workdir.absolute())
-  return 0

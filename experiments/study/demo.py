@@ -1,0 +1,48 @@
+"""Question 1 at the size of the demo: six trainings in a few minutes.
+
+  python -m experiments.study.demo --workdir=DIR
+
+Prints the table; figures and stored runs go to DIR/study. It shows how methods
+balance, while a quarter of a million tokens tell little of their losses.
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+from experiments.study import balance, figures, question, runs
+from moe_jax.analysis import save_figure
+from moe_jax.analysis.command_line import Parser
+
+# Of the demo's own learning rate: what was tuned is of longer runs.
+ARMS = [
+  dataclasses.replace(arm, experiment='demo', options={}, seeds=(0,))
+  for arm in balance.MAIN.values()
+]
+QUESTION = question.Question(
+  'Which methods balance from the first step on?',
+  '`demo`: 16 experts, of which a token takes 4, 0.25 M tokens of speeches.',
+  [question.Table('Methods', ARMS, ARMS[0])],
+)
+
+
+def main() -> int:
+  """Runs the program; returns its exit code."""
+  parser = Parser(description=__doc__)
+  parser.add_argument('--workdir', required=True, type=pathlib.Path)
+  try:
+    workdir = parser.parse_args().workdir.absolute()
+  except ValueError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  results = workdir / 'study'
+  runs.run_all(ARMS, workdir, results)
+  figure = figures.balance_figure(ARMS, results)
+  save_figure(figure, results / 'max_violation')
+  print('\n\n'.join(question.section(QUESTION, results)))
+  print(f'\nThe figure is {results}/max_violation.png')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
