@@ -29,11 +29,15 @@ MAIN = _arms(
     'bip': ('bip', {}),
     'midpoint': ('midpoint', {}),
     'quantile': ('quantile', {}),
+    # Tuned: what most trainings have, and the rate of the lowest loss.
+    'loss_controlled_0.01': ('loss_controlled', {'balancer.alpha': 0.01}),
+    'loss_free_0.01': ('loss_free', {'balancer.rate': 0.01}),
   },
 )
 VARIANTS = _arms(
   TWO,
   {
+    'loss_controlled_0.001': ('loss_controlled', {'balancer.alpha': 0.001}),
     'bip_t2': ('bip_t2', {}),
     'bip_t8': ('bip_t8', {}),
     'bip_t14': ('bip_t14', {}),
@@ -61,7 +65,8 @@ QUESTION = Question(
   '`mini_16e`: 4 layers, 16 experts of which a token takes 4, 1.02 M tokens of '
   'speeches, dropless. Methods of one seed share initial weights and batches. '
   'At the settings of the paper: `loss_controlled` with weight 0.1, '
-  '`loss_free` with rate 0.001, `bip` with T = 4. Loss: validation, q frozen.',
+  '`loss_free` with rate 0.001, `bip` with T = 4; `_0.01` has another weight '
+  'or rate. Loss: validation, q frozen.',
   [
     Table('Methods', list(MAIN.values()), MAIN['unbalanced']),
     Table('Variants', list(VARIANTS.values()), MAIN['unbalanced']),

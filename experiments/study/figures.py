@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 import pathlib
+from typing import Any
 
 from matplotlib.figure import Figure
 import pandas as pd
@@ -32,7 +33,7 @@ def balance_figure(arms: Iterable[Arm], results: pathlib.Path) -> Figure:
       {s: run['curves']['router/max_violation'] for s, run in stored.items()}
     )
     curves.index += 1
-    style = drawing.method_style(arm.method)
+    style = _look(arm)
     seeds = f'{len(stored)} seeds' if len(stored) > 1 else '1 seed'
     drawing.line(
       axes, curves.mean(axis=1), label=f'{arm.name}, {seeds}', **style
@@ -84,7 +85,7 @@ def frontier_figure(results: pathlib.Path) -> Figure:
   for arm in balance.MAIN.values():
     found = runs.frame([arm], results)
     if len(found):
-      style = drawing.method_style(arm.method)
+      style = _look(arm)
       style |= {'linestyle': '', 'markersize': 8, 'markevery': 1}
       points = found[['average_max_violation', PERPLEXITY]].mean()
       drawn.append(points.iloc[0])
@@ -94,7 +95,15 @@ def frontier_figure(results: pathlib.Path) -> Figure:
     xlabel='AvgMaxVio (mean over steps of fullest expert / mean - 1)',
     ylabel='validation perplexity, q frozen',
   )
-  drawing.title(axes, 'filled: mean over seeds; hollow: tuning, one other seed')
+  drawing.title(axes, 'points: means over seeds; lines: tuning, one other seed')
   drawing.grid(axes)
   drawing.legend(figure, axes)
   return figure
+
+
+def _look(arm: Arm) -> dict[str, Any]:
+  """Returns the look of the arm's method, hollow where it has other values."""
+  style = drawing.method_style(arm.method)
+  if arm.name != arm.method:
+    style |= {'fillstyle': 'none', 'linestyle': ':'}
+  return style

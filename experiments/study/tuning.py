@@ -45,6 +45,15 @@ BIAS_RATES = {
   for scoring in ('softmax', 'sigmoid')
   for rate in (0.001, 0.01)
 }
+BASELINE_RATES = {
+  rate: Arm(
+    f'loss_free_0.01_lr_{rate}',
+    'loss_free',
+    COMMON | {'balancer.rate': 0.01, 'learning_rate': rate},
+    SEEDS,
+  )
+  for rate in (2e-3, 8e-3)
+}
 
 _BASELINE = LEARNING_RATES[LEARNING_RATE]
 QUESTION = Question(
@@ -58,6 +67,11 @@ QUESTION = Question(
     Table('Learning rate', list(LEARNING_RATES.values()), _BASELINE),
     Table('Weight of the auxiliary loss', list(ALPHAS.values()), _BASELINE),
     Table('Rate of the bias', list(BIAS_RATES.values()), _BASELINE),
+    Table(
+      'Learning rate of the best baseline',
+      [BIAS_RATES['softmax', 0.01], *BASELINE_RATES.values()],
+      _BASELINE,
+    ),
   ],
 )
 
