@@ -14,10 +14,11 @@ from experiments.study import balance, figures, question, runs
 from moe_jax.analysis import save_figure
 from moe_jax.analysis.command_line import Parser
 
-# Of the demo's own learning rate: what was tuned is of longer runs.
+# At the options of the demo: what was tuned is of longer runs.
 ARMS = [
   dataclasses.replace(arm, experiment='demo', options={}, seeds=(0,))
   for arm in balance.MAIN.values()
+  if arm.name == arm.method
 ]
 QUESTION = question.Question(
   'Which methods balance from the first step on?',
