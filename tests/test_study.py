@@ -1,6 +1,7 @@
 """The study: its arms, what is stored of them, and the report made of that."""
 
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -59,6 +60,22 @@ def test_stored_runs_say_where_they_come_from():
     assert {len(curve) for curve in run['curves'].values()} == {steps}
 
 
+def test_audits_are_of_the_arms_as_they_are():
+  files = {
+    audits.path(each.audit, arm): arm
+    for asked in report.QUESTIONS
+    for each in asked.audits
+    for arm in each.arms
+  }
+  stored = set(runs.RESULTS.glob('audits/*/*/*.json'))
+  assert stored <= files.keys()
+  for file in stored:
+    audit, arm = json.loads(file.read_text()), files[file]
+    command = ['python', *arm.command(min(arm.seeds), 'DIR')]
+    assert audit['command'].split() == command
+    assert len(audit['commit']) == 40
+
+
 def test_runs_of_a_seed_begin_alike():
   """But for the number of experts and of sequences."""
   groups = {}
@@ -94,16 +111,33 @@ def values_of(**arms):
 
 def test_differences_are_paired():
   values = values_of(a=[1.0, 5.0, 9.0, 2.0], b=[0.5, 4.5, 8.5])
-  found = paired(values, 'a', 'b')
-  assert (found.mean, found.low, found.high, found.seeds) == (0.5, 0.5, 0.5, 3)
-  assert found.certain
-  assert str(paired(values[:2], 'a', 'a')) == '+0.0000'
+  assert paired(values, 'a', 'b') == (0.5, 0.0)
+  assert str(paired(values_of(a=[1.0], b=[0.5]), 'a', 'b')) == '+0.5000'
 
 
-def test_an_interval_covers_what_the_seeds_leave_open():
-  found = paired(values_of(a=[1.0, -1.0, 0.5], b=[0.0, 0.0, 0.0]), 'a', 'b')
-  assert found.low == -1.0 and found.high == 1.0
-  assert not found.certain
+def test_an_interval_is_that_of_so_few_seeds():
+  found = paired(values_of(a=[1.0, 2.0, 3.0], b=[1.0] * 3), 'a', 'b')
+  # Student's t of two degrees of freedom, by the error of the mean.
+  assert found == pytest.approx((1.0, 4.302653 / 3**0.5))
+
+
+def test_loss_of_a_mixture_is_the_mean_over_its_texts(tmp_path):
+  arm = Arm('bip', 'bip', {})
+  summary = {
+    'eval/validation_a/perplexity': math.exp(2.0),
+    'eval/validation_b/perplexity': math.exp(4.0),
+    'eval/shakespeare/perplexity': 9.0,
+  }
+  curves = {'train/loss': [1.5, None]}
+  runs.write({'summary': summary, 'curves': curves}, arm.path(0, tmp_path))
+  assert arm.stored(tmp_path)[0]['curves'] == curves
+  found = runs.frame([arm], tmp_path)
+  assert found[runs.LOSS]['bip', 0] == pytest.approx(3.0)
+  table = question.Table('One', [arm], arm)
+  asked = question.Question('Which?', 'One arm.', [table])
+  assert (
+    '| bip | 1 | 3.0000 | – |' in list(question.section(asked, tmp_path))[-1]
+  )
 
 
 def test_information_is_that_of_rows_and_columns():
@@ -114,6 +148,15 @@ def test_information_is_that_of_rows_and_columns():
   # The entropy of a label that the expert tells.
   assert audits._information(counts) == pytest.approx(1.5 * np.log(2))
   assert audits._information(np.outer([1, 3], [2, 5])) == pytest.approx(0)
+
+
+def test_chance_tells_nothing():
+  """Of many labels, even routes by chance have information in so few tokens."""
+  random = np.random.default_rng(0)
+  label_S = random.integers(0, 500, 2000)
+  chosen_SxE = np.eye(16, dtype=bool)[random.integers(0, 16, 2000)]
+  assert audits._information(audits._counts(label_S, chosen_SxE)) > 1
+  assert abs(audits._beyond_chance(label_S, chosen_SxE)) < 0.05
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Question 1: the paper's table, with baselines that were tuned.
+"""Question 1: the paper's table, and its baselines at other values.
 
 python -m experiments.study.balance --workdir=DIR
 """
@@ -29,7 +29,7 @@ MAIN = _arms(
     'bip': ('bip', {}),
     'midpoint': ('midpoint', {}),
     'quantile': ('quantile', {}),
-    # Tuned: what most trainings have, and the rate of the lowest loss.
+    # The weight of most trainings, and the rate of the lowest loss in tuning.
     'loss_controlled_0.01': ('loss_controlled', {'balancer.alpha': 0.01}),
     'loss_free_0.01': ('loss_free', {'balancer.rate': 0.01}),
   },

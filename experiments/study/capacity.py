@@ -33,15 +33,15 @@ ROUNDED = [
 ]
 _SHOWN = {
   key: COLUMNS[key]
-  for key in ('average_max_violation', 'sup_max_violation', PERPLEXITY)
+  for key in ('average_max_violation', 'worst_sup_max_violation', PERPLEXITY)
 } | {'dropped': ('dropped', '.2%')}
 _BASELINE = balance.MAIN['midpoint']
 
 QUESTION = Question(
   'What do static buffers cost each method?',
   'Capacity factors of 1.0, 1.25 and 2.0 drop what does not fit; rounding at '
-  '1.0 drops nothing. One seed. SupMaxVio + 1 is the factor that would have '
-  'dropped nothing at the worst step. Evaluation never drops.',
+  '1.0 drops nothing. One seed. SupMaxVio of the worst layer + 1 is the factor '
+  'that would have dropped nothing at any step. Evaluation never drops.',
   [
     *(
       Table(f'Capacity {factor}', _dropping(factor), _BASELINE, _SHOWN)

@@ -14,19 +14,19 @@ _OF_BIP = {
   'bip_no_clip': {'clip': False},
   'bip_kth': {'cutoff': 'kth'},
   'bip_midpoint_cut': {'cutoff': 'midpoint'},
-  'bip_no_clip_midpoint_cut': {'clip': False, 'cutoff': 'midpoint'},
-  'midpoint_t1': {'clip': False, 'cutoff': 'midpoint', 'iterations': 1},
 }
 _OF_QUANTILE = {
   'quantile_ema': {'ema': 0.9},
   'quantile_histogram': {'estimator': 'histogram'},
   'quantile_shard_mean': {'estimator': 'shard_mean'},
   'quantile_microbatch_mean': {'estimator': 'microbatch_mean'},
+  'quantile_histogram_accumulated': {'estimator': 'histogram'},
 }
 # What an estimator needs to differ from the exact one.
 _PARTS = {
   'quantile_shard_mean': {'model.shards': 4},
   'quantile_microbatch_mean': {'accumulation': 4},
+  'quantile_histogram_accumulated': {'accumulation': 4},
 }
 
 
@@ -52,9 +52,24 @@ QUESTION = Question(
   'What is each difference between the rules worth?',
   'From `bip` (T = 4) and from `quantile`, one switch at a time, one seed: '
   'number of iterations, clip, cutoff; averaging, and what peers compute in '
-  'place of the quantile over all tokens.',
+  'place of the quantile over all tokens. `midpoint` is `bip` with two '
+  'switches: no clip, and the cut in the middle. Means over shards need four '
+  'shards, means over microbatches four microbatches, which the histogram '
+  'beside it has as well.',
   [
-    Table('From bip', [MAIN['bip'], *_arms('bip', _OF_BIP)], MAIN['bip']),
+    Table(
+      'From bip',
+      [MAIN['bip'], *_arms('bip', _OF_BIP), MAIN['midpoint']],
+      MAIN['bip'],
+    ),
+    Table(
+      'From midpoint',
+      [
+        MAIN['midpoint'],
+        *_arms('midpoint', {'midpoint_t1': {'iterations': 1}}),
+      ],
+      MAIN['midpoint'],
+    ),
     Table(
       'From quantile',
       [MAIN['quantile'], *_arms('quantile', _OF_QUANTILE)],

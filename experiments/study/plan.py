@@ -15,9 +15,10 @@ _HEAD = """# What the study trains
 Written by `python -m experiments.study.plan`. Times are of two cores of an AMD
 EPYC that do nothing else; a run is counted where it is first asked for.
 
-What that buys: differences of about a hundredth of a nat between methods that
-have five seeds, at a million tokens. What it cannot show: whether they last
-over billions of tokens or hold for models a hundred times larger."""
+What that buys: how methods balance in every step of a million tokens, and by
+how much their losses differ there, with the spread over seeds. What it cannot
+show: whether differences last over billions of tokens, or in models a hundred
+times larger."""
 
 
 def plan() -> str:

@@ -22,6 +22,7 @@ COLUMNS = {
   'first_max_violation': ('first step', '.3f'),
   'worst_sup_max_violation': ('SupMaxVio, worst layer', '.3f'),
   'sequence_violation': ('sequence MaxVio', '.3f'),
+  runs.LOSS: ('loss [nats]', '.4f'),
   PERPLEXITY: ('perplexity, q frozen', '.2f'),
   'eval/validation/perplexity_solved': ('q solved', '.2f'),
 }
@@ -131,7 +132,7 @@ def _table(each: Table, results: pathlib.Path) -> Iterator[str]:
   groups = found.groupby('arm')
   mean, deviation = (f(numeric_only=True) for f in (groups.mean, groups.std))
   keys = [key for key in each.columns if key in mean]
-  loss, baseline = np.log(found[PERPLEXITY]), each.baseline.name
+  baseline = each.baseline.name
   rows = []
   for name in filter(mean.index.__contains__, names):
     cells = [
@@ -142,7 +143,7 @@ def _table(each: Table, results: pathlib.Path) -> Iterator[str]:
     ]
     difference = '–'
     if name != baseline and baseline in mean.index:
-      difference = str(paired(loss, name, baseline))
+      difference = str(paired(found[runs.LOSS], name, baseline))
     rows.append([name, len(found.loc[name]), *cells, difference])
   headings = [each.columns[key][0] for key in keys]
   yield table(['arm', 'seeds', *headings, f'loss - {baseline} [nats]'], rows)

@@ -41,9 +41,9 @@ _HEAD = """# What balancing is worth: the study
 
 Written by `python -m experiments.study.report` from the stored runs in `runs/`,
 each with its command, commit, configuration and versions. Mean ± standard
-deviation over seeds; differences are paired by seed, with 95 % bootstrap
-intervals where there are three seeds or more. Trainings shared two cores with
-other work, so nothing here is about time."""
+deviation over seeds; differences are paired by seed, ± half of Student's 95 %
+interval. Loss is that of validation text with q frozen, in nats a token.
+Trainings shared two cores with other work, so nothing here is about time."""
 
 
 def report(results: pathlib.Path = runs.RESULTS) -> str:

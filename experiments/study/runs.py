@@ -4,15 +4,17 @@ An arm is a method with its options; with a seed it is a run. Runs of one
 experiment and seed share initial weights, batches, tokens and evaluation.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import json
+import math
 import pathlib
 import shlex
 import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from moe_jax import analysis
@@ -26,6 +28,8 @@ CURVES = (
   'router/worst_max_violation',
   'router/sequence_violation',
 )
+# Of validation, q frozen, nats a token; of a mixture the mean over its texts.
+LOSS = 'validation_loss'
 # Other things run beside the study, so its times say nothing.
 _TIMES = (
   'step_seconds',
@@ -51,7 +55,7 @@ class Arm:
   name: str
   method: str
   options: Mapping[str, Any]
-  seeds: Iterable[int] = (0,)
+  seeds: Collection[int] = (0,)
   experiment: str = 'mini_16e'
   minutes: float = 4.5
 
@@ -87,6 +91,9 @@ def train(arm: Arm, seed: int, workdir: pathlib.Path) -> pathlib.Path:
     SystemExit: it was preempted or failed; with its exit code.
   """
   directory = workdir / arm.experiment / f'{arm.name}.seed_{seed}'
+  if not (begun := _commit_file(directory)).exists():
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    begun.write_text(_commit())
   command = [sys.executable, *arm.command(seed, directory)]
   # It handles Ctrl-C and SIGTERM itself, and says so by its exit code.
   code = subprocess.run(command, cwd=ROOT, check=False).returncode
@@ -99,33 +106,44 @@ def run(
   arm: Arm, seed: int, workdir: pathlib.Path, results: pathlib.Path = RESULTS
 ) -> None:
   """Trains a run and stores what it left."""
-  of_code = commit()  # As it is now: another may be checked out by the end.
   directory = train(arm, seed, workdir)
-  write(record(arm, seed, directory, of_code), arm.path(seed, results))
+  write(record(arm, seed, directory), arm.path(seed, results))
 
 
-def record(
-  arm: Arm, seed: int, directory: pathlib.Path, commit: str
-) -> dict[str, Any]:
+def record(arm: Arm, seed: int, directory: pathlib.Path) -> dict[str, Any]:
   """Sums up what a run left: where it comes from, its results and curves."""
   run = analysis.Run(directory)
   worst = run.layer_max_violation.max(axis='columns')
   metrics = run.metrics.assign(**{'router/worst_max_violation': worst})
   summary = analysis.summarize(run)
   return {
-    'command': shlex.join(['python', *arm.command(seed, 'DIR')]),
-    'commit': commit,
+    **origin(arm, seed, directory),
     'config': run.config,
     'facts': run.facts,
     'summary': {k: v for k, v in summary.items() if k not in _TIMES},
     'curves': {
-      name: [float(f'{value:.5g}') for value in metrics[name]]
+      name: [
+        float(f'{value:.5g}') if math.isfinite(value) else None
+        for value in metrics[name]
+      ]
       for name in CURVES
     },
   }
 
 
-def commit() -> str:
+def origin(arm: Arm, seed: int, directory: pathlib.Path) -> dict[str, str]:
+  """Tells the command of a run, and the commit that it was begun with."""
+  return {
+    'command': shlex.join(['python', *arm.command(seed, 'DIR')]),
+    'commit': _commit_file(directory).read_text(),
+  }
+
+
+def _commit_file(directory: pathlib.Path) -> pathlib.Path:
+  return directory.with_name(f'{directory.name}.commit')
+
+
+def _commit() -> str:
   """Returns the commit that is checked out, marked if files have changed."""
   command = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
   found = subprocess.run(
@@ -140,7 +158,9 @@ def write(found: Mapping[str, Any], path: pathlib.Path) -> None:
   lines = []
   for key, value in found.items():
     if key == 'curves':
-      inner = ',\n'.join(f'  {json.dumps(k)}: {v}' for k, v in value.items())
+      inner = ',\n'.join(
+        f'  {json.dumps(k)}: {json.dumps(v)}' for k, v in value.items()
+      )
       lines.append(f'"curves": {{\n{inner}\n}}')
     else:
       lines.append(f'{json.dumps(key)}: {json.dumps(value)}')
@@ -150,7 +170,11 @@ def write(found: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def frame(arms: Sequence[Arm], results: pathlib.Path = RESULTS) -> pd.DataFrame:
-  """Returns the summaries of stored runs; index (`arm`, `seed`)."""
+  """Returns the summaries of stored runs, with `LOSS`.
+
+  Returns:
+    A row a run; the index is (`arm`, `seed`).
+  """
   rows = {
     (arm.name, seed): stored['summary']
     for arm in arms
@@ -159,6 +183,8 @@ def frame(arms: Sequence[Arm], results: pathlib.Path = RESULTS) -> pd.DataFrame:
   table = pd.DataFrame.from_dict(rows, orient='index')
   if rows:
     table.index = pd.MultiIndex.from_tuples(rows, names=['arm', 'seed'])
+    perplexities = table.filter(regex='^eval/validation[^/]*/perplexity$')
+    table[LOSS] = np.log(perplexities.astype(float)).mean(axis='columns')
   return table
 
 

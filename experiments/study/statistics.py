@@ -12,49 +12,34 @@ class Difference(NamedTuple):
 
   Attributes:
     mean: over the seeds that both have.
-    low: end of the 95 % interval; NaN below three seeds.
-    high: its other end.
-    seeds: how many.
+    margin: half of its 95 % interval; NaN where there is one seed.
   """
 
   mean: float
-  low: float
-  high: float
-  seeds: int
-
-  @property
-  def certain(self) -> bool:
-    """Whether the interval leaves out zero."""
-    return self.low > 0 or self.high < 0
+  margin: float
 
   def __str__(self) -> str:
-    if np.isnan(self.low):
+    if np.isnan(self.margin):
       return f'{self.mean:+.4f}'
-    return f'{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]'
+    return f'{self.mean:+.4f} ± {self.margin:.4f}'
 
 
 def paired(values: pd.Series, arm: str, other: str) -> Difference:
   """Compares two arms seed by seed.
 
   Equal seeds have equal initial weights and batches, so that their difference
-  varies less than either.
+  varies less than either. The interval is Student's: a percentile bootstrap of
+  three seeds covers 74 %, of five 84 %, where it should cover 95 %.
 
   Args:
     values: by (`arm`, `seed`).
     arm: from which the other is subtracted.
     other: its counterpart.
-
-  Returns:
-    The mean difference with its percentile bootstrap over seeds. Of few seeds
-    such an interval is narrower than it should be.
   """
   both = values.unstack('arm')[[arm, other]].dropna()
   differences = (both[arm] - both[other]).to_numpy()
-  if len(differences) < 3:
-    low = high = np.nan
-  else:
-    found = stats.bootstrap(
-      [differences], np.mean, method='percentile', rng=np.random.default_rng(0)
-    )
-    low, high = found.confidence_interval
-  return Difference(differences.mean(), low, high, len(differences))
+  count, mean = len(differences), differences.mean()
+  if count < 2:
+    return Difference(mean, np.nan)
+  error = differences.std(ddof=1) / np.sqrt(count)
+  return Difference(mean, stats.t.ppf(0.975, count - 1) * error)

@@ -33,7 +33,7 @@ ALPHAS = {
     TUNED | {'balancer.alpha': alpha},
     SEEDS,
   )
-  for alpha in (0.001, 0.01, 0.03, 0.1)
+  for alpha in (0.0001, 0.001, 0.01, 0.03, 0.1)
 }
 BIAS_RATES = {
   (scoring, rate): Arm(
@@ -43,7 +43,7 @@ BIAS_RATES = {
     SEEDS,
   )
   for scoring in ('softmax', 'sigmoid')
-  for rate in (0.001, 0.01)
+  for rate in (0.001, 0.01, 0.1)
 }
 BASELINE_RATES = {
   rate: Arm(

@@ -92,13 +92,18 @@ def of_layers(values: pd.DataFrame) -> Cells:
   return Cells('AvgMaxVio / SupMaxVio of each layer', texts)
 
 
+def _with_text(column: Column) -> str:
+  """Returns a heading, and behind it the text that the column is of, if any."""
+  first, *rest = column.key.split('/')  # eval/TEXT/perplexity, train/loss/TEXT
+  return ', '.join(
+    [column.heading, *(rest[:1] if first == 'eval' else rest[1:])]
+  )
+
+
 def of_differences(table: pd.DataFrame) -> list[Cells]:
   """Returns results beside the first run's, and the settings that differ."""
   measured = [
-    # Behind a heading, which set it is of, if any.
-    column._replace(
-      heading=', '.join([column.heading, *column.key.split('/')[1:2]])
-    )
+    column._replace(heading=_with_text(column))
     for section in sections(table)[1:]
     for column in section.columns
     if column.form

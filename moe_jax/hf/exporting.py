@@ -84,7 +84,9 @@ def export_model(
       planned[name] = _correction(-q_LxE[layer], known.get(name, 'F32'))
     types = {tensor.dtype for tensor in planned.values()}
     kind = 'bfloat16' if 'BF16' in types else 'float32'
-    if known:
+    if known and 'quantization_config' in was['config']:
+      kind = 'float32'  # What had factors is exact in no less.
+    elif known:
       kind = public.get('dtype', public.get('torch_dtype', kind))
     public |= {'dtype': kind, 'torch_dtype': kind}
     files.write_json(folder / 'config.json', public)

@@ -23,7 +23,7 @@ from moe_jax.hf import architectures, folders, tensor_files, tensors
 from moe_jax.hf.architectures import Architecture
 from moe_jax.hf.tensor_files import DTYPES, FP8, Tensor
 from moe_jax.hf.tensors import Row
-from moe_jax.options import one_line
+from moe_jax.options import one_line, shown
 from moe_jax.parallel import mesh as meshes
 from moe_jax.runs import checkpoints, files, records
 from moe_jax.runs.saver import Saver
@@ -124,17 +124,22 @@ def _scaled(
   Published DeepSeek-V3 is stored so: one factor for 128 x 128 entries.
   """
   quantization = public.get('quantization_config') or {}
-  block = tuple(quantization.get('weight_block_size') or ())
-  if quantization.get('quant_method') != 'fp8' or len(block) != 2:
+  block = quantization.get('weight_block_size')
+  if quantization.get('quant_method') != 'fp8' or not block:
     return found
+  rows_and_columns = isinstance(block, list) and len(block) == 2
+  if not rows_and_columns or not all(type(n) is int and n > 0 for n in block):
+    raise ValueError(
+      f'weight_block_size={shown(block)}: must be like [128, 128]'
+    )
   scaled = dict(found)
   for name, tensor in found.items():
     scale = found.get(f'{name}_scale_inv')
-    blocks = tuple(
-      -(-n // m) for n, m in zip(tensor.shape, block, strict=False)
-    )
-    if tensor.dtype == FP8 and scale is not None and scale.shape == blocks:
-      scaled[name] = tensor._replace(scale=scale, block=block)
+    if tensor.dtype != FP8 or len(tensor.shape) != 2 or scale is None:
+      continue
+    blocks = tuple(-(-n // m) for n, m in zip(tensor.shape, block, strict=True))
+    if scale.shape == blocks and scale.dtype in DTYPES:
+      scaled[name] = tensor._replace(scale=scale, block=tuple(block))
       del scaled[f'{name}_scale_inv']
   return scaled
 

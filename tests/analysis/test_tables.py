@@ -6,7 +6,8 @@ import statistics
 import pytest
 
 from moe_jax.analysis import Run, comparison, comparison_markdown, summarize
-from moe_jax.analysis.table import over_seeds
+from moe_jax.analysis.cells import of_differences
+from moe_jax.analysis.table import over_seeds, tabulate
 
 
 def cells(markdown, row, heading):
@@ -84,6 +85,13 @@ def test_texts_of_a_mixture(write_run, records):
   assert summary['data/epochs/code'] == 1.5
   markdown = comparison_markdown(comparison(runs))
   assert cells(markdown, 'bip', 'Trained on code') == ['4.500', '25.0%', '1.50']
+  others = {
+    'bip': runs['bip'][0],
+    'again': Run(write_run('again', records=records)),
+  }
+  headings = of_differences(tabulate(others))[0].texts.index
+  assert {'train loss [nats/token], code', 'share, code'} <= set(headings)
+  assert {'perplexity, validation', 'AvgMaxVio'} <= set(headings)
 
 
 def test_times_leave_out_the_first_two_steps(write_run, records):

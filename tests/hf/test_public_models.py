@@ -194,6 +194,7 @@ def test_blocks_of_8_bit_floats_are_multiplied_by_their_factors(tmp_path):
   change(
     folder,
     quantization_config={'quant_method': 'fp8', 'weight_block_size': [10, 12]},
+    dtype='bfloat16',
   )
   planned, meant, random = {}, {}, np.random.default_rng(0)
   for name, tensor in tensor_files.find(epath.Path(folder)).items():
@@ -219,6 +220,7 @@ def test_blocks_of_8_bit_floats_are_multiplied_by_their_factors(tmp_path):
   hf.export_model(str(tmp_path / 'run'), str(tmp_path / 'out'))
   public = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert 'quantization_config' not in public
+  assert public['dtype'] == 'float32'
   out = tensor_files.find(epath.Path(tmp_path / 'out'))
   assert out.keys() == meant.keys()
   for name, values in meant.items():
@@ -228,6 +230,39 @@ def test_blocks_of_8_bit_floats_are_multiplied_by_their_factors(tmp_path):
     np.testing.assert_array_equal,
     *(Run(tmp_path / run).restore().params for run in ('run', 'again')),
   )
+
+
+@pytest.mark.parametrize(
+  ('keys', 'scale', 'message'),
+  [
+    ({'weight_block_size': 128}, 'F32', 'weight_block_size=128: must be like'),
+    ({'weight_block_size': [0, 1]}, 'F32', r'weight_block_size=\[0, 1\]: must'),
+    ({'weight_block_size': [32, 32]}, 'I32', 'F8_E4M3; must be F32, BF16'),
+    ({'weight_block_size': [16, 32]}, 'F32', 'F8_E4M3; must be F32, BF16'),
+    ({'quant_method': 'other'}, 'F32', 'F8_E4M3; must be F32, BF16, F16'),
+  ],
+)
+def test_8_bit_floats_without_their_factors_are_refused(
+  tmp_path, keys, scale, message
+):
+  """By blocks of 32 x 32, in a file of this one matrix."""
+  folder = copy('mixtral', tmp_path)
+  quantization = {'quant_method': 'fp8', 'weight_block_size': [32, 32]} | keys
+  change(folder, quantization_config=quantization)
+  name = 'model.layers.0.self_attn.q_proj.weight'
+  ones = np.ones((32, 32), np.float32)
+  kind = tensor_files.Planned
+  tensor_files.write(
+    epath.Path(folder),
+    {
+      name: kind('F8_E4M3', ones.shape, lambda: ones),
+      f'{name}_scale_inv': kind('F32', (1, 1), lambda: ones[:1, :1]),
+    },
+  )
+  path = folder / tensor_files.SINGLE
+  path.write_bytes(path.read_bytes().replace(b'"F32"', f'"{scale}"'.encode()))
+  with pytest.raises(ValueError, match=message):
+    hf.import_model(str(folder), str(tmp_path / 'run'))
 
 
 @pytest.mark.long

@@ -137,7 +137,7 @@ def test_attention_is_as_the_formulas_say(options):
   assert biased == expected[config.attention_bias]
 
 
-def test_deepseek_keeps_ten_frequencies_and_divides_those_from_23_on():
+def test_deepseek_keeps_eleven_frequencies_and_divides_those_from_23_on():
   """Its table: 64 entries, base 1e4, 4,096 tokens stretched 40 times."""
   plain = nn.DecoderConfig(rope_theta=1e4)
   stretched = dataclasses.replace(plain, rope_factor=40.0)
