@@ -1,6 +1,7 @@
 """Public models, in and out: they compute what transformers computes."""
 
 import json
+import operator
 import pathlib
 import shutil
 
@@ -52,6 +53,10 @@ def test_logits_and_routes_are_those_of_transformers(imported):
   logits, outputs = _apply(model, tokens)
   scale = np.abs(expected['logits']).max()
   np.testing.assert_allclose(logits, expected['logits'], atol=1e-5 * scale)
+  for ours, theirs in zip(
+    _hidden_states(model, tokens), expected['hidden'], strict=True
+  ):
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
   loss = -np.take_along_axis(
     np.asarray(jax.nn.log_softmax(logits[:, :-1])), tokens[:, 1:, None], -1
   )
@@ -88,6 +93,21 @@ def test_logits_and_routes_are_those_of_transformers(imported):
 @nnx.jit
 def _apply(model, tokens):
   return model(tokens, None, train=False)
+
+
+@nnx.jit
+def _hidden_states(model, tokens):
+  """Returns what each layer takes, and what the last norm makes of the last."""
+  x_BxSxD = jnp.take(model.embedding.embedding[...], tokens, axis=0)
+  states = [x_BxSxD]
+  for blocks in filter(None, (model.dense_blocks, model.moe_blocks)):
+    graphdef, stacked = nnx.split(blocks)
+    for layer in range(len(jax.tree.leaves(stacked)[0])):
+      one = jax.tree.map(operator.itemgetter(layer), stacked)
+      block = nnx.merge(graphdef, one)
+      x_BxSxD, *_ = block(x_BxSxD, None, None, None, train=False)
+      states.append(x_BxSxD)
+  return [*states[:-1], model.norm(x_BxSxD)]
 
 
 @nnx.jit
