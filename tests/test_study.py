@@ -211,4 +211,5 @@ def test_what_is_interrupted_is_continued_and_stored(tmp_path, monkeypatch):
   assert '| midpoint | 10 bins |' in parts[6]
   figure = figures.balance_figure(arms, results)
   labels = [line.get_label() for line in figure.axes[0].lines]
-  assert labels == ['unbalanced, 2 seeds', 'midpoint, 2 seeds']
+  assert labels == ['unbalanced', 'midpoint']
+  assert 'seeds (2)' in figure.axes[0].get_title('left')

@@ -24,7 +24,7 @@ def write(results: pathlib.Path) -> None:
 def balance_figure(arms: Iterable[Arm], results: pathlib.Path) -> Figure:
   """Draws MaxVio by step: mean over seeds, and a band of all seeds."""
   figure, axes = drawing.subplots(4.5)
-  lowest = []
+  lowest, counts = [], []
   for arm in arms:
     stored = arm.stored(results)
     if not stored:
@@ -34,10 +34,8 @@ def balance_figure(arms: Iterable[Arm], results: pathlib.Path) -> Figure:
     )
     curves.index += 1
     style = _look(arm)
-    seeds = f'{len(stored)} seeds' if len(stored) > 1 else '1 seed'
-    drawing.line(
-      axes, curves.mean(axis=1), label=f'{arm.name}, {seeds}', **style
-    )
+    drawing.line(axes, curves.mean(axis=1), label=arm.name, **style)
+    counts.append(len(stored))
     axes.fill_between(
       curves.index,
       *(curves.min(axis=1), curves.max(axis=1)),
@@ -48,7 +46,10 @@ def balance_figure(arms: Iterable[Arm], results: pathlib.Path) -> Figure:
     lowest += [*curves.min(axis=1)]
   drawing.log_axis(axes, lowest)
   axes.set(xlabel='optimizer step', ylabel='MaxVio (fullest expert / mean - 1)')
-  drawing.title(axes, 'line: mean over seeds and layers; band: all seeds')
+  seeds = ' to '.join(map(str, sorted({min(counts), max(counts)})))
+  drawing.title(
+    axes, f'line: mean over layers and seeds ({seeds}); band: all seeds'
+  )
   drawing.grid(axes)
   drawing.legend(figure, axes)
   return figure
@@ -66,13 +67,13 @@ def frontier_figure(results: pathlib.Path) -> Figure:
   }
   for label, method, line, arms in (
     (
-      'loss_controlled, weights',
+      'by weight',
       'loss_controlled',
       '-',
       tuning.ALPHAS.values(),
     ),
-    ('loss_free, rates', 'loss_free', '-', by_rate['softmax']),
-    ('loss_free, sigmoid, rates', 'loss_free', ':', by_rate['sigmoid']),
+    ('by rate', 'loss_free', '-', by_rate['softmax']),
+    ('by rate, sigmoid', 'loss_free', ':', by_rate['sigmoid']),
   ):
     found = runs.frame(list(arms), results)
     if not len(found):
