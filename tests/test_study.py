@@ -9,6 +9,7 @@ import pytest
 
 from experiments.study import (
   audits,
+  demo,
   figures,
   plan,
   question,
@@ -138,6 +139,14 @@ def test_loss_of_a_mixture_is_the_mean_over_its_texts(tmp_path):
   assert (
     '| bip | 1 | 3.0000 | – |' in list(question.section(asked, tmp_path))[-1]
   )
+
+
+@pytest.mark.parametrize('main', [demo.main, tuning.QUESTION.main])
+def test_a_wrong_flag_is_refused_in_one_line(main, capsys):
+  assert main(['--workdri=runs/x']) == 2
+  error = capsys.readouterr().err
+  assert error.startswith('error: ') and error.count('\n') == 1
+  assert '--workdir' in error
 
 
 def test_information_is_that_of_rows_and_columns():

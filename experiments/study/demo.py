@@ -6,13 +6,14 @@ Prints the table; figures and stored runs go to DIR/study. It shows how methods
 balance, while a quarter of a million tokens tell little of their losses.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import pathlib
 import sys
 
 from experiments.study import balance, figures, question, runs
 from moe_jax.analysis import save_figure
-from moe_jax.analysis.command_line import Parser
+from moe_jax.analysis.command_line import Parser, answer
 
 # At the options of the demo: what was tuned is of longer runs.
 ARMS = [
@@ -27,22 +28,21 @@ QUESTION = question.Question(
 )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
   """Runs the program; returns its exit code."""
+  return answer(lambda: _answer(argv))
+
+
+def _answer(argv: Sequence[str] | None) -> str:
   parser = Parser(description=__doc__)
   parser.add_argument('--workdir', required=True, type=pathlib.Path)
-  try:
-    workdir = parser.parse_args().workdir.absolute()
-  except ValueError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
+  workdir = parser.parse_args(argv).workdir.absolute()
   results = workdir / 'study'
   runs.run_all(ARMS, workdir, results)
   figure = figures.balance_figure(ARMS, results)
   save_figure(figure, results / 'max_violation')
-  print('\n\n'.join(question.section(QUESTION, results)))
-  print(f'\nThe figure is {results}/max_violation.png')
-  return 0
+  where = f'The figure is {results}/max_violation.png'
+  return '\n\n'.join([*question.section(QUESTION, results), where])
 
 
 if __name__ == '__main__':

@@ -12,8 +12,8 @@ from moe_jax.analysis.command_line import table
 
 _HEAD = """# What the study trains
 
-Written by `python -m experiments.study.plan`. Times are of two cores of an AMD
-EPYC that do nothing else; a run is counted where it is first asked for.
+Written by `python -m experiments.study.plan`. Hours are estimates, of two cores
+that do nothing else; a run is counted where it is first asked for.
 
 What that buys: how methods balance in every step of a million tokens, and by
 how much their losses differ there, with the spread over seeds. What it cannot

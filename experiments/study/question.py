@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import pathlib
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ from experiments.study import audits, runs
 from experiments.study.runs import Arm
 from experiments.study.statistics import paired
 from moe_jax import analysis
-from moe_jax.analysis.command_line import Parser, table
+from moe_jax.analysis.command_line import Parser, answer, table
 
 PERPLEXITY = 'eval/validation/perplexity'
 # Key of a summary -> heading and format.
@@ -89,19 +88,18 @@ class Question:
 
   def main(self, argv: Sequence[str] | None = None) -> int:
     """Trains and audits what is missing; returns the program's exit code."""
+    return answer(lambda: self._answer(argv))
+
+  def _answer(self, argv: Sequence[str] | None) -> str:
     parser = Parser(description=f'Answers: {self.title}')
     parser.add_argument('--workdir', required=True, type=pathlib.Path)
-    try:
-      workdir = parser.parse_args(argv).workdir.absolute()
-    except ValueError as error:
-      print(f'error: {error}', file=sys.stderr)
-      return 2
+    workdir = parser.parse_args(argv).workdir.absolute()
     runs.run_all(self.arms, workdir)
     for each in self.audits:
       for arm in each.arms:
         if not audits.path(each.audit, arm).exists():
           audits.run(each.audit, arm, workdir)
-    return 0
+    return '\n\n'.join(section(self))
 
 
 def section(

@@ -49,7 +49,7 @@ class Arm:
     options: flags `--config.NAME=VALUE`.
     seeds: of the runs.
     experiment: the file in `experiments` that has all other options.
-    minutes: of one run, on two cores that do nothing else.
+    minutes: of one run, an estimate, on two cores that do nothing else.
   """
 
   name: str

@@ -28,8 +28,8 @@ def paired(values: pd.Series, arm: str, other: str) -> Difference:
   """Compares two arms seed by seed.
 
   Equal seeds have equal initial weights and batches, so that their difference
-  varies less than either. The interval is Student's: a percentile bootstrap of
-  three seeds covers 74 %, of five 84 %, where it should cover 95 %.
+  varies less than either. The interval is Student's, as a bootstrap of three to
+  five values is too narrow.
 
   Args:
     values: by (`arm`, `seed`).

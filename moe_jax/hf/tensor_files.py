@@ -68,12 +68,11 @@ class Tensor(NamedTuple):
     values = np.frombuffer(data, dtype.newbyteorder('<')).reshape(self.shape)
     values = values.astype(np.float32, copy=False)
     if self.scale is not None:
-      factors = self.scale.read()
-      for axis, (size, block) in enumerate(
-        zip(self.shape, self.block, strict=True)
-      ):
-        factors = factors.repeat(block, axis).take(range(size), axis)
-      values *= factors
+      rows, columns = (
+        np.arange(size) // block
+        for size, block in zip(self.shape, self.block, strict=True)
+      )
+      values *= self.scale.read()[np.ix_(rows, columns)]
     return values
 
 
