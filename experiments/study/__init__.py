@@ -3,7 +3,7 @@
   python -m experiments.study.plan                     what is run, and its cost
   python -m experiments.study.QUESTION --workdir=DIR   trains what is missing
   python -m experiments.study.report                   writes the report
-  python -m experiments.study.demo --workdir=DIR       question 1, in minutes
+  python -m experiments.study.demo --workdir=DIR       question 1, made small
 
 A run is trained once, whichever question asks for it first, and leaves one
 file in experiments/results/study/runs. The same command continues where it

@@ -1,4 +1,4 @@
-"""Question 1 at the size of the demo: six trainings in a few minutes.
+"""Question 1 at the size of the demo: six short trainings.
 
   python -m experiments.study.demo --workdir=DIR
 
