@@ -35,6 +35,7 @@ _METHODS = {
   'bip_t14': (2, 3, 10),
   'bip_lag': (2, 0, 7),
   'midpoint': (3, 3, 3),
+  'midpoint_t1': (3, 1, 10),
   'midpoint_lag': (3, 0, 11),
   'quantile': (4, 0, 4),
   'quantile_histogram': (4, 1, 12),

@@ -38,6 +38,7 @@ METHODS = {name: {'name': name} for name in BALANCERS} | {
   'bip_t8': {'name': 'bip', 'iterations': 8},
   'bip_t14': {'name': 'bip', 'iterations': 14},
   'bip_lag': {'name': 'bip', 'lag': True},
+  'midpoint_t1': {'name': 'midpoint', 'iterations': 1},
   'midpoint_lag': {'name': 'midpoint', 'lag': True},
   'quantile_histogram': {'name': 'quantile', 'estimator': 'histogram'},
 }

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import optax
-import pandas
 
 from moe_jax import nn
 from moe_jax.config import Config
@@ -268,6 +267,8 @@ def check_memory(abstract: TrainState) -> None:
 
 def sharding_table(abstract: TrainState) -> str:
   """Lists name, shape, dtype, spec and bytes per device of every array."""
+  import pandas  # Late: trainings begin a second sooner without it.
+
   rows = []
   for path, leaf in jax.tree.leaves_with_path(abstract):
     name = jax.tree_util.keystr(path, simple=True, separator='.')
