@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import numpy as np
 import pandas as pd
@@ -128,17 +129,37 @@ def test_loss_of_a_mixture_is_the_mean_over_its_texts(tmp_path):
     'eval/validation_a/perplexity': math.exp(2.0),
     'eval/validation_b/perplexity': math.exp(4.0),
     'eval/shakespeare/perplexity': 9.0,
+    'average_max_violation': 0.5,
+    'device_load_4': 1.0,
   }
   curves = {'train/loss': [1.5, None]}
   runs.write({'summary': summary, 'curves': curves}, arm.path(0, tmp_path))
   assert arm.stored(tmp_path)[0]['curves'] == curves
   found = runs.frame([arm], tmp_path)
   assert found[runs.LOSS]['bip', 0] == pytest.approx(3.0)
+  assert found['planned_4']['bip', 0] == 1 < found['planned_16']['bip', 0]
   table = question.Table('One', [arm], arm)
   asked = question.Question('Which?', 'One arm.', [table])
   assert (
-    '| bip | 1 | 3.0000 | – |' in list(question.section(asked, tmp_path))[-1]
+    '| bip | 1 | 0.500 | 3.0000 | – |'
+    in list(question.section(asked, tmp_path))[-1]
   )
+
+
+def test_layers_are_summed_up_step_by_step():
+  losses = pd.DataFrame({'train/loss': [5.0, 4, 4, 4, 4, 5.1, 5.1, 5.5]})
+  run = types.SimpleNamespace(
+    config={'model': {'layers': 2, 'dense_layers': 1, 'experts': 8}},
+    metrics=losses,
+    # Experts of one device have all of the second half's tokens.
+    loads=lambda layer: pd.DataFrame([[1] * 8] * 4 + [[4, 4] + [0] * 6] * 4),
+    prices=lambda layer: pd.DataFrame(np.full((8, 8), 0.1).cumsum(axis=0)),
+  )
+  assert runs._of_layers(run) == {
+    'device_load_4': pytest.approx(2.5),
+    'price_change': pytest.approx(0.1),
+    'loss_spikes': 1,  # 5.5; 5.1 is not 0.2 above the first.
+  }
 
 
 @pytest.mark.parametrize('main', [demo.main, tuning.QUESTION.main])

@@ -60,6 +60,16 @@ LARGER = _arms(
   minutes=7,
 )
 
+# Planned steps are of the paper's model, see `step_times`.
+_DEVICES = {
+  'device_load_4': ('fullest of 4 devices / mean', '.3f'),
+  'planned_4': ('planned step, 4 devices', '.3f'),
+  'planned_16': ('16 devices', '.3f'),
+  'price_change': ('mean |dq| of a step, second half', '.1e'),
+  'used_experts': ('exp(entropy of loads) / E', '.3f'),
+  'loss_spikes': ('loss spikes', '.1f'),
+}
+
 QUESTION = Question(
   "Which of the paper's claims hold?",
   '`mini_16e`: 4 layers, 16 experts of which a token takes 4, 1.02 M tokens of '
@@ -69,6 +79,9 @@ QUESTION = Question(
   'or rate. Loss: validation, q frozen.',
   [
     Table('Methods', list(MAIN.values()), MAIN['unbalanced']),
+    Table(
+      'Devices and prices', list(MAIN.values()), MAIN['unbalanced'], _DEVICES
+    ),
     Table('Variants', list(VARIANTS.values()), MAIN['unbalanced']),
     Table(
       '64 experts, of which a token takes 8',

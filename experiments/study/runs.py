@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments.study import step_times
 from moe_jax import analysis
+from moe_jax.analysis.placement_policies import contiguous
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / 'experiments' / 'results' / 'study'
@@ -30,6 +32,8 @@ CURVES = (
 )
 # Of validation, q frozen, nats a token; of a mixture the mean over its texts.
 LOSS = 'validation_loss'
+DEVICES = 4  # That share the experts of a layer, in order.
+SPIKE = 0.2  # Nats a token.
 # Other things run beside the study, so its times say nothing.
 _TIMES = (
   'step_seconds',
@@ -120,7 +124,10 @@ def record(arm: Arm, seed: int, directory: pathlib.Path) -> dict[str, Any]:
     **origin(arm, seed, directory),
     'config': run.config,
     'facts': run.facts,
-    'summary': {k: v for k, v in summary.items() if k not in _TIMES},
+    'summary': {
+      **{k: v for k, v in summary.items() if k not in _TIMES},
+      **_of_layers(run),
+    },
     'curves': {
       name: [
         float(f'{value:.5g}') if math.isfinite(value) else None
@@ -128,6 +135,29 @@ def record(arm: Arm, seed: int, directory: pathlib.Path) -> dict[str, Any]:
       ]
       for name in CURVES
     },
+  }
+
+
+def _of_layers(run: analysis.Run) -> dict[str, float]:
+  """Sums up loads of devices, prices and losses, step by step.
+
+  Shape letters: L layers, N steps, E experts, P devices.
+  """
+  model = run.config['model']
+  layers = range(model['layers'] - model['dense_layers'])
+  loads_LxNxE = np.stack([run.loads(layer) for layer in layers])
+  share_ExP = contiguous(model['experts'], DEVICES)
+  loads_LxNxP = loads_LxNxE @ share_ExP
+  fullest_LxN = loads_LxNxP.max(axis=-1) / loads_LxNxP.mean(axis=-1)
+  prices_LxNxE = np.stack([run.prices(layer) for layer in layers])
+  moves_LxNxE = np.abs(np.diff(prices_LxNxE, axis=1))
+  loss_N = run.metrics['train/loss']
+  before_N = loss_N.shift().rolling(5).max()
+  return {
+    'device_load_4': float(fullest_LxN.mean()),
+    'price_change': float(moves_LxNxE[:, len(loss_N) // 2 :].mean()),
+    # Above all five before; comparisons with the first, NaN, are false.
+    'loss_spikes': int((loss_N > before_N + SPIKE).sum()),
   }
 
 
@@ -170,7 +200,10 @@ def write(found: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def frame(arms: Sequence[Arm], results: pathlib.Path = RESULTS) -> pd.DataFrame:
-  """Returns the summaries of stored runs, with `LOSS`.
+  """Returns the summaries of stored runs, `LOSS` and planned times of steps.
+
+  `planned_4` and `planned_16` are times of a step by `step_times`, with the
+  loads of the run; 16 devices have an expert each.
 
   Returns:
     A row a run; the index is (`arm`, `seed`).
@@ -185,6 +218,9 @@ def frame(arms: Sequence[Arm], results: pathlib.Path = RESULTS) -> pd.DataFrame:
     table.index = pd.MultiIndex.from_tuples(rows, names=['arm', 'seed'])
     perplexities = table.filter(regex='^eval/validation[^/]*/perplexity$')
     table[LOSS] = np.log(perplexities.astype(float)).mean(axis='columns')
+    loads = {4: table['device_load_4'], 16: 1 + table['average_max_violation']}
+    for devices, load in loads.items():
+      table[f'planned_{devices}'] = load.map(step_times.of_paper(devices))
   return table
 
 
