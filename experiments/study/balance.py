@@ -60,11 +60,10 @@ LARGER = _arms(
   minutes=7,
 )
 
-# Planned steps are of the paper's model, see `step_times`.
 _DEVICES = {
   'device_load_4': ('fullest of 4 devices / mean', '.3f'),
-  'planned_4': ('planned step, 4 devices', '.3f'),
-  'planned_16': ('16 devices', '.3f'),
+  'planned_4': ('planned step on 4 H100 / even', '.3f'),
+  'planned_16': ('on 16 / even', '.3f'),
   'price_change': ('mean |dq| of a step, second half', '.1e'),
   'used_experts': ('exp(entropy of loads) / E', '.3f'),
   'loss_spikes': ('loss spikes', '.1f'),
@@ -76,7 +75,10 @@ QUESTION = Question(
   'speeches, dropless. Methods of one seed share initial weights and batches. '
   'At the settings of the paper: `loss_controlled` with weight 0.1, '
   '`loss_free` with rate 0.001, `bip` with T = 4; `_0.01` has another weight '
-  'or rate. Loss: validation, q frozen.',
+  'or rate. Loss: validation, q frozen. Planned steps are an estimate by '
+  "`moe_jax.analysis.step_time`: of the paper's model, were its devices loaded "
+  'as those of the run, over the step with even loads. A spike is a training '
+  'loss of 0.2 above each of the five before.',
   [
     Table('Methods', list(MAIN.values()), MAIN['unbalanced']),
     Table(

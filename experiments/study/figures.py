@@ -1,6 +1,7 @@
 """Figures of the study, drawn from stored runs."""
 
 from collections.abc import Iterable
+import math
 import pathlib
 from typing import Any
 
@@ -8,8 +9,8 @@ from matplotlib.figure import Figure
 import pandas as pd
 
 from experiments.study import balance, runs, tuning
-from experiments.study.question import PERPLEXITY
 from experiments.study.runs import Arm
+from experiments.study.statistics import Difference, paired
 from moe_jax.analysis import drawing, save_figure
 
 
@@ -56,7 +57,7 @@ def balance_figure(arms: Iterable[Arm], results: pathlib.Path) -> Figure:
 
 
 def frontier_figure(results: pathlib.Path) -> Figure:
-  """Draws imbalance against perplexity: methods, and baselines as tuned."""
+  """Draws imbalance against loss: methods, and baselines as tuned."""
   figure, axes = drawing.subplots(5.0)
   drawn = []
   by_rate = {
@@ -66,40 +67,53 @@ def frontier_figure(results: pathlib.Path) -> Figure:
     for scoring in ('softmax', 'sigmoid')
   }
   for label, method, line, arms in (
-    (
-      'by weight',
-      'loss_controlled',
-      '-',
-      tuning.ALPHAS.values(),
-    ),
+    ('by weight', 'loss_controlled', '-', tuning.ALPHAS.values()),
     ('by rate', 'loss_free', '-', by_rate['softmax']),
     ('by rate, sigmoid', 'loss_free', ':', by_rate['sigmoid']),
   ):
-    found = runs.frame(list(arms), results)
-    if not len(found):
-      continue
-    points = found[['average_max_violation', PERPLEXITY]].to_numpy()
-    drawn += [*points[:, 0]]
+    points = _points(arms, tuning.BASELINE, results)
+    drawn += [violation for violation, _ in points]
     look = {'linestyle': line, 'markevery': 1, 'fillstyle': 'none'}
     style = drawing.method_style(method) | look
-    axes.plot(*points.T, label=label, **style)
+    if points:
+      violations, differences = zip(*points, strict=True)
+      losses = [difference.mean for difference in differences]
+      axes.plot(violations, losses, label=label, **style)
   for arm in balance.MAIN.values():
-    found = runs.frame([arm], results)
-    if len(found):
-      style = _look(arm)
-      style |= {'linestyle': '', 'markersize': 8, 'markevery': 1}
-      points = found[['average_max_violation', PERPLEXITY]].mean()
-      drawn.append(points.iloc[0])
-      axes.plot(*points, label=arm.name, **style)
+    for violation, loss in _points([arm], balance.MAIN['unbalanced'], results):
+      style = _look(arm) | {'linestyle': '', 'markersize': 8, 'markevery': 1}
+      drawn.append(violation)
+      axes.errorbar(
+        violation, loss.mean, loss.margin, label=arm.name, capsize=3, **style
+      )
   drawing.log_axis(axes, drawn, 'x')
   axes.set(
     xlabel='AvgMaxVio (mean over steps of fullest expert / mean - 1)',
-    ylabel='validation perplexity, q frozen',
+    ylabel='loss - loss of unbalanced [nats]',
   )
-  drawing.title(axes, 'points: means over seeds; lines: tuning, one other seed')
+  drawing.title(
+    axes, 'points: paired by seed, 95 % interval; lines: tuning, another seed'
+  )
   drawing.grid(axes)
   drawing.legend(figure, axes)
   return figure
+
+
+def _points(
+  arms: Iterable[Arm], baseline: Arm, results: pathlib.Path
+) -> list[tuple[float, Difference]]:
+  """Returns AvgMaxVio and the loss over the baseline's, of stored arms."""
+  points = []
+  for arm in arms:
+    if not (arm.stored(results) and baseline.stored(results)):
+      continue
+    found = runs.frame([arm, baseline], results)
+    difference = Difference(0.0, math.nan)
+    if arm != baseline:
+      difference = paired(found[runs.LOSS], arm.name, baseline.name)
+    violation = found['average_max_violation'][arm.name].mean()
+    points.append((violation, difference))
+  return points
 
 
 def _look(arm: Arm) -> dict[str, Any]:

@@ -202,26 +202,36 @@ def write(found: Mapping[str, Any], path: pathlib.Path) -> None:
 def frame(arms: Sequence[Arm], results: pathlib.Path = RESULTS) -> pd.DataFrame:
   """Returns the summaries of stored runs, `LOSS` and planned times of steps.
 
-  `planned_4` and `planned_16` are times of a step by `step_times`, with the
-  loads of the run; 16 devices have an expert each.
+  `planned_4` and `planned_16` are times of a step by `step_times`, where all
+  runs have 16 experts.
 
   Returns:
     A row a run; the index is (`arm`, `seed`).
   """
-  rows = {
-    (arm.name, seed): stored['summary']
+  stored = {
+    (arm.name, seed): run
     for arm in arms
-    for seed, stored in arm.stored(results).items()
+    for seed, run in arm.stored(results).items()
   }
+  rows = {key: run['summary'] for key, run in stored.items()}
   table = pd.DataFrame.from_dict(rows, orient='index')
   if rows:
     table.index = pd.MultiIndex.from_tuples(rows, names=['arm', 'seed'])
     perplexities = table.filter(regex='^eval/validation[^/]*/perplexity$')
     table[LOSS] = np.log(perplexities.astype(float)).mean(axis='columns')
-    loads = {4: table['device_load_4'], 16: 1 + table['average_max_violation']}
-    for devices, load in loads.items():
-      table[f'planned_{devices}'] = load.map(step_times.of_paper(devices))
+    # The paper's model has 16 experts: one for each of 16 devices.
+    if all(_experts(run) == 16 for run in stored.values()):
+      fullest = {
+        4: table['device_load_4'],
+        16: 1 + table['average_max_violation'],
+      }
+      for devices, load in fullest.items():
+        table[f'planned_{devices}'] = load.map(step_times.of_paper(devices))
   return table
+
+
+def _experts(run: Mapping[str, Any]) -> int:
+  return run['config']['model']['experts']
 
 
 def run_all(

@@ -1,14 +1,12 @@
-"""What uneven loads would cost the paper's model on several devices."""
+"""What uneven loads would cost the paper's model on several H100."""
 
 from collections.abc import Callable
 import functools
 
 from experiments import paper_16e
 from moe_jax import config as config_lib
+from moe_jax.analysis.placement_study import Options
 from moe_jax.analysis.step_time import step_time
-
-# Of an H100 SXM: bfloat16, NVLink one way.
-FLOPS, BANDWIDTH = 989.4e12, 450e9
 
 
 @functools.cache
@@ -28,7 +26,7 @@ def of_paper(devices: int) -> Callable[[float], float]:
     config_lib.to_dict(config),
     pairs=tokens * model.experts_per_token,
     devices=devices,
-    flops=FLOPS,
-    bandwidth=BANDWIDTH,
+    flops=Options.flops,
+    bandwidth=Options.bandwidth,
   )
   return lambda imbalance: time.seconds(imbalance) / time.seconds(1.0)

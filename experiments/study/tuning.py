@@ -55,7 +55,7 @@ BASELINE_RATES = {
   for rate in (2e-3, 8e-3)
 }
 
-_BASELINE = LEARNING_RATES[LEARNING_RATE]
+BASELINE = LEARNING_RATES[LEARNING_RATE]
 QUESTION = Question(
   'Tuning',
   'The learning rate is tuned for `unbalanced`, whose loss no balancer '
@@ -64,13 +64,13 @@ QUESTION = Question(
   'of the auxiliary loss (the paper has 0.1), and the rate of the bias (0.001) '
   'for softmax and for sigmoid scores. Seed 5, which no result below uses.',
   [
-    Table('Learning rate', list(LEARNING_RATES.values()), _BASELINE),
-    Table('Weight of the auxiliary loss', list(ALPHAS.values()), _BASELINE),
-    Table('Rate of the bias', list(BIAS_RATES.values()), _BASELINE),
+    Table('Learning rate', list(LEARNING_RATES.values()), BASELINE),
+    Table('Weight of the auxiliary loss', list(ALPHAS.values()), BASELINE),
+    Table('Rate of the bias', list(BIAS_RATES.values()), BASELINE),
     Table(
       'Learning rate of the best baseline',
       [BIAS_RATES['softmax', 0.01], *BASELINE_RATES.values()],
-      _BASELINE,
+      BASELINE,
     ),
   ],
 )
