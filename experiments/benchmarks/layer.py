@@ -35,7 +35,7 @@ from moe_jax import nn, routing
 
 SEQUENCES = 4
 DROPLESS = ('moe_jax, dropless', 'MaxText, ragged_dot', 'MaxText, all experts')
-# Names of one's weights, and of the other's.
+# Our names of weights -> MaxText's.
 WEIGHTS = {'router': 'gate.kernel', 'gate': 'wi_0', 'up': 'wi_1', 'down': 'wo'}
 MAXTEXT = {
   'MaxText, capacity 1.0': {'sparse_matmul': False, 'capacity_factor': 1.0},
@@ -132,11 +132,11 @@ def theirs(
       weight_dtype=jnp.float32,
     )
     for name, path in WEIGHTS.items():
-      *rooms, last = path.split('.')
-      room = model
-      for each in rooms:
-        room = getattr(room, each)
-      getattr(room, last)[...] = getattr(layer, name)[...]
+      *parents, last = path.split('.')
+      parent = model
+      for each in parents:
+        parent = getattr(parent, each)
+      getattr(parent, last)[...] = getattr(layer, name)[...]
     run = line(model, lambda m, x: m(x)[0], x_BxSxD)
     run()  # Traced while mesh and rules hold.
   return run

@@ -90,8 +90,8 @@ def _backward(residuals, dy_NxF):
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-# Traced for all platforms, so once for each shape: a train step begins a second
-# sooner.
+# `lax.platform_dependent` traces what every platform would do; `jit` keeps that
+# for each shape.
 @functools.partial(jax.jit, static_argnames='contract')
 def _matmul(rows_NxD, weights_ExDxF, load_E, *, contract):
   """Contracts rows with axis `contract` of their group's weight."""
@@ -134,7 +134,7 @@ def _fold_tiles(load: jax.Array, body: Callable, carry):
 def _by_size(rows: jax.Array, product: Callable, *operands):
   """Calls `product(size, *operands)` with the least static size >= rows."""
   branches = [functools.partial(product, size) for size in _SIZES]
-  index = jnp.searchsorted(jnp.array(_SIZES), jnp.minimum(rows, TILE))
+  index = jnp.sum(jnp.minimum(rows, TILE) > jnp.array(_SIZES))
   return lax.switch(index, branches, *operands)
 
 

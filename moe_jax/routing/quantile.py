@@ -11,7 +11,12 @@ import jax.numpy as jnp
 
 from . import balancer as base
 from .bip import dual_iterations
-from .order_statistic import kth_and_next_of_row, kth_largest, total
+from .order_statistic import (
+  histogram,
+  kth_and_next_of_row,
+  kth_largest,
+  total,
+)
 from .selection import check_k, rankable
 
 # For those that average, the rank of a part's quantile beyond its c.
@@ -200,16 +205,9 @@ def _count_by_scatter(bin_TxE: jax.Array, bins: int) -> jax.Array:
 
 
 def _count_by_product(bin_TxE: jax.Array, bins: int) -> jax.Array:
-  """The same as a product of two one-hot matrices for each column."""
+  """The same by products of one-hot matrices."""
   side = math.isqrt(bins - 1) + 1  # a bin is a cell of a square of this side
-
-  def count(bin_T):
-    row_TxR = jax.nn.one_hot(bin_T // side, side, dtype=jnp.int8)
-    column_TxC = jax.nn.one_hot(bin_T % side, side, dtype=jnp.int8)
-    cells = jnp.dot(row_TxR.T, column_TxC, preferred_element_type=jnp.int32)
-    return cells.reshape(-1)[:bins]
-
-  return lax.map(count, bin_TxE.T)
+  return histogram(bin_TxE.T.astype(jnp.uint32), side)[:, :bins]
 
 
 def _price(count_ExN, q_E, k: int) -> jax.Array:

@@ -267,7 +267,7 @@ def check_memory(abstract: TrainState) -> None:
 
 def sharding_table(abstract: TrainState) -> str:
   """Lists name, shape, dtype, spec and bytes per device of every array."""
-  import pandas  # Late: trainings begin a second sooner without it.
+  import pandas  # Late: it is slow to import, and trainings do not need it.
 
   rows = []
   for path, leaf in jax.tree.leaves_with_path(abstract):
