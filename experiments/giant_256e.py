@@ -8,7 +8,7 @@ has 4,194,304 tokens, 8,192 for each of 512 devices. The experts of a layer are
 split over 64 devices, 4 for each. Everything is split over the other 8 as well:
 no device could hold a copy of the float32 parameters and moments, 2.8 TB.
 
-  python -m launch.plan --config=experiments/giant_256e.py:bip \\
+  python -m launch.plan --config=experiments/giant_256e.py:midpoint_t1 \\
       --topology=v5p:8x8x8
 """
 
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from experiments.pods import pretraining
 
 
-def get_config(method: str = 'bip') -> ConfigDict:
+def get_config(method: str = 'midpoint_t1') -> ConfigDict:
   """Returns the options under one method."""
   options = pretraining(method, expert=64, fsdp=True)
   options.batch_size = 1024

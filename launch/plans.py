@@ -22,34 +22,36 @@ FOLDER = pathlib.Path('experiments/results/plans')
 # GPUs use more of their memory than jax does by default.
 PLANS = {
   'paper_16e.v5e_4x4': (
-    'experiments/pods/paper_16e.py:bip --topology=v5e:4x4 '
+    'experiments/pods/paper_16e.py:midpoint_t1 --topology=v5e:4x4 '
     '--config.batch_size=256'
   ),
   'paper_16e.v5e_16x16': (
-    'experiments/pods/paper_16e.py:bip --topology=v5e:16x16'
+    'experiments/pods/paper_16e.py:midpoint_t1 --topology=v5e:16x16'
   ),
   'paper_64e.v5e_4x4': (
-    'experiments/pods/paper_64e.py:bip --topology=v5e:4x4 '
+    'experiments/pods/paper_64e.py:midpoint_t1 --topology=v5e:4x4 '
     '--config.batch_size=256'
   ),
   'paper_64e.v5e_16x16': (
-    'experiments/pods/paper_64e.py:bip --topology=v5e:16x16'
+    'experiments/pods/paper_64e.py:midpoint_t1 --topology=v5e:16x16'
   ),
   'paper_64e.2_v5e_16x16': (
-    'experiments/pods/paper_64e.py:bip --topology=v5e:16x16 --slices=2'
+    'experiments/pods/paper_64e.py:midpoint_t1 --topology=v5e:16x16 --slices=2'
   ),
-  'moe_7b.h100_8': 'experiments/pods/moe_7b.py:bip --topology=h100:8',
+  'moe_7b.h100_8': 'experiments/pods/moe_7b.py:midpoint_t1 --topology=h100:8',
   'moe_30b.h100_8x4': (
-    'experiments/pods/moe_30b.py:bip --topology=h100:8x4 '
+    'experiments/pods/moe_30b.py:midpoint_t1 --topology=h100:8x4 '
     '--machine=a3-megagpu-8g'
   ),
   'moe_30b.v5e_16x16': (
-    'experiments/pods/moe_30b.py:bip --topology=v5e:16x16 '
+    'experiments/pods/moe_30b.py:midpoint_t1 --topology=v5e:16x16 '
     '--config.mesh.expert=16 --config.batch_size=256'
   ),
-  'moe_106b.h100_8x8': 'experiments/pods/moe_106b.py:bip --topology=h100:8x8',
+  'moe_106b.h100_8x8': (
+    'experiments/pods/moe_106b.py:midpoint_t1 --topology=h100:8x8'
+  ),
   'giant_256e.v5p_8x8x8': (
-    'experiments/giant_256e.py:bip --topology=v5p:8x8x8'
+    'experiments/giant_256e.py:midpoint_t1 --topology=v5p:8x8x8'
   ),
 }
 # The plans that are also made without balancing, which takes as long again.

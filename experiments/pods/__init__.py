@@ -1,7 +1,9 @@
 """Trainings whose model and batch suit a pod: one file for each model.
 
 Each names its machines and how many tokens a chip has of a step: several
-thousand, or what a step costs whatever its tokens would weigh too much.
+thousand, or what a step costs whatever its tokens would weigh too much. The
+default rule is `midpoint` with one iteration; for the reason see
+experiments/results/benchmarks/traffic.md.
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,7 @@ experts of 1408, 8 for a token, one shared. All layers are MoE layers here, with
 tokens, 8,192 for each of 64 GPUs, which have 16 experts of each layer.
 Parameters and moments are split over all of them.
 
-  python -m launch.plan --config=experiments/pods/moe_106b.py:bip \\
+  python -m launch.plan --config=experiments/pods/moe_106b.py:midpoint_t1 \\
       --topology=h100:8x8
 """
 
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from experiments.pods import pretraining
 
 
-def get_config(method: str = 'bip') -> ConfigDict:
+def get_config(method: str = 'midpoint_t1') -> ConfigDict:
   """Returns the options under one method."""
   options = pretraining(method, expert=8, fsdp=True)
   options.batch_size = 128

@@ -6,9 +6,9 @@ for a token, 32 query heads of 128 on 4; one shared expert is ours. A step has
 On a v5e:16x16 it has twice as many, 4,096 for each of 256 chips with 8 experts.
 Parameters and moments are split over all devices.
 
-  python -m launch.plan --config=experiments/pods/moe_30b.py:bip \\
+  python -m launch.plan --config=experiments/pods/moe_30b.py:midpoint_t1 \\
       --topology=h100:8x4
-  python -m launch.plan --config=experiments/pods/moe_30b.py:bip \\
+  python -m launch.plan --config=experiments/pods/moe_30b.py:midpoint_t1 \\
       --topology=v5e:16x16 --config.mesh.expert=16 --config.batch_size=256
 """
 
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from experiments.pods import pretraining
 
 
-def get_config(method: str = 'bip') -> ConfigDict:
+def get_config(method: str = 'midpoint_t1') -> ConfigDict:
   """Returns the options under one method."""
   options = pretraining(method, expert=8, fsdp=True)
   options.batch_size = 128

@@ -16,11 +16,11 @@ from moe_jax.runs import processes
 
 GKE = pathlib.Path(__file__).parents[2] / 'launch/gke'
 VALUES = {
-  'NAME': 'bip',
+  'NAME': 'midpoint',
   'QUEUE': 'research',
   'IMAGE': 'registry/moe_jax:1',
-  'CONFIG': 'experiments/pods/paper_64e.py:bip',
-  'WORKDIR': 'gs://bucket/runs/bip',
+  'CONFIG': 'experiments/pods/paper_64e.py:midpoint_t1',
+  'WORKDIR': 'gs://bucket/runs/midpoint',
   'CACHE': 'gs://bucket/compiled',
   'ACCELERATOR': 'tpu-v5-lite-podslice',
   'TOPOLOGY': '4x4',

@@ -69,6 +69,7 @@ def _assert_close(actual, expected, tolerance):
 @example(LOADS[1])
 @example(LOADS[2])
 @example(LOADS[3])
+@example([16, 17, 48, 49, 96])
 @example([32, 64, 256, 0, 248])
 @example([1, 1, 1, 1, 1])
 def test_equals_einsum(load):
