@@ -15,10 +15,14 @@ of equal groups that are in order already: the same FLOPs and nothing else.
 
 All take turns; printed are medians of milliseconds, of the forward pass and of
 forward and backward together (gradients of tokens, gates and weights), and the
-median and range of the latter's ratios to `batched` in the same turn. Results
-are checked to be equal first. A line that would take more than --memory GB is
-skipped, as `ragged_dot` is on CPU with many rows and experts. Where torch is
-not installed, so are its lines. For figures of one device, give JAX just one.
+median and range of the latter's ratios to `batched` in the same turn. Below are
+parts of it: sorting the pairs of token and expert, gathering their rows, and
+summing the rows' gradients, beside a pass that reads and writes as many rows.
+
+Results are checked to be equal first. A line that would take more than --memory
+GB is skipped, as `ragged_dot` is on CPU with many rows and experts. Where torch
+is not installed, so are its lines. For figures of one device, give JAX just
+one.
 """
 
 import argparse
@@ -254,6 +258,45 @@ def compare(table: dict[str, Line], repeats: int) -> None:
     print(f'{name:16s}' + ''.join(f'{cell:>26s}' for cell in cells))
 
 
+def _wait_for(run: Callable[[], jax.Array]) -> None:
+  jax.block_until_ready(run())
+
+
+def compare_moves(problem: Problem, repeats: int) -> None:
+  """Prints how long rows take to travel, beside a pass over as many."""
+  k = problem.experts_TxK.shape[1]
+  order_N = jnp.argsort(problem.experts_TxK.reshape(-1), stable=True)
+  token_N = order_N // k
+  row_TxK = jnp.argsort(order_N).reshape(-1, k)
+  x_NxD = problem.x_TxD[token_N]
+
+  def there(x_TxD):
+    return dispatch.take_rows(x_TxD, token_N, row_TxK)
+
+  def back(dy_NxD):
+    _, pullback = jax.vjp(there, problem.x_TxD)
+    return pullback(dy_NxD)
+
+  calls = {
+    'pass over rows': functools.partial(jax.jit(lambda x: 2 * x), x_NxD),
+    'sort pairs': functools.partial(
+      jax.jit(functools.partial(jnp.argsort, stable=True)),
+      problem.experts_TxK.reshape(-1),
+    ),
+    'gather rows': functools.partial(jax.jit(there), problem.x_TxD),
+    'sum gradients': functools.partial(jax.jit(back), x_NxD),
+  }
+  waited = [functools.partial(_wait_for, run) for run in calls.values()]
+  times = [list(map(milliseconds, waited)) for _ in range(repeats + 1)]
+  times = times[1:]  # The first one is slower.
+  for name, column in zip(calls, zip(*times, strict=True), strict=True):
+    ratios = sorted(t / turn[0] for t, turn in zip(column, times, strict=True))
+    print(
+      f'{name:16s}{statistics.median(column):26.2f} ms, to the pass '
+      f'{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})'
+    )
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -301,6 +344,7 @@ def main() -> None:
         del table[name]
     check(table, 1e-5 if options.dtype == 'float32' else 2e-2)
     compare(table, options.repeats)
+    compare_moves(problem, options.repeats)
 
 
 if __name__ == '__main__':

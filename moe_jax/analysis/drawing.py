@@ -24,7 +24,7 @@ from moe_jax.analysis.results import Results
 # Okabe and Ito's, for the colour-blind.
 COLORS = '#0072B2 #E69F00 #000000 #CC79A7 #009E73 #56B4E9 #D55E00'.split()
 LINES = ('-', '--', '-.', ':')
-MARKERS = ('o', 's', '^', 'D', 'v', 'X', 'P', '*', '<', '>', 'p', 'h', 'd', '8')
+MARKERS = tuple('os^DvXP*<>phd8H')
 # (colour, line, marker); a variant has the colour of what it varies.
 _METHODS = {
   'loss_controlled': (0, 0, 0),
@@ -35,7 +35,7 @@ _METHODS = {
   'bip_t14': (2, 3, 10),
   'bip_lag': (2, 0, 7),
   'midpoint': (3, 3, 3),
-  'midpoint_t1': (3, 1, 10),
+  'midpoint_t1': (3, 1, 14),
   'midpoint_lag': (3, 0, 11),
   'quantile': (4, 0, 4),
   'quantile_histogram': (4, 1, 12),
