@@ -34,9 +34,9 @@ class KeyValueCache(NamedTuple):
   length: jax.Array
 
 
-# Queries are taken in blocks of at least so many, and in so many blocks at
-# most, as each is compiled by itself.
-_LEAST, _BLOCKS = 256, 16
+# Queries are taken in blocks of so many. Those of one part are taken in turn,
+# and see the keys up to the part's end; each part is compiled by itself.
+_BLOCK, _PARTS = 256, 8
 
 
 def attend(
@@ -61,18 +61,44 @@ def attend(
     arrays = query_BxSxHxW, key_BxSxGxW, value_BxSxGxW, positions_BxS
     return kernel(*arrays, scale=scale)
   sequence = query_BxSxHxW.shape[1]
-  size = max(_LEAST, -(-sequence // _BLOCKS))
+  size = max(_BLOCK, -(-sequence // _PARTS))
   # Scores are not kept.
   last = jax.checkpoint(functools.partial(attend_last, scale=scale))
-  dtype, blocks = query_BxSxHxW.dtype, []
+  dtype, parts = query_BxSxHxW.dtype, []
   # So that gradients of all blocks are summed in float32.
   keys = [x.astype(jnp.float32) for x in (key_BxSxGxW, value_BxSxGxW)]
   for start in range(0, sequence, size):
     end = min(start + size, sequence)
     seen = [x[:, :end].astype(dtype) for x in keys]
     positions = None if positions_BxS is None else positions_BxS[:, start:end]
-    blocks.append(last(query_BxSxHxW[:, start:end], *seen, end, positions))
-  return jnp.concatenate(blocks, axis=1)
+    query = query_BxSxHxW[:, start:end]
+    count, rest = divmod(end - start, _BLOCK)
+    if count < 2 or rest:
+      parts.append(last(query, *seen, end, positions))
+      continue
+
+    def block(block, seen=seen):
+      query, end, positions = block
+      return last(query, *seen, end, positions)
+
+    ends = start + _BLOCK * jnp.arange(1, count + 1)
+    if positions is not None:
+      positions = _split(positions, count)
+    y = lax.map(block, (_split(query, count), ends, positions))
+    parts.append(_joined(y))
+  return jnp.concatenate(parts, axis=1)
+
+
+def _split(x_BxSx_: jax.Array, count: int) -> jax.Array:
+  """Returns [count, B, S / count, ...]."""
+  batch = x_BxSx_.shape[0]
+  return x_BxSx_.reshape(batch, count, -1, *x_BxSx_.shape[2:]).swapaxes(0, 1)
+
+
+def _joined(x_NxBxSx_: jax.Array) -> jax.Array:
+  """Inverts `_split`."""
+  x_BxNxSx_ = x_NxBxSx_.swapaxes(0, 1)
+  return x_BxNxSx_.reshape(x_BxNxSx_.shape[0], -1, *x_BxNxSx_.shape[3:])
 
 
 def attend_last(

@@ -314,11 +314,11 @@ def test_a_call_without_tokens_is_refused():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('sequence', [16, 17, 40])
+@pytest.mark.parametrize('sequence', [16, 17, 40, 48])
 def test_attention_in_blocks_equals_attention_to_all(sequence, monkeypatch):
-  """Also its gradients, where the last block is shorter."""
-  monkeypatch.setattr(attention, '_LEAST', 8)
-  monkeypatch.setattr(attention, '_BLOCKS', 4)
+  """Also its gradients, where the last block is shorter, and blocks in turn."""
+  monkeypatch.setattr(attention, '_BLOCK', 8)
+  monkeypatch.setattr(attention, '_PARTS', 2)
   random = np.random.default_rng(0)
   query, weight = random.normal(size=(2, 2, sequence, 4, 6)).astype('float32')
   key, value = random.normal(size=(2, 2, sequence, 2, 6)).astype('float32')
@@ -337,4 +337,20 @@ def test_attention_in_blocks_equals_attention_to_all(sequence, monkeypatch):
     functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
     gradients(attention.attend),
     expected,
+  )
+
+
+@pytest.mark.parametrize('sequence', [17, 48])
+def test_documents_are_kept_apart_in_blocks(sequence, monkeypatch):
+  monkeypatch.setattr(attention, '_BLOCK', 8)
+  monkeypatch.setattr(attention, '_PARTS', 2)
+  random = np.random.default_rng(0)
+  query = random.normal(size=(1, sequence, 4, 6)).astype('float32')
+  key, value = random.normal(size=(2, 1, sequence, 2, 6)).astype('float32')
+  positions = jnp.arange(sequence)[None] % 13
+  np.testing.assert_allclose(
+    attention.attend(query, key, value, positions),
+    attention.attend_last(query, key, value, sequence, positions),
+    rtol=1e-4,
+    atol=1e-5,
   )

@@ -22,7 +22,7 @@ VOCABULARY, BATCH, SEQUENCE = 40, 8, 12
 def blocks_of_eight():
   """So that documents end within blocks of queries and between them."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(attention, '_LEAST', 8)
+    patch.setattr(attention, '_BLOCK', 8)
     yield
 
 
