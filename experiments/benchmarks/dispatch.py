@@ -38,7 +38,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.routing import milliseconds, random_scores
+from experiments.benchmarks.routing import milliseconds, random_scores, spread
 from moe_jax import routing
 from moe_jax.parallel import dispatch
 from moe_jax.parallel.compilers import compiler_options
@@ -250,10 +250,7 @@ def compare(table: dict[str, Line], repeats: int) -> None:
   medians = np.median(times, axis=0)
   print(' ' * 16 + ''.join(f'{column:>26s}' for column in COLUMNS))
   for i, name in enumerate(table):
-    ratios = sorted(turn[i][1] / turn[0][1] for turn in times)
-    ratio = (
-      f'{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})'
-    )
+    ratio = spread(turn[i][1] / turn[0][1] for turn in times)
     cells = [*(f'{median:.1f}' for median in medians[i]), ratio]
     print(f'{name:16s}' + ''.join(f'{cell:>26s}' for cell in cells))
 
@@ -290,10 +287,9 @@ def compare_moves(problem: Problem, repeats: int) -> None:
   times = [list(map(milliseconds, waited)) for _ in range(repeats + 1)]
   times = times[1:]  # The first one is slower.
   for name, column in zip(calls, zip(*times, strict=True), strict=True):
-    ratios = sorted(t / turn[0] for t, turn in zip(column, times, strict=True))
+    ratio = spread(t / turn[0] for t, turn in zip(column, times, strict=True))
     print(
-      f'{name:16s}{statistics.median(column):26.2f} ms, to the pass '
-      f'{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})'
+      f'{name:16s}{statistics.median(column):26.2f} ms, to the pass {ratio}'
     )
 
 

@@ -30,7 +30,7 @@ from maxtext.layers import moe as maxtext_moe
 from maxtext.utils import maxtext_utils
 import numpy as np
 
-from experiments.benchmarks.routing import milliseconds
+from experiments.benchmarks.routing import milliseconds, spread
 from moe_jax import nn, routing
 
 SEQUENCES = 4
@@ -169,11 +169,8 @@ def main() -> None:
       times.append(taken)
   print(f'{tokens} tokens, {experts} experts, {k} a token, {shape[-1]} wide')
   for name, column in zip(lines, zip(*times, strict=True), strict=True):
-    ratios = sorted(t / turn[0] for t, turn in zip(column, times, strict=True))
-    print(
-      f'{name:32s} {statistics.median(column):8.0f} ms  '
-      f'{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})'
-    )
+    ratio = spread(t / turn[0] for t, turn in zip(column, times, strict=True))
+    print(f'{name:32s} {statistics.median(column):8.0f} ms  {ratio}')
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ tokens.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
 import functools
 import statistics
@@ -196,6 +196,14 @@ def milliseconds(run: Callable[[], Any]) -> float:
   return (time.perf_counter() - started) * 1e3
 
 
+def spread(ratios: Iterable[float]) -> str:
+  """Formats median and range."""
+  ratios = sorted(ratios)
+  return (
+    f'{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})'
+  )
+
+
 def cpu_seconds(run: Callable[[], Any]) -> float:
   """Times one call on all cores; other programs do not count."""
   started = time.process_time()
@@ -220,11 +228,8 @@ def compare(
   medians = [statistics.median(column) for column in zip(*times, strict=True)]
   row = {'JAX ms': f'{medians[0]:.2f}'}
   if len(runs) == 2:
-    ratios = sorted(theirs / ours for ours, theirs in times)
     row['torch ms'] = f'{medians[1]:.2f}'
-    row['torch / JAX'] = (
-      f'{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})'
-    )
+    row['torch / JAX'] = spread(theirs / ours for ours, theirs in times)
   memory = compiled.memory_analysis().temp_size_in_bytes
   row['memory'] = f'{memory / scores_TxE.nbytes:.2f}'
   return row

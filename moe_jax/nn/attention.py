@@ -51,8 +51,8 @@ def attend(
   """Attends from each token to those up to it, of its document alone.
 
   By a kernel, or where there is none, from each block of queries to the keys up
-  to its end. With many blocks that is half of the scores; the rest would be
-  masked.
+  to the end of its part. With many parts that is half of the scores; the rest
+  would be masked.
   """
   kernel = attention_kernels.find(
     query_BxSxHxW, documents=positions_BxS is not None, mesh=mesh
@@ -62,14 +62,18 @@ def attend(
     return kernel(*arrays, scale=scale)
   sequence = query_BxSxHxW.shape[1]
   size = max(_BLOCK, -(-sequence // _PARTS))
-  # Scores are not kept.
-  last = jax.checkpoint(functools.partial(attend_last, scale=scale))
   dtype, parts = query_BxSxHxW.dtype, []
+
+  @jax.checkpoint  # Scores are not kept.
+  def last(query, key, value, end, positions):
+    seen = key.astype(dtype), value.astype(dtype)
+    return attend_last(query, *seen, end, positions, scale=scale)
+
   # So that gradients of all blocks are summed in float32.
   keys = [x.astype(jnp.float32) for x in (key_BxSxGxW, value_BxSxGxW)]
   for start in range(0, sequence, size):
     end = min(start + size, sequence)
-    seen = [x[:, :end].astype(dtype) for x in keys]
+    seen = [x[:, :end] for x in keys]
     positions = None if positions_BxS is None else positions_BxS[:, start:end]
     query = query_BxSxHxW[:, start:end]
     count, rest = divmod(end - start, _BLOCK)
