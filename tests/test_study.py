@@ -74,7 +74,7 @@ def test_audits_are_of_the_arms_as_they_are():
   assert stored <= files.keys()
   for file in stored:
     audit, arm = json.loads(file.read_text()), files[file]
-    command = ['python', *arm.command(min(arm.seeds), 'DIR')]
+    command = ['python', *arm.command(max(arm.seeds), 'DIR')]
     assert audit['command'].split() == command
     assert len(audit['commit']) == 40
 

@@ -19,6 +19,7 @@ from moe_jax import analysis, data, routing
 from moe_jax.analysis import causality as causality_program
 from moe_jax.analysis import causality_audit
 from moe_jax.analysis.expert_statistics import chosen
+from moe_jax.analysis.placement_study import Options, Study
 
 TOKENS = 8192  # of each text
 ARRIVALS = 2048
@@ -141,13 +142,37 @@ def online(run: analysis.Run) -> Rows:
   return found
 
 
+def placement(run: analysis.Run) -> Rows:
+  """Tells how even the loads of 8 devices are under policies of placement.
+
+  Load of the fullest over the mean: a mean over layers and steps, of the last
+  ones over ten steps.
+  """
+  options = Options(devices=8)
+  study = Study(run, options)
+  drawn = {('contiguous', '-')} | {
+    (policy, options.predictor) for policy in ('greedy', 'replicas')
+  }
+  policies = {
+    policy: placed.imbalance_NxL.mean()
+    for (policy, predictor), placed in study.placed.items()
+    if (policy, predictor) in drawn
+  }
+  best = [
+    'replicas, tokens split at best',
+    'optimum without copies, loads known',
+  ]
+  found = policies | study.hindsight[best].mean().to_dict()
+  return {'8 devices': {name: float(x) for name, x in found.items()}}
+
+
 def path(
   audit: Callable[[analysis.Run], Rows],
   arm: Arm,
   results: pathlib.Path = runs.RESULTS,
 ) -> pathlib.Path:
-  """Returns the file of what was found out about an arm's first seed."""
-  name = arm.path(min(arm.seeds), results).name
+  """Returns the file of what was found out about an arm's last seed."""
+  name = arm.path(max(arm.seeds), results).name
   return results / 'audits' / audit.__name__ / arm.experiment / name
 
 
@@ -167,8 +192,8 @@ def run(
   workdir: pathlib.Path,
   results: pathlib.Path = runs.RESULTS,
 ) -> None:
-  """Audits the first seed of an arm; trains it again if it is not there."""
-  seed = min(arm.seeds)
+  """Audits the last seed of an arm; trains it again if it is not there."""
+  seed = max(arm.seeds)
   directory = runs.train(arm, seed, workdir)
   found = audit(analysis.Run(directory))
   of_run = runs.origin(arm, seed, directory)

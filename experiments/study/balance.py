@@ -5,8 +5,8 @@ python -m experiments.study.balance --workdir=DIR
 
 import sys
 
-from experiments.study import tuning
-from experiments.study.question import Question, Table
+from experiments.study import audits, tuning
+from experiments.study.question import Audit, Question, Table
 from experiments.study.runs import Arm
 
 FIVE, TWO = range(5), range(2)
@@ -90,6 +90,13 @@ QUESTION = Question(
       list(LARGER.values()),
       LARGER['unbalanced'],
     ),
+  ],
+  audits=[
+    Audit(
+      'Load of the fullest device over the mean, by placement of experts',
+      audits.placement,
+      list(MAIN.values()),
+    )
   ],
 )
 

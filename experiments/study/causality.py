@@ -31,7 +31,8 @@ def _arms(factor):
 
 
 LAGGED = {
-  name: Arm(name, name, tuning.TUNED) for name in ('bip_lag', 'midpoint_lag')
+  name: Arm(name, name, tuning.TUNED, range(3))
+  for name in ('bip_lag', 'midpoint_lag')
 }
 BATCHES = {
   STEP // 4: _arms(1 / 4),

@@ -52,7 +52,7 @@ class Audit(NamedTuple):
   Attributes:
     heading: of its table.
     audit: one of `audits`.
-    arms: of which the first seed is audited.
+    arms: of which the last seed is audited.
   """
 
   heading: str
