@@ -1,6 +1,7 @@
 """The state of a training run and where each part of it lives."""
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 import math
 import os
 from typing import Any, NamedTuple
@@ -129,15 +130,17 @@ def make_training(
 
   abstract = jax.eval_shape(init)
   shardings = _shardings(abstract, params, optimizer, mesh, config.mesh.fsdp)
+  options = compiler_options(devices)
+  jit = functools.partial(jax.jit, compiler_options=options)
   return Training(
     graphdef,
     optimizer,
-    init=jax.jit(init, out_shardings=shardings),
-    init_router=jax.jit(lambda: init().router, out_shardings=shardings.router),
+    init=jit(init, out_shardings=shardings),
+    init_router=jit(lambda: init().router, out_shardings=shardings.router),
     abstract=jax.tree.map(
       lambda leaf, where: leaf.update(sharding=where), abstract, shardings
     ),
-    compiler_options=compiler_options(devices),
+    compiler_options=options,
   )
 
 
