@@ -68,15 +68,16 @@ class Question:
     title: the question.
     method: what was done, for the report.
     tables: of its arms.
-    answer: the sentence that ends it; '' as long as runs are missing.
     audits: tables of what is found out about checkpoints.
+    conclusion: from where results are to what ends it; '' as long as runs that
+      it needs are missing.
   """
 
   title: str
   method: str
   tables: Sequence[Table]
-  answer: str = ''
   audits: Sequence[Audit] = ()
+  conclusion: Callable[[pathlib.Path], str] = lambda results: ''
 
   @property
   def arms(self) -> list[Arm]:
@@ -114,8 +115,8 @@ def section(
   for each in question.audits:
     yield f'### {each.heading}'
     yield from _audit(each, results)
-  if question.answer:
-    yield f'**{question.answer}**'
+  if conclusion := question.conclusion(results):
+    yield f'**{conclusion}**'
 
 
 def _table(each: Table, results: pathlib.Path) -> Iterator[str]:

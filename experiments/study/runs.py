@@ -4,7 +4,7 @@ An arm is a method with its options; with a seed it is a run. Runs of one
 experiment and seed share initial weights, batches, tokens and evaluation.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 import dataclasses
 import json
 import math
@@ -197,6 +197,13 @@ def write(found: Mapping[str, Any], path: pathlib.Path) -> None:
   partial = path.with_suffix('.partial')
   partial.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
   partial.replace(path)
+
+
+def complete(arms: Iterable[Arm], results: pathlib.Path = RESULTS) -> bool:
+  """Tells whether all runs of some arms are stored."""
+  return all(
+    arm.path(seed, results).exists() for arm in arms for seed in arm.seeds
+  )
 
 
 def frame(arms: Sequence[Arm], results: pathlib.Path = RESULTS) -> pd.DataFrame:

@@ -23,6 +23,15 @@ class Difference(NamedTuple):
       return f'{self.mean:+.4f}'
     return f'{self.mean:+.4f} ± {self.margin:.4f}'
 
+  @property
+  def told(self) -> str:
+    """What the interval says, and the difference: of a sentence."""
+    if abs(self.mean) <= self.margin:
+      return f'no difference shown ({self})'
+    if np.isnan(self.margin):
+      return f'one seed: {self}'
+    return f'{"lower" if self.mean < 0 else "higher"} ({self})'
+
 
 def paired(values: pd.Series, arm: str, other: str) -> Difference:
   """Compares two arms seed by seed.
