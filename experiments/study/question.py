@@ -116,7 +116,7 @@ def section(
     yield f'### {each.heading}'
     yield from _audit(each, results)
   if conclusion := question.conclusion(results):
-    yield f'**{conclusion}**'
+    yield f'### What follows\n\n{conclusion}'
 
 
 def _table(each: Table, results: pathlib.Path) -> Iterator[str]:

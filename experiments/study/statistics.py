@@ -25,12 +25,12 @@ class Difference(NamedTuple):
 
   @property
   def told(self) -> str:
-    """What the interval says, and the difference: of a sentence."""
-    if abs(self.mean) <= self.margin:
-      return f'no difference shown ({self})'
+    """The difference, and what its interval says."""
     if np.isnan(self.margin):
-      return f'one seed: {self}'
-    return f'{"lower" if self.mean < 0 else "higher"} ({self})'
+      return f'{self} (one seed)'
+    if abs(self.mean) <= self.margin:
+      return f'{self} (no difference shown)'
+    return f'{self} ({"lower" if self.mean < 0 else "higher"})'
 
 
 def paired(values: pd.Series, arm: str, other: str) -> Difference:
