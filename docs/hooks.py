@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 _ROOT = pathlib.Path(__file__).parents[1]
 
 # Kept with the results that it shows.
-_PICTURE = _ROOT / 'experiments/results/first/mini_16e/max_violation.png'
+_PICTURE = _ROOT / 'experiments/results/study/max_violation.png'
 _FORMULA = re.compile(
   r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
 )

@@ -45,6 +45,11 @@ def test_the_report_is_that_of_the_stored_runs():
   assert (runs.RESULTS / 'PLAN.md').read_text() == plan.plan()
 
 
+@pytest.mark.parametrize('page', ['README.md', 'docs/pages/measurements.md'])
+def test_pages_have_the_numbers_of_the_report(page):
+  assert report.in_short() in (runs.ROOT / page).read_text()
+
+
 def test_stored_runs_say_where_they_come_from():
   stored = {
     arm.path(seed): (arm, seed, run)
@@ -115,7 +120,7 @@ def values_of(**arms):
 def test_differences_are_paired():
   values = values_of(a=[1.0, 5.0, 9.0, 2.0], b=[0.5, 4.5, 8.5])
   assert paired(values, 'a', 'b') == (0.5, 0.0)
-  assert str(paired(values_of(a=[1.0], b=[0.5]), 'a', 'b')) == '+0.5000'
+  assert str(paired(values_of(a=[1.0], b=[0.5]), 'a', 'b')) == '+0.500'
 
 
 def test_an_interval_is_that_of_so_few_seeds():

@@ -3,12 +3,37 @@
 python -m experiments.study.online --workdir=DIR
 """
 
+import pathlib
 import sys
 
 from experiments.study import audits, balance
 from experiments.study.question import Audit, Question
 
 ARMS = [balance.MAIN[name] for name in ('unbalanced', 'loss_controlled', 'bip')]
+
+
+def _conclusion(results: pathlib.Path) -> str:
+  found = {x.name: audits.stored(audits.online, x, results) for x in ARMS}
+  if not all(found.values()):
+    return ''
+
+  def by_rule(rows, key):
+    values = (
+      f'{rows[rule][key]:.2f}' for rule in ('top-k', 'exact', '100 bins')
+    )
+    return ', '.join(values)
+
+  told = '; '.join(
+    f'`{name}`: MaxVio {by_rule(rows, "MaxVio")}, regret '
+    f'{by_rule(rows, "regret [%]")} %'
+    for name, rows in found.items()
+  )
+  return (
+    f'By top-k, the exact rule and 100 bins: {told}. So a histogram in a fifth '
+    'of the memory does what the exact rule does, and neither makes up for '
+    'scores that are far from even. One checkpoint each, no intervals.'
+  )
+
 
 QUESTION = Question(
   'How good are prices that see one token at a time?',
@@ -18,6 +43,7 @@ QUESTION = Question(
   "offline optimum, where what is beyond an expert's capacity earns nothing.",
   [],
   audits=[Audit('Rules', audits.online, ARMS)],
+  conclusion=_conclusion,
 )
 
 

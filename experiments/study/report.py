@@ -22,6 +22,8 @@ from experiments.study import (
   specialisation,
   tuning,
 )
+from experiments.study.statistics import paired
+from moe_jax.analysis.command_line import table
 
 QUESTIONS = tuple(
   module.QUESTION
@@ -46,9 +48,44 @@ interval. Loss is that of validation text with q frozen, in nats a token.
 Trainings shared two cores with other work, so nothing here is about time."""
 
 
+_SHORT_NOTE = (
+  'Means over five seeds, q frozen, of the first question below, which has '
+  'deviations. A planned step is an estimate.'
+)
+# Of README and the documentation, too.
+_SHORT = {
+  'first_max_violation': ('MaxVio, step 1', '.3f'),
+  'average_max_violation': ('AvgMaxVio', '.3f'),
+  'sup_max_violation': ('SupMaxVio', '.3f'),
+  'planned_16': ('planned step, 16 devices / even', '.2f'),
+  question.PERPLEXITY: ('perplexity', '.1f'),
+}
+
+
+def in_short(results: pathlib.Path = runs.RESULTS) -> str:
+  """Returns the table of the main methods in few columns.
+
+  Means over seeds, and paired differences of the loss.
+  """
+  found = runs.frame(list(balance.MAIN.values()), results)
+  mean = found.groupby('arm').mean(numeric_only=True)
+  baseline = balance.MAIN['unbalanced'].name
+  rows = [
+    [
+      name,
+      *(f'{mean[key][name]:{form}}' for key, (_, form) in _SHORT.items()),
+      '–' if name == baseline else paired(found[runs.LOSS], name, baseline),
+    ]
+    for name in balance.MAIN
+    if name in mean.index
+  ]
+  headings = [heading for heading, _ in _SHORT.values()]
+  return table(['`mini_16e`', *headings, 'loss - unbalanced [nats]'], rows)
+
+
 def report(results: pathlib.Path = runs.RESULTS) -> str:
   """Returns the report as Markdown."""
-  parts = [_HEAD]
+  parts = [_HEAD, '## In short', in_short(results), _SHORT_NOTE]
   for each in QUESTIONS:
     parts += question.section(each, results)
   return '\n\n'.join(parts) + '\n'

@@ -20,8 +20,8 @@ class Difference(NamedTuple):
 
   def __str__(self) -> str:
     if np.isnan(self.margin):
-      return f'{self.mean:+.4f}'
-    return f'{self.mean:+.4f} ± {self.margin:.4f}'
+      return f'{self.mean:+.3f}'
+    return f'{self.mean:+.3f} ± {self.margin:.3f}'
 
   @property
   def told(self) -> str:
