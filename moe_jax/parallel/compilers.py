@@ -10,8 +10,8 @@ from moe_jax.options import Refused
 
 _OPTIONS: Mapping[str, Mapping[str, bool | int]] = {
   'cpu': {
-    # The first step is there in two thirds of the time, and steps take as long:
-    # most of it is in products, which LLVM does not compile.
+    # Two thirds of the processor time before the first step, and steps take as
+    # long: most of it is in products, which LLVM does not compile.
     'xla_backend_optimization_level': 1,
   },
   'tpu': {
