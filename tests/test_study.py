@@ -20,7 +20,7 @@ from experiments.study import (
   tuning,
 )
 from experiments.study.runs import Arm
-from experiments.study.statistics import paired
+from experiments.study.statistics import paired, saving
 from moe_jax import config
 from moe_jax import main as command_line
 
@@ -66,6 +66,13 @@ def test_stored_runs_say_where_they_come_from():
     assert run['facts']['versions']['jax']
     steps = run['config']['steps']
     assert {len(curve) for curve in run['curves'].values()} == {steps}
+
+
+def test_every_seed_of_a_mean_is_summed_up():
+  """A key that one run lacks would leave it out of a mean, and not say so."""
+  for arm in ARMS:
+    keys = {tuple(run['summary']) for run in arm.stored().values()}
+    assert len(keys) <= 1, arm.name
 
 
 def test_audits_are_of_the_arms_as_they_are():
@@ -121,6 +128,25 @@ def test_differences_are_paired():
   values = values_of(a=[1.0, 5.0, 9.0, 2.0], b=[0.5, 4.5, 8.5])
   assert paired(values, 'a', 'b') == (0.5, 0.0)
   assert str(paired(values_of(a=[1.0], b=[0.5]), 'a', 'b')) == '+0.500'
+
+
+@pytest.mark.parametrize(
+  ('values', 'told'),
+  [
+    ([1.0], '+1.000 (one seed)'),
+    ([1.0, -1.0], '+0.000 ± 12.706 (no difference shown)'),
+    ([-1.0, -1.0], '-1.000 ± 0.000 (lower)'),
+    ([2.0, 2.0], '+2.000 ± 0.000 (higher)'),
+  ],
+)
+def test_a_difference_says_whether_it_is_shown(values, told):
+  found = paired(values_of(a=values, b=[0.0] * len(values)), 'a', 'b')
+  assert found.told == told
+
+
+def test_savings_are_shares_of_the_other():
+  found = saving(values_of(a=[3.0, 4.5], b=[4.0, 6.0]), 'a', 'b')
+  assert found == (0.25, 0.0)
 
 
 def test_an_interval_is_that_of_so_few_seeds():
@@ -212,7 +238,7 @@ def test_chance_tells_nothing():
 @pytest.mark.long
 def test_what_is_interrupted_is_continued_and_stored(tmp_path, monkeypatch):
   options = {
-    'steps': 2,
+    'steps': 12,  # Placements are for ten each.
     'warmup_steps': 0,
     'batch_size': 8,
     'sequence_length': 64,
@@ -236,10 +262,13 @@ def test_what_is_interrupted_is_continued_and_stored(tmp_path, monkeypatch):
   assert 'step_seconds' not in stored['summary']
   monkeypatch.setattr(audits, 'ARRIVALS', 64)
   monkeypatch.setattr(audits, 'TOKENS', 300)
-  of_all = [audits.causality, audits.specialisation, audits.online]
+  of_all = [
+    *(audits.causality, audits.specialisation, audits.online),
+    audits.placement,
+  ]
   for audit in of_all:
     audits.run(audit, arms[1], workdir, results)
-  leaks, said, assigned = (
+  leaks, said, assigned, placed = (
     audits.stored(audit, arms[1], results) for audit in of_all
   )
   assert (
@@ -247,18 +276,23 @@ def test_what_is_interrupted_is_continued_and_stored(tmp_path, monkeypatch):
   )
   assert said['validation']['purity'] >= 0.5  # Of two domains.
   assert assigned['exact']['regret [%]'] < assigned['top-k']['regret [%]']
+  even = placed['8 devices']
+  assert 1 <= even['optimum without copies, loads known'] <= 1.1
+  assert 1 <= even['contiguous'] < 1.2
   asked = question.Question(
     'Which?',
     'Two arms.',
     [question.Table('Two', arms, arms[0])],
-    'Neither.',
     [question.Audit('Rules', audits.online, arms)],
+    lambda where: 'Neither.' if where == results else '',
   )
   parts = list(question.section(asked, results))
-  assert parts[0] == '## Which?' and parts[-1] == '**Neither.**'
+  assert parts[0] == '## Which?'
+  assert parts[-2:] == ['### What follows', 'Neither.']
   assert '| midpoint | 2 |' in parts[3]
   assert parts[5] == '1 of 2 checkpoints are audited.'
-  assert '| midpoint | 10 bins |' in parts[6]
+  assert parts[6] == 'Checkpoints of seed 1.'
+  assert '| midpoint | 10 bins |' in parts[7]
   figure = figures.balance_figure(arms, results)
   labels = [line.get_label() for line in figure.axes[0].lines]
   assert labels == ['unbalanced', 'midpoint']

@@ -145,25 +145,20 @@ def online(run: analysis.Run) -> Rows:
 def placement(run: analysis.Run) -> Rows:
   """Tells how even the loads of 8 devices are under policies of placement.
 
-  Load of the fullest over the mean: a mean over layers and steps, of the last
-  ones over ten steps.
+  Load of the fullest over the mean: means over layers and steps. The last two
+  are means over ten steps, and know the loads.
   """
-  options = Options(devices=8)
-  study = Study(run, options)
-  drawn = {('contiguous', '-')} | {
-    (policy, options.predictor) for policy in ('greedy', 'replicas')
-  }
-  policies = {
-    policy: placed.imbalance_NxL.mean()
-    for (policy, predictor), placed in study.placed.items()
-    if (policy, predictor) in drawn
+  study = Study(run, Options(devices=8))
+  predictors = {'contiguous': '-', 'greedy': 'ema', 'replicas': 'ema'}
+  found = {
+    policy: float(study.placed[policy, predictor].imbalance_NxL.mean())
+    for policy, predictor in predictors.items()
   }
   best = [
     'replicas, tokens split at best',
     'optimum without copies, loads known',
   ]
-  found = policies | study.hindsight[best].mean().to_dict()
-  return {'8 devices': {name: float(x) for name, x in found.items()}}
+  return {'8 devices': found | study.hindsight[best].mean().to_dict()}
 
 
 def path(

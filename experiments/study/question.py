@@ -69,8 +69,8 @@ class Question:
     method: what was done, for the report.
     tables: of its arms.
     audits: tables of what is found out about checkpoints.
-    conclusion: from where results are to what ends it; '' as long as runs that
-      it needs are missing.
+    conclusion: returns what ends it, from the results in a directory; '' as
+      long as runs that it needs are missing.
   """
 
   title: str
@@ -116,7 +116,8 @@ def section(
     yield f'### {each.heading}'
     yield from _audit(each, results)
   if conclusion := question.conclusion(results):
-    yield f'### What follows\n\n{conclusion}'
+    yield '### What follows'
+    yield conclusion
 
 
 def _table(each: Table, results: pathlib.Path) -> Iterator[str]:
@@ -157,6 +158,8 @@ def _audit(each: Audit, results: pathlib.Path) -> Iterator[str]:
   if len(found) < len(each.arms):
     yield f'{len(found)} of {len(each.arms)} checkpoints are audited.'
   if found:
+    seeds = {max(arm.seeds) for arm in each.arms if arm.name in found}
+    yield f'Checkpoints of seed {", ".join(map(str, sorted(seeds)))}.'
     some = next(iter(next(iter(found.values())).values()))
     yield table(
       ['arm', '', *some],

@@ -45,11 +45,13 @@ Written by `python -m experiments.study.report` from the stored runs in `runs/`,
 each with its command, commit, configuration and versions. Mean ± standard
 deviation over seeds; differences are paired by seed, ± half of Student's 95 %
 interval. Loss is that of validation text with q frozen, in nats a token.
-Trainings shared two cores with other work, so nothing here is about time."""
+Trainings shared two cores with other work, so nothing here is about time. A run
+that is trained again on another machine differs by its rounding: two did, by 0.001
+and 0.004 nats."""
 
 
 _SHORT_NOTE = (
-  'Means over five seeds, q frozen, of the first question below, which has '
+  'Means over seeds, q frozen; *Methods* below has their number and '
   'deviations. A planned step is an estimate.'
 )
 # Of README and the documentation, too.

@@ -45,10 +45,23 @@ def paired(values: pd.Series, arm: str, other: str) -> Difference:
     arm: from which the other is subtracted.
     other: its counterpart.
   """
-  both = values.unstack('arm')[[arm, other]].dropna()
-  differences = (both[arm] - both[other]).to_numpy()
-  count, mean = len(differences), differences.mean()
+  arms = _seeds_of_both(values, arm, other)
+  return _with_margin(arms[arm] - arms[other])
+
+
+def saving(values: pd.Series, arm: str, other: str) -> Difference:
+  """Tells by which share of it one arm is below another, seed by seed."""
+  arms = _seeds_of_both(values, arm, other)
+  return _with_margin(1 - arms[arm] / arms[other])
+
+
+def _seeds_of_both(values, arm, other):
+  return values.unstack('arm')[[arm, other]].dropna()
+
+
+def _with_margin(values: pd.Series) -> Difference:
+  count, mean = len(values), values.mean()
   if count < 2:
     return Difference(mean, np.nan)
-  error = differences.std(ddof=1) / np.sqrt(count)
+  error = values.std(ddof=1) / np.sqrt(count)
   return Difference(mean, stats.t.ppf(0.975, count - 1) * error)

@@ -10,8 +10,8 @@ from moe_jax.options import Refused
 
 _OPTIONS: Mapping[str, Mapping[str, bool | int]] = {
   'cpu': {
-    # Two thirds of the processor time before the first step, and steps take as
-    # long: most of it is in products, which LLVM does not compile.
+    # Two thirds of the processor time before the first step. Steps take as
+    # long (results/benchmarks/train_step.md): LLVM compiles no large products.
     'xla_backend_optimization_level': 1,
   },
   'tpu': {
@@ -30,7 +30,7 @@ _OPTIONS: Mapping[str, Mapping[str, bool | int]] = {
 
 
 def compiler_options(devices: Sequence[jax.Device]) -> dict[str, bool | int]:
-  """Returns what `jax.jit(compiler_options=...)` needs for MoE layers.
+  """Returns the `compiler_options` of `jax.jit` that suit a model with MoE.
 
   Args:
     devices: all that are compiled for.
