@@ -46,8 +46,8 @@ each with its command, commit, configuration and versions. Mean ± standard
 deviation over seeds; differences are paired by seed, ± half of Student's 95 %
 interval. Loss is that of validation text with q frozen, in nats a token.
 Trainings shared two cores with other work, so nothing here is about time. A run
-that is trained again on another machine differs by its rounding: two did, by 0.001
-and 0.004 nats."""
+that is trained again on another machine is rounded otherwise: two differed by
+0.001 and 0.004 nats."""
 
 
 _SHORT_NOTE = (
