@@ -48,8 +48,6 @@ interval. Loss is that of validation text with q frozen, in nats a token.
 Trainings shared two cores with other work, so nothing here is about time. A run
 that is trained again on another machine is rounded otherwise: two differed by
 0.001 and 0.004 nats."""
-
-
 _SHORT_NOTE = (
   'Means over seeds, q frozen; *Methods* below has their number and '
   'deviations. A planned step is an estimate.'
@@ -71,7 +69,7 @@ def in_short(results: pathlib.Path = runs.RESULTS) -> str:
   """
   found = runs.frame(list(balance.MAIN.values()), results)
   mean = found.groupby('arm').mean(numeric_only=True)
-  baseline = balance.MAIN['unbalanced'].name
+  baseline = 'unbalanced'
   rows = [
     [
       name,
@@ -79,7 +77,6 @@ def in_short(results: pathlib.Path = runs.RESULTS) -> str:
       '–' if name == baseline else paired(found[runs.LOSS], name, baseline),
     ]
     for name in balance.MAIN
-    if name in mean.index
   ]
   headings = [heading for heading, _ in _SHORT.values()]
   return table(['`mini_16e`', *headings, 'loss - unbalanced [nats]'], rows)

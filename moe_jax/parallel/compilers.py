@@ -11,7 +11,7 @@ from moe_jax.options import Refused
 _OPTIONS: Mapping[str, Mapping[str, bool | int]] = {
   'cpu': {
     # Two thirds of the processor time before the first step. Steps take as
-    # long (results/benchmarks/train_step.md): LLVM compiles no large products.
+    # long, as LLVM compiles no large products: `train_step.md` has both.
     'xla_backend_optimization_level': 1,
   },
   'tpu': {
