@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.nn.config import DecoderConfig
+from moe_jax.parallel.dispatch import swiglu
 
 
 def linear_init(*, batch_axis: int | tuple[int, ...] = ()):
@@ -44,7 +45,7 @@ class SwiGLU(nnx.Module):
     self.down = linear(hidden, width, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    return swiglu(self.gate(x), self.up(x), self.down)
 
 
 def rms_norm(

@@ -10,6 +10,7 @@ Shape letters: T tokens, D model, F hidden, E experts, K chosen, N rows,
 C capacity.
 """
 
+from collections.abc import Callable
 import functools
 from typing import NamedTuple
 
@@ -40,6 +41,17 @@ class Mixed(NamedTuple):
 
   y: jax.Array
   dropped: jax.Array
+
+
+def swiglu(
+  gate: jax.Array, up: jax.Array, down: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+  """Returns down(silu(gate) * up).
+
+  The backward pass keeps gate and up only: the product is cheap to do again,
+  and autodiff alone would keep it, silu(gate) and sigmoid(gate) as well.
+  """
+  return jax.checkpoint(lambda gate, up: down(jax.nn.silu(gate) * up))(gate, up)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -196,13 +208,11 @@ def grouped(
   def apply(x_NxD, load_E):
     gate_NxF = grouped_matmul(x_NxD, weights.gate_ExDxF, load_E)
     up_NxF = grouped_matmul(x_NxD, weights.up_ExDxF, load_E)
-
-    @jax.checkpoint  # Keeps gate and up only; the product is cheap to redo.
-    def down(gate_NxF, up_NxF):
-      hidden_NxF = jax.nn.silu(gate_NxF) * up_NxF
-      return grouped_matmul(hidden_NxF, weights.down_ExFxD, load_E)
-
-    return down(gate_NxF, up_NxF)
+    return swiglu(
+      gate_NxF,
+      up_NxF,
+      lambda hidden_NxF: grouped_matmul(hidden_NxF, weights.down_ExFxD, load_E),
+    )
 
   def apply_anywhere(x_NxD):
     devices = _split_over(axis_name)
@@ -348,8 +358,11 @@ def _apply_in_buffers(x_TxD, choice, weights, layout: _Layout, axis_name):
   def apply(x_ExCxD, gates_ExCx1):
     gate_ExCxF = jnp.einsum('ecd,edf->ecf', x_ExCxD, weights.gate_ExDxF)
     up_ExCxF = jnp.einsum('ecd,edf->ecf', x_ExCxD, weights.up_ExDxF)
-    hidden_ExCxF = jax.nn.silu(gate_ExCxF) * up_ExCxF
-    y_ExCxD = jnp.einsum('ecf,efd->ecd', hidden_ExCxF, weights.down_ExFxD)
+    y_ExCxD = swiglu(
+      gate_ExCxF,
+      up_ExCxF,
+      lambda hidden: jnp.einsum('ecf,efd->ecd', hidden, weights.down_ExFxD),
+    )
     return (y_ExCxD * gates_ExCx1).astype(x_ExCxD.dtype)
 
   devices = _split_over(axis_name)

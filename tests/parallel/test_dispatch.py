@@ -254,3 +254,12 @@ def test_take_rows_has_the_gradient_of_a_gather():
     strict=True,
   ):
     np.testing.assert_array_equal(actual, expected)
+
+
+def test_for_the_backward_pass_a_swiglu_keeps_gate_and_up_alone():
+  gate, up, weights = jnp.ones((64, 32)), jnp.ones((64, 32)), jnp.ones((32, 8))
+  _, pullback = jax.vjp(
+    lambda gate, up: dispatch.swiglu(gate, up, lambda x: x @ weights), gate, up
+  )
+  shapes = [leaf.shape for leaf in jax.tree.leaves(pullback)]
+  assert shapes.count(gate.shape) == 2
