@@ -32,7 +32,9 @@ from moe_jax.train import step as step_lib
 def bare_step(config, tokens_BxS):
   """Builds the step that takes a result however it is."""
   with (
-    mock.patch.object(step_lib, 'apply_if', lambda _, update, old: update(old)),
+    mock.patch.object(
+      step_lib, 'apply_if', lambda _, update, old: update(0, old)
+    ),
     mock.patch.object(step_lib, 'squares_unless', lambda *arguments: {}),
   ):
     return our_step(config, tokens_BxS)[0]

@@ -55,7 +55,8 @@ class Training(NamedTuple):
   Attributes:
     graphdef: with `state.params` and `state.router`, `nnx.merge` makes the
       `Decoder`.
-    optimizer: the gradient transformation.
+    optimizer: the gradient transformation; `update` takes the gradient's
+      global `norm`.
     init: `() -> TrainState`, sharded; call it once, compiled.
     init_router: `() -> TrainState.router` alone.
     abstract: the shapes, dtypes and shardings of that state.
@@ -63,7 +64,7 @@ class Training(NamedTuple):
   """
 
   graphdef: nnx.GraphDef
-  optimizer: optax.GradientTransformation
+  optimizer: optax.GradientTransformationExtraArgs
   init: Callable[[], TrainState]
   init_router: Callable[[], Any]
   abstract: TrainState
@@ -114,7 +115,9 @@ def make_training(
   devices = list(mesh.devices.flat)
   if not (config.capacity_factor or config.model.round_to_capacity):
     check_compiler(devices[0].platform)
-  optimizer = optimizer or make_optimizer(config)
+  if optimizer is None:
+    optimizer = make_optimizer(config)
+  optimizer = optax.with_extra_args_support(optimizer)
 
   def split():
     return nnx.split(make_model(config, mesh), nnx.Param, nn.RouterState)

@@ -62,13 +62,18 @@ def make_train_step(
     (gradient, sums, most), router, routes = gradients(
       state.params, state.router, batch, tokens
     )
-    gradient_squares = squares(gradient)
+    gradient_squares = lax.optimization_barrier(squares(gradient))
     gradient_norm = jnp.sqrt(sum(map(jnp.sum, gradient_squares.values())))
     finite = jnp.isfinite(sums['loss'] + sums['auxiliary_loss'])
     finite &= jnp.isfinite(gradient_norm)
     finite &= ~jnp.any(sums['router']['infinite'])
     update = functools.partial(
-      _update, training, config.optimizer.average, gradient, router
+      _update,
+      training,
+      config.optimizer.average,
+      gradient,
+      gradient_norm,
+      router,
     )
     new = apply_if(finite, update, state)
     # Not `state.step`: skipped steps update nothing.
@@ -228,11 +233,14 @@ def _routes(choice: routing.Choice, shape_BxS: tuple[int, int]) -> jax.Array:
   return experts_LxBxSxK.swapaxes(0, 1).astype(jnp.int16)
 
 
-def _update(training, decay, gradient, router, state) -> TrainState:
+def _update(training, decay, gradient, norm, router, turn, state) -> TrainState:
   """Moves parameters by a gradient and routers by what they have observed."""
   with jax.named_scope('optimizer'):
+    # Times 1 that depends on the loop's turn. XLA would compute moments'
+    # products of the gradient ahead of the loop, in memory of their own.
+    gradient = jax.tree.map(lambda g: g * (1 - turn), gradient)
     updates, optimizer = training.optimizer.update(
-      gradient, state.optimizer, state.params
+      gradient, state.optimizer, state.params, norm=norm
     )
     params = optax.apply_updates(state.params, updates)
     average = state.average
@@ -300,21 +308,22 @@ def add_up(
 
 
 def apply_if(
-  condition: jax.Array, update: Callable[[Any], Any], state: Any
+  condition: jax.Array, update: Callable[[jax.Array, Any], Any], state: Any
 ) -> Any:
-  """Returns `update(state)` where `condition` holds, else `state`.
+  """Returns `update(turn, state)` where `condition` holds, else `state`.
 
-  A loop of one turn or of none: XLA updates in place what a loop carries.
-  `lax.cond` and `jnp.where` copied, which took 2 to 4 % of the demo's steps.
+  A loop of one turn, its 0, or of none: XLA updates in place what a loop
+  carries. `lax.cond` and `jnp.where` copied, which took 2 to 4 % of the demo's
+  steps.
   """
   turns = condition.astype(jnp.int32)
-  return lax.fori_loop(0, turns, lambda _, state: update(state), state)
+  return lax.fori_loop(0, turns, update, state)
 
 
 def squares_unless(finite: jax.Array, params: Any) -> dict[str, jax.Array]:
   """Computes `squares`, or zeros where nobody will ask for them."""
   zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(squares, params))
-  return apply_if(~finite, lambda _: squares(params), zeros)
+  return apply_if(~finite, lambda *_: squares(params), zeros)
 
 
 def squares(tree: Any) -> dict[str, jax.Array]:

@@ -75,9 +75,13 @@ def moves(tmp_path, gradient, **options):
   config = tiny.tiny_config(
     tmp_path, **{'learning_rate': 1e-3, 'gradient_clip': 0.0, **options}
   )
-  transformation = optimizer.make_optimizer(config)
+  transformation = optax.with_extra_args_support(
+    optimizer.make_optimizer(config)
+  )
   state = transformation.init(PARAMS)
-  updates, _ = transformation.update(gradient, state, PARAMS)
+  updates, _ = transformation.update(
+    gradient, state, PARAMS, norm=optax.tree.norm(gradient)
+  )
   return jax.tree.map(lambda x: np.asarray(x) / 1e-3, updates)
 
 
@@ -104,7 +108,7 @@ def test_the_gradient_is_clipped_or_not(tmp_path):
     'optimizer.eps': 1.0,
   }
   size = sum(x.size for x in jax.tree.leaves(PARAMS))
-  for greatest, entry in ((0.0, 1.0), (1.0, size**-0.5)):
+  for greatest, entry in ((0.0, 1.0), (1.0, size**-0.5), (100.0, 1.0)):
     moved = moves(tmp_path, ones, gradient_clip=greatest, **options)
     expected = -entry / (entry + 1.0)
     for update in jax.tree.leaves(moved):
@@ -146,7 +150,7 @@ def first_updates(config):
     state.params,
   )
   updates, _ = jax.jit(training.optimizer.update)(
-    gradient, state.optimizer, state.params
+    gradient, state.optimizer, state.params, norm=optax.tree.norm(gradient)
   )
   return training, updates
 
