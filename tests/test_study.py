@@ -10,6 +10,7 @@ import pytest
 
 from experiments.study import (
   audits,
+  balance,
   demo,
   figures,
   plan,
@@ -24,6 +25,7 @@ from experiments.study.statistics import paired, saving
 from moe_jax import config
 from moe_jax import main as command_line
 
+MAIN = balance.MAIN
 ARMS = [arm for each in report.QUESTIONS for arm in each.arms]
 
 
@@ -116,6 +118,23 @@ def test_the_learning_rate_is_the_lowest_of_the_best():
   good = [rate for rate, found in stored.items() if found < 1.01 * best]
   assert min(good) == tuning.LEARNING_RATE
   assert min(stored) < tuning.LEARNING_RATE < max(stored)
+
+
+@pytest.mark.parametrize('asked', report.QUESTIONS, ids=lambda x: x.title)
+def test_a_question_ends_when_all_is_there(asked, tmp_path):
+  stored = MAIN['bip'].stored()[0]
+  for arm in asked.arms:
+    for seed in arm.seeds:
+      assert not asked.can_end(tmp_path)
+      runs.write(stored, arm.path(seed, tmp_path))
+  for each in asked.audits:
+    row = {'purity': 0.5, 'MaxVio': 0.1, 'regret [%]': 2.0}
+    rows = dict.fromkeys(['validation', 'top-k', 'exact', '100 bins'], row)
+    for arm in each.arms:
+      runs.write({'found': rows}, audits.path(each.audit, arm, tmp_path))
+  *_, heading, conclusion = question.section(asked, tmp_path)
+  assert heading == question.ENDING
+  assert conclusion and 'nan' not in conclusion
 
 
 def values_of(**arms):
@@ -288,7 +307,7 @@ def test_what_is_interrupted_is_continued_and_stored(tmp_path, monkeypatch):
   )
   parts = list(question.section(asked, results))
   assert parts[0] == '## Which?'
-  assert parts[-2:] == ['### What follows', 'Neither.']
+  assert 'Neither.' not in parts  # One checkpoint is not audited.
   assert '| midpoint | 2 |' in parts[3]
   assert parts[5] == '1 of 2 checkpoints are audited.'
   assert parts[6] == 'Checkpoints of seed 1.'

@@ -3,9 +3,10 @@
 python -m experiments.study.capacity --workdir=DIR
 """
 
+import pathlib
 import sys
 
-from experiments.study import balance, tuning
+from experiments.study import balance, question, runs, tuning
 from experiments.study.question import COLUMNS, PERPLEXITY, Question, Table
 from experiments.study.runs import Arm
 
@@ -36,19 +37,35 @@ _SHOWN = {
   for key in ('average_max_violation', 'worst_sup_max_violation', PERPLEXITY)
 } | {'dropped': ('dropped', '.2%')}
 _BASELINE = balance.MAIN['midpoint']
+TABLES = [
+  *(
+    Table(f'Capacity {factor}', _dropping(factor), _BASELINE, _SHOWN)
+    for factor in (1.0, 1.25, 2.0)
+  ),
+  Table('Rounded at 1.0', ROUNDED, _BASELINE, _SHOWN),
+]
+
+
+def _conclusion(results: pathlib.Path) -> str:
+  lines = []
+  for each in TABLES:
+    dropped = runs.frame(each.arms, results).groupby('arm')['dropped'].mean()
+    shares = ', '.join(
+      f'`{arm.name}` {dropped[arm.name]:.1%}' for arm in each.arms
+    )
+    lines.append(
+      f'- {each.heading}: dropped {shares}; {question.told(each, results)}.'
+    )
+  return '\n'.join(lines)
+
 
 QUESTION = Question(
   'What do static buffers cost each method?',
   'Capacity factors of 1.0, 1.25 and 2.0 drop what does not fit; rounding at '
   '1.0 drops nothing. One seed. SupMaxVio of the worst layer + 1 is the factor '
   'that would have dropped nothing at any step. Evaluation never drops.',
-  [
-    *(
-      Table(f'Capacity {factor}', _dropping(factor), _BASELINE, _SHOWN)
-      for factor in (1.0, 1.25, 2.0)
-    ),
-    Table('Rounded at 1.0', ROUNDED, _BASELINE, _SHOWN),
-  ],
+  TABLES,
+  conclusion=_conclusion,
 )
 
 

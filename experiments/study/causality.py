@@ -3,9 +3,10 @@
 python -m experiments.study.causality --workdir=DIR
 """
 
+import pathlib
 import sys
 
-from experiments.study import audits, balance, tuning
+from experiments.study import audits, balance, question, tuning
 from experiments.study.question import Audit, Question, Table
 from experiments.study.runs import Arm
 
@@ -49,6 +50,18 @@ def _tables():
       yield Table(f'{rule}, {tokens:,} tokens a step', pair, pair[0])
 
 
+def _conclusion(results: pathlib.Path) -> str:
+  tables = list(_tables())
+  return '\n'.join(
+    [
+      'What a q that does not see its batch costs, trained on and deployed:\n',
+      *(
+        f'- {each.heading}: {question.told(each, results)}.' for each in tables
+      ),
+    ]
+  )
+
+
 QUESTION = Question(
   'Does training on a q that sees its batch hurt what is deployed?',
   'Prices of the batch before (`lag`) cannot see what follows a token; those '
@@ -63,6 +76,7 @@ QUESTION = Question(
       [*balance.MAIN.values(), *LAGGED.values()],
     )
   ],
+  conclusion=_conclusion,
 )
 
 

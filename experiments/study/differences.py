@@ -3,9 +3,10 @@
 python -m experiments.study.differences --workdir=DIR
 """
 
+import pathlib
 import sys
 
-from experiments.study import balance, tuning
+from experiments.study import balance, question, tuning
 from experiments.study.question import Question, Table
 from experiments.study.runs import Arm
 
@@ -48,6 +49,30 @@ CENTRED = Arm(
 )
 MAIN = balance.MAIN
 
+TABLES = [
+  Table(
+    'From bip',
+    [MAIN['bip'], *_arms('bip', _OF_BIP), MAIN['midpoint']],
+    MAIN['bip'],
+  ),
+  Table(
+    'From midpoint',
+    [MAIN['midpoint'], *_arms('midpoint', {'midpoint_t1': {'iterations': 1}})],
+    MAIN['midpoint'],
+  ),
+  Table(
+    'From quantile',
+    [MAIN['quantile'], *_arms('quantile', _OF_QUANTILE)],
+    MAIN['quantile'],
+  ),
+  Table('From loss_free', [MAIN['loss_free'], CENTRED], MAIN['loss_free']),
+]
+
+
+def _conclusion(results: pathlib.Path) -> str:
+  return '\n'.join(f'- {question.told(each, results)}.' for each in TABLES)
+
+
 QUESTION = Question(
   'What is each difference between the rules worth?',
   'From `bip` (T = 4) and from `quantile`, one switch at a time, one seed: '
@@ -56,27 +81,8 @@ QUESTION = Question(
   'switches: no clip, and the cut in the middle. Means over shards need four '
   'shards, means over microbatches four microbatches, which the histogram '
   'beside it has as well.',
-  [
-    Table(
-      'From bip',
-      [MAIN['bip'], *_arms('bip', _OF_BIP), MAIN['midpoint']],
-      MAIN['bip'],
-    ),
-    Table(
-      'From midpoint',
-      [
-        MAIN['midpoint'],
-        *_arms('midpoint', {'midpoint_t1': {'iterations': 1}}),
-      ],
-      MAIN['midpoint'],
-    ),
-    Table(
-      'From quantile',
-      [MAIN['quantile'], *_arms('quantile', _OF_QUANTILE)],
-      MAIN['quantile'],
-    ),
-    Table('From loss_free', [MAIN['loss_free'], CENTRED], MAIN['loss_free']),
-  ],
+  TABLES,
+  conclusion=_conclusion,
 )
 
 

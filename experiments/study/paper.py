@@ -3,8 +3,10 @@
 python -m experiments.study.paper --workdir=DIR
 """
 
+import pathlib
 import sys
 
+from experiments.study import question, runs
 from experiments.study.question import Question, Table
 from experiments.study.runs import Arm
 
@@ -26,12 +28,26 @@ ARMS = {
   for method in ('loss_controlled', 'loss_free', 'bip')
 }
 
+METHODS = Table('Methods', list(ARMS.values()), ARMS['loss_controlled'])
+
+
+def _conclusion(results: pathlib.Path) -> str:
+  found = runs.frame(METHODS.arms, results).droplevel('seed')
+  worst = '; '.join(
+    f'`{name}` {row["first_max_violation"]:.2f} in the first step, '
+    f'{row["worst_sup_max_violation"]:.2f} in its worst layer and step'
+    for name, row in found.iterrows()
+  )
+  return f'MaxVio: {worst}. Loss: {question.told(METHODS, results)}.'
+
+
 QUESTION = Question(
   "The paper's own model: is it balanced from the first step on?",
   '`paper_16e`, 302.7 M parameters, 8 layers, the settings of the paper but '
   'for the batch: 250 steps of 2,048 tokens of speeches, 0.5 M in total, one '
   'seed. So few tokens tell nothing about its quality.',
-  [Table('Methods', list(ARMS.values()), ARMS['loss_controlled'])],
+  [METHODS],
+  conclusion=_conclusion,
 )
 
 

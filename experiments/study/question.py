@@ -13,6 +13,7 @@ from experiments.study.statistics import paired
 from moe_jax import analysis
 from moe_jax.analysis.command_line import Parser, answer, table
 
+ENDING = '### What follows'
 PERPLEXITY = 'eval/validation/perplexity'
 # Key of a summary -> heading and format.
 COLUMNS = {
@@ -69,15 +70,17 @@ class Question:
     method: what was done, for the report.
     tables: of its arms.
     audits: tables of what is found out about checkpoints.
-    conclusion: returns what ends it, from the results in a directory; '' as
-      long as runs that it needs are missing.
+    conclusion: returns what ends it, from the results in a directory; asked
+      when all audits and the runs it rests on are there.
+    rests_on: the arms of these runs; by default all.
   """
 
   title: str
   method: str
   tables: Sequence[Table]
   audits: Sequence[Audit] = ()
-  conclusion: Callable[[pathlib.Path], str] = lambda results: ''
+  conclusion: Callable[[pathlib.Path], str] | None = None
+  rests_on: Sequence[Arm] = ()
 
   @property
   def arms(self) -> list[Arm]:
@@ -86,6 +89,14 @@ class Question:
       arm for table in self.tables for arm in (*table.arms, table.baseline)
     ]
     return list({(arm.experiment, arm.name): arm for arm in arms}.values())
+
+  def can_end(self, results: pathlib.Path) -> bool:
+    """Tells whether all is there that the conclusion needs."""
+    return runs.complete(self.rests_on or self.arms, results) and all(
+      audits.path(each.audit, arm, results).exists()
+      for each in self.audits
+      for arm in each.arms
+    )
 
   def main(self, argv: Sequence[str] | None = None) -> int:
     """Trains and audits what is missing; returns the program's exit code."""
@@ -115,9 +126,20 @@ def section(
   for each in question.audits:
     yield f'### {each.heading}'
     yield from _audit(each, results)
-  if conclusion := question.conclusion(results):
-    yield '### What follows'
-    yield conclusion
+  if question.conclusion and question.can_end(results):
+    yield ENDING
+    yield question.conclusion(results)
+
+
+def told(each: Table, results: pathlib.Path) -> str:
+  """Says by how much each arm's loss is above the baseline's, in nats."""
+  baseline = each.baseline.name
+  loss = runs.frame([*each.arms, each.baseline], results)[runs.LOSS]
+  others = [arm.name for arm in each.arms if arm.name != baseline]
+  return '; '.join(
+    f'`{name}` - `{baseline}`: {paired(loss, name, baseline).told}'
+    for name in others
+  )
 
 
 def _table(each: Table, results: pathlib.Path) -> Iterator[str]:

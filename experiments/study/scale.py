@@ -3,9 +3,10 @@
 python -m experiments.study.scale --workdir=DIR
 """
 
+import pathlib
 import sys
 
-from experiments.study import tuning
+from experiments.study import question, runs, tuning
 from experiments.study.question import Question, Table
 from experiments.study.runs import Arm
 
@@ -29,11 +30,26 @@ def _table(experts):
   return Table(f'{experts} experts', arms, arms[0])
 
 
+TABLES = [_table(experts) for experts in (8, 32, 128)]
+
+
+def _conclusion(results: pathlib.Path) -> str:
+  lines = []
+  for each in TABLES:
+    loss = runs.frame(each.arms, results)[runs.LOSS].droplevel('seed')
+    ranking = ' < '.join(f'`{name}`' for name in loss.sort_values().index)
+    lines.append(
+      f'- {each.heading}: {ranking}; {question.told(each, results)}.'
+    )
+  return '\n'.join(lines)
+
+
 QUESTION = Question(
   'Does the ranking move with the number of experts?',
   '`mini_16e` with 8, 32 and 128 experts of the same width, of which a token '
   'takes 4: equal compute a token. One seed.',
-  [_table(experts) for experts in (8, 32, 128)],
+  TABLES,
+  conclusion=_conclusion,
 )
 
 

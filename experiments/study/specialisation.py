@@ -3,9 +3,10 @@
 python -m experiments.study.specialisation --workdir=DIR
 """
 
+import pathlib
 import sys
 
-from experiments.study import audits, tuning
+from experiments.study import audits, question, tuning
 from experiments.study.question import Audit, Question, Table
 from experiments.study.runs import Arm
 
@@ -20,14 +21,29 @@ ARMS = [
   )
 ]
 
+METHODS = Table('Methods', ARMS, ARMS[0])
+
+
+def _conclusion(results: pathlib.Path) -> str:
+  found = {
+    x.name: audits.stored(audits.specialisation, x, results) for x in ARMS
+  }
+  purity = ', '.join(
+    f'`{name}` {rows["validation"]["purity"]:.3f}'
+    for name, rows in found.items()
+  )
+  return f'Purity: {purity}. Loss: {question.told(METHODS, results)}. One seed.'
+
+
 QUESTION = Question(
   'Does balance cost specialisation?',
   '`domains_16e`: speeches, drama and code, a third of the rows each. *Purity* '
   "is the share of an expert's tokens that are of its most frequent domain, a "
   'third by chance; information is mutual, between expert and domain or token. '
   'One seed.',
-  [Table('Methods', ARMS, ARMS[0])],
+  [METHODS],
   audits=[Audit('What an expert tells', audits.specialisation, ARMS)],
+  conclusion=_conclusion,
 )
 
 
