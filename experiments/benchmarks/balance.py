@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmarks import arguments
 from moe_jax import routing
 
 SKEWS = (0.3, 1.0, 2.0)  # standard deviation of the bias of experts
@@ -199,10 +200,9 @@ def main() -> None:
   parser.add_argument('--tokens', type=int, default=2048)
   parser.add_argument('--seeds', type=int, default=5)
   parser.add_argument('--batches', type=int, default=100)
-  parser.add_argument('--sizes', default='16x4,64x8')
+  arguments.add_sizes(parser, '16x4,64x8')
   options = parser.parse_args()
-  for size in options.sizes.split(','):
-    experts, k = map(int, size.split('x'))
+  for experts, k in options.sizes:
     for skew in SKEWS:
       fresh(options.tokens, experts, k, skew, options.seeds)
     stream(options.tokens, experts, k, 1.0, options.batches)

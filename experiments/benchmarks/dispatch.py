@@ -38,6 +38,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmarks import arguments
 from experiments.benchmarks.routing import milliseconds, random_scores, spread
 from moe_jax import routing
 from moe_jax.parallel import dispatch
@@ -299,7 +300,7 @@ def main() -> None:
   )
   parser.add_argument('--repeats', type=int, default=15)
   parser.add_argument('--threads', type=int, default=2, help='of torch')
-  parser.add_argument('--sizes', default='2048x16x4,256x64x8,2048x64x8')
+  arguments.add_sizes(parser, '2048x16x4,256x64x8,2048x64x8')
   parser.add_argument('--width', type=int, default=512)
   parser.add_argument('--hidden', type=int, default=1408)
   parser.add_argument(
@@ -312,12 +313,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
   else:
     print('torch cannot be imported: no comparison')
-  for size in options.sizes.split(','):
-    tokens, experts, k = map(int, size.split('x'))
+  for tokens, experts, k in options.sizes:
     if tokens * k % experts:
+      multiple = experts // math.gcd(k, experts)
       parser.error(
-        f'--sizes={size}: {tokens} x {k} rows are not {experts} equal groups; '
-        f'tokens must be a multiple of {experts // math.gcd(k, experts)}'
+        f'--sizes={tokens}x{experts}x{k}: {tokens} x {k} rows are not '
+        f'{experts} equal groups; tokens must be a multiple of {multiple}'
       )
     problem = make_problem(
       tokens,

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import balance
+from experiments.benchmarks import arguments, balance
 from moe_jax import routing
 from moe_jax.routing import oracle
 
@@ -372,11 +372,12 @@ def report(rows: list[dict], grouped: list[dict], options) -> str:
   ends = [row for row in rows if row['rule'] in RULES]
   sold = [row for row in rows if row['rule'] == 'auction']
   worst = f'gap_{max(t for t in SHOWN if t <= options.iterations)}'
+  sizes = ','.join('x'.join(map(str, size)) for size in options.sizes)
   return '\n\n'.join(
     [
       '# Duality gaps, cycles and an auction',
       f'`python -m experiments.benchmarks.duality --seeds={options.seeds} '
-      f'--iterations={options.iterations} --sizes={options.sizes}`',
+      f'--iterations={options.iterations} --sizes={sizes}`',
       'Medians over all instances: the duality gap relative to the optimum, '
       'and MaxVio, after T iterations on one batch from q = 0.',
       medians(rows, options.iterations),
@@ -412,14 +413,13 @@ def main() -> None:
   )
   parser.add_argument('--seeds', type=int, default=2)
   parser.add_argument('--iterations', type=int, default=1000)
-  parser.add_argument('--sizes', default='512x16x4,512x64x8')
+  arguments.add_sizes(parser, '512x16x4,512x64x8')
   parser.add_argument(
     '--out', type=pathlib.Path, default='experiments/results/benchmarks'
   )
   options = parser.parse_args()
-  sizes = [tuple(map(int, s.split('x'))) for s in options.sizes.split(',')]
   rows = []
-  for name, instance in instances(sizes, options.seeds).items():
+  for name, instance in instances(options.sizes, options.seeds).items():
     rows += measure(name, instance, options.iterations)
     print(name, flush=True)
   grouped = measure_groups(options.seeds)

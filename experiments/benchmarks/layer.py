@@ -30,6 +30,7 @@ from maxtext.layers import moe as maxtext_moe
 from maxtext.utils import maxtext_utils
 import numpy as np
 
+from experiments.benchmarks import arguments
 from experiments.benchmarks.routing import milliseconds, spread
 from moe_jax import nn, routing
 
@@ -147,11 +148,11 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--repeats', type=int, default=5)
-  parser.add_argument('--size', default='2048x16x4')
+  arguments.add_size(parser, '2048x16x4')
   parser.add_argument('--width', type=int, default=512)
   parser.add_argument('--hidden', type=int, default=1408)
   options = parser.parse_args()
-  tokens, experts, k = map(int, options.size.split('x'))
+  tokens, experts, k = options.size
   shape = (SEQUENCES, tokens // SEQUENCES, options.width)
   x_BxSxD = jax.random.normal(jax.random.key(0), shape)
   layer, lines = ours(options, experts, k, x_BxSxD)

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import train_step
+from experiments.benchmarks import arguments, train_step
 from moe_jax import config as config_lib
 from moe_jax import main as command_line
 from moe_jax import nn, routing
@@ -322,9 +322,7 @@ def main() -> None:
   )
   parser.add_argument('--repeats', type=int, default=15)
   parser.add_argument('--threads', type=int, default=2, help='of torch')
-  parser.add_argument(
-    '--sizes', default='4096x16x4,16384x64x8,65536x64x8,131072x256x8'
-  )
+  arguments.add_sizes(parser, '4096x16x4,16384x64x8,65536x64x8,131072x256x8')
   parser.add_argument(
     '--models', default='experiments/mini_16e.py,experiments/mini_64e.py'
   )
@@ -333,10 +331,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
   else:
     print('torch cannot be imported: no comparison')
-  sizes = [
-    tuple(map(int, size.split('x'))) for size in options.sizes.split(',')
-  ]
-  for tokens, experts, k in sizes:
+  for tokens, experts, k in options.sizes:
     scores = random_scores(tokens, experts)
     prices = routing.midpoint().solve(
       routing.State(jnp.zeros(experts)), scores, k=k
@@ -350,10 +345,10 @@ def main() -> None:
       cells = [row.get(column, '') for column in COLUMNS]
       print(f'{name:14s}' + ''.join(f'{cell:>26s}' for cell in cells))
   print()
-  for tokens, experts, k in sizes:
+  for tokens, experts, k in options.sizes:
     cost_of_metrics(tokens, experts, k, options.repeats)
   for path in filter(None, options.models.split(',')):
-    share_of_step(path, sizes, options.repeats)
+    share_of_step(path, options.sizes, options.repeats)
 
 
 if __name__ == '__main__':

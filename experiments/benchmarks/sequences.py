@@ -21,7 +21,7 @@ import pathlib
 import numpy as np
 from scipy import special
 
-from experiments.benchmarks import balance, duality
+from experiments.benchmarks import arguments, balance, duality
 from moe_jax import analysis, routing
 
 STREAMS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.3))  # topic, drift
@@ -112,7 +112,7 @@ def main() -> None:
   )
   parser.add_argument('--sequences', type=int, default=8)
   parser.add_argument('--length', type=int, default=512)
-  parser.add_argument('--sizes', default='16x4,64x8')
+  arguments.add_sizes(parser, '16x4,64x8')
   parser.add_argument('--run', default='')
   parser.add_argument('--text', type=pathlib.Path)
   options = parser.parse_args()
@@ -132,8 +132,7 @@ def main() -> None:
       mean,
     )
     return
-  for size in options.sizes.split(','):
-    experts, k = map(int, size.split('x'))
+  for experts, k in options.sizes:
     for topic, drift in STREAMS:
       scores = make_scores(
         0, options.sequences, options.length, experts, topic, drift

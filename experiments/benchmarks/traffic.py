@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from experiments.benchmarks import balance
+from experiments.benchmarks import arguments, balance
 from launch import ahead, cost, hardware, hlo
 from moe_jax import routing
 from moe_jax.analysis.command_line import table
@@ -162,7 +162,7 @@ def main() -> None:
   )
   parser.add_argument('--topology', default='v5e:16x16')
   parser.add_argument('--tokens', default='512,4096,65536')
-  parser.add_argument('--size', default='64x8')
+  arguments.add_size(parser, '64x8')
   parser.add_argument('--batches', type=int, default=60)
   options = parser.parse_args()
   ahead.prepare(os.environ)  # Before the compilers are loaded.
@@ -174,7 +174,7 @@ def main() -> None:
   devices = devices.reshape(-1, topology.shape[0])
   mesh = Mesh(devices, meshes.AXES)
   tokens = [int(n) for n in options.tokens.split(',')]
-  experts, k = map(int, options.size.split('x'))
+  experts, k = options.size
   found = {
     name: {n: traffic(rule, topology, mesh, n, experts, k) for n in tokens}
     for name, rule in RULES.items()
