@@ -122,16 +122,17 @@ def test_the_learning_rate_is_the_lowest_of_the_best():
 
 @pytest.mark.parametrize('asked', report.QUESTIONS, ids=lambda x: x.title)
 def test_a_question_ends_when_all_is_there(asked, tmp_path):
-  stored = MAIN['bip'].stored()[0]
+  row = {'purity': 0.5, 'MaxVio': 0.1, 'regret [%]': 2.0}
+  rows = dict.fromkeys(['validation', 'top-k', 'exact', '100 bins'], row)
+  for each in asked.audits:
+    for arm in each.arms:
+      assert not asked.can_end(tmp_path)
+      runs.write({'found': rows}, audits.path(each.audit, arm, tmp_path))
+  stored, rests_on = MAIN['bip'].stored()[0], asked.rests_on or asked.arms
   for arm in asked.arms:
     for seed in arm.seeds:
-      assert not asked.can_end(tmp_path)
+      assert asked.can_end(tmp_path) == runs.complete(rests_on, tmp_path)
       runs.write(stored, arm.path(seed, tmp_path))
-  for each in asked.audits:
-    row = {'purity': 0.5, 'MaxVio': 0.1, 'regret [%]': 2.0}
-    rows = dict.fromkeys(['validation', 'top-k', 'exact', '100 bins'], row)
-    for arm in each.arms:
-      runs.write({'found': rows}, audits.path(each.audit, arm, tmp_path))
   *_, heading, conclusion = question.section(asked, tmp_path)
   assert heading == question.ENDING
   assert conclusion and 'nan' not in conclusion
@@ -303,7 +304,7 @@ def test_what_is_interrupted_is_continued_and_stored(tmp_path, monkeypatch):
     'Two arms.',
     [question.Table('Two', arms, arms[0])],
     [question.Audit('Rules', audits.online, arms)],
-    lambda where: 'Neither.' if where == results else '',
+    lambda _: 'Neither.',
   )
   parts = list(question.section(asked, results))
   assert parts[0] == '## Which?'

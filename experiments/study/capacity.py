@@ -6,55 +6,43 @@ python -m experiments.study.capacity --workdir=DIR
 import pathlib
 import sys
 
-from experiments.study import balance, question, runs, tuning
+from experiments.study import balance, runs, tuning
 from experiments.study.question import COLUMNS, PERPLEXITY, Question, Table
 from experiments.study.runs import Arm
 
 METHODS = ('loss_controlled', 'bip', 'midpoint')
 
 
-def _dropping(factor):
-  return [
-    Arm(
-      f'{method}_capacity_{factor}',
-      method,
-      tuning.TUNED | {'capacity_factor': factor},
-    )
-    for method in METHODS
-  ]
-
-
-ROUNDED = [
-  Arm(
-    f'{method}_rounded',
-    method,
-    tuning.TUNED | {'capacity_factor': 1.0, 'model.round_to_capacity': True},
-  )
-  for method in METHODS
-]
+FACTORS = (1.0, 1.25, 2.0)
+_ROUNDED = {'capacity_factor': 1.0, 'model.round_to_capacity': True}
 _SHOWN = {
   key: COLUMNS[key]
   for key in ('average_max_violation', 'worst_sup_max_violation', PERPLEXITY)
 } | {'dropped': ('dropped', '.2%')}
-_BASELINE = balance.MAIN['midpoint']
-TABLES = [
-  *(
-    Table(f'Capacity {factor}', _dropping(factor), _BASELINE, _SHOWN)
-    for factor in (1.0, 1.25, 2.0)
-  ),
-  Table('Rounded at 1.0', ROUNDED, _BASELINE, _SHOWN),
-]
+
+
+def _table(method):
+  """Returns a method's buffers beside its training without any."""
+  options = {
+    f'{method}_capacity_{factor}': {'capacity_factor': factor}
+    for factor in FACTORS
+  } | {f'{method}_rounded': _ROUNDED}
+  dropless = balance.MAIN[method]
+  arms = [Arm(name, method, tuning.TUNED | x) for name, x in options.items()]
+  return Table(method, [dropless, *arms], dropless, _SHOWN)
+
+
+TABLES = [_table(method) for method in METHODS]
 
 
 def _conclusion(results: pathlib.Path) -> str:
   lines = []
   for each in TABLES:
     dropped = runs.frame(each.arms, results).groupby('arm')['dropped'].mean()
-    shares = ', '.join(
-      f'`{arm.name}` {dropped[arm.name]:.1%}' for arm in each.arms
-    )
+    shares = ', '.join(f'{dropped[arm.name]:.1%}' for arm in each.arms[1:])
     lines.append(
-      f'- {each.heading}: dropped {shares}; {question.told(each, results)}.'
+      f'- `{each.heading}` with buffers for 1.0, 1.25, 2.0 times the mean and '
+      f'rounded dropped {shares}; {each.differences(results)}.'
     )
   return '\n'.join(lines)
 

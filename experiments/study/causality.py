@@ -6,7 +6,7 @@ python -m experiments.study.causality --workdir=DIR
 import pathlib
 import sys
 
-from experiments.study import audits, balance, question, tuning
+from experiments.study import audits, balance, tuning
 from experiments.study.question import Audit, Question, Table
 from experiments.study.runs import Arm
 
@@ -55,9 +55,7 @@ def _conclusion(results: pathlib.Path) -> str:
   return '\n'.join(
     [
       'What a q that does not see its batch costs, trained on and deployed:\n',
-      *(
-        f'- {each.heading}: {question.told(each, results)}.' for each in tables
-      ),
+      *(f'- {each.heading}: {each.differences(results)}.' for each in tables),
     ]
   )
 

@@ -6,7 +6,7 @@ python -m experiments.study.differences --workdir=DIR
 import pathlib
 import sys
 
-from experiments.study import balance, question, tuning
+from experiments.study import balance, tuning
 from experiments.study.question import Question, Table
 from experiments.study.runs import Arm
 
@@ -70,7 +70,7 @@ TABLES = [
 
 
 def _conclusion(results: pathlib.Path) -> str:
-  return '\n'.join(f'- {question.told(each, results)}.' for each in TABLES)
+  return '\n'.join(f'- {each.differences(results)}.' for each in TABLES)
 
 
 QUESTION = Question(

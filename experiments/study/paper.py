@@ -6,7 +6,7 @@ python -m experiments.study.paper --workdir=DIR
 import pathlib
 import sys
 
-from experiments.study import question, runs
+from experiments.study import runs
 from experiments.study.question import Question, Table
 from experiments.study.runs import Arm
 
@@ -38,7 +38,7 @@ def _conclusion(results: pathlib.Path) -> str:
     f'{row["worst_sup_max_violation"]:.2f} in its worst layer and step'
     for name, row in found.iterrows()
   )
-  return f'MaxVio: {worst}. Loss: {question.told(METHODS, results)}.'
+  return f'MaxVio: {worst}. Loss: {METHODS.differences(results)}.'
 
 
 QUESTION = Question(

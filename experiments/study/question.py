@@ -46,6 +46,16 @@ class Table:
     default_factory=lambda: COLUMNS
   )
 
+  def differences(self, results: pathlib.Path) -> str:
+    """Says by how much each arm's loss is above the baseline's, in nats."""
+    baseline = self.baseline.name
+    loss = runs.frame([*self.arms, self.baseline], results)[runs.LOSS]
+    others = [arm.name for arm in self.arms if arm.name != baseline]
+    return '; '.join(
+      f'`{name}` - `{baseline}`: {paired(loss, name, baseline).told}'
+      for name in others
+    )
+
 
 class Audit(NamedTuple):
   """What is found out about the checkpoints of some arms.
@@ -129,17 +139,6 @@ def section(
   if question.conclusion and question.can_end(results):
     yield ENDING
     yield question.conclusion(results)
-
-
-def told(each: Table, results: pathlib.Path) -> str:
-  """Says by how much each arm's loss is above the baseline's, in nats."""
-  baseline = each.baseline.name
-  loss = runs.frame([*each.arms, each.baseline], results)[runs.LOSS]
-  others = [arm.name for arm in each.arms if arm.name != baseline]
-  return '; '.join(
-    f'`{name}` - `{baseline}`: {paired(loss, name, baseline).told}'
-    for name in others
-  )
 
 
 def _table(each: Table, results: pathlib.Path) -> Iterator[str]:

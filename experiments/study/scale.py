@@ -6,7 +6,7 @@ python -m experiments.study.scale --workdir=DIR
 import pathlib
 import sys
 
-from experiments.study import question, runs, tuning
+from experiments.study import runs, tuning
 from experiments.study.question import Question, Table
 from experiments.study.runs import Arm
 
@@ -38,9 +38,7 @@ def _conclusion(results: pathlib.Path) -> str:
   for each in TABLES:
     loss = runs.frame(each.arms, results)[runs.LOSS].droplevel('seed')
     ranking = ' < '.join(f'`{name}`' for name in loss.sort_values().index)
-    lines.append(
-      f'- {each.heading}: {ranking}; {question.told(each, results)}.'
-    )
+    lines.append(f'- {each.heading}: {ranking}; {each.differences(results)}.')
   return '\n'.join(lines)
 
 

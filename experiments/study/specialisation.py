@@ -6,7 +6,7 @@ python -m experiments.study.specialisation --workdir=DIR
 import pathlib
 import sys
 
-from experiments.study import audits, question, tuning
+from experiments.study import audits, tuning
 from experiments.study.question import Audit, Question, Table
 from experiments.study.runs import Arm
 
@@ -32,7 +32,7 @@ def _conclusion(results: pathlib.Path) -> str:
     f'`{name}` {rows["validation"]["purity"]:.3f}'
     for name, rows in found.items()
   )
-  return f'Purity: {purity}. Loss: {question.told(METHODS, results)}. One seed.'
+  return f'Purity: {purity}. Loss: {METHODS.differences(results)}.'
 
 
 QUESTION = Question(

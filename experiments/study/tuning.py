@@ -71,15 +71,19 @@ TABLES = [
 
 
 def _conclusion(results: pathlib.Path) -> str:
-  lines = []
-  for each in TABLES:
-    found = runs.frame(each.arms, results).droplevel('seed')
-    losses, violations = found[runs.LOSS], found['average_max_violation']
-    lines.append(
-      f'- {each.heading}: the lowest loss is of `{losses.idxmin()}`, the '
-      f'lowest AvgMaxVio of `{violations.idxmin()}`.'
-    )
-  return '\n'.join([*lines, '', 'One seed: close values may change places.'])
+  lowest = [
+    runs.frame(each.arms, results)[runs.LOSS].droplevel('seed').idxmin()
+    for each in TABLES
+  ]
+  return '\n'.join(
+    [
+      'The lowest loss, of one seed, so that close values may change places:\n',
+      *(
+        f'- {each.heading}: `{name}`.'
+        for each, name in zip(TABLES, lowest, strict=True)
+      ),
+    ]
+  )
 
 
 QUESTION = Question(

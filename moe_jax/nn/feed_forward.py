@@ -2,7 +2,6 @@
 
 from flax import nnx
 import jax
-from jax import lax
 import jax.numpy as jnp
 
 from moe_jax.nn.config import DecoderConfig
@@ -29,37 +28,8 @@ def linear(
     use_bias=bias,
     dtype=jnp.dtype(dtype),
     kernel_init=linear_init(),
-    dot_general=lambda x, kernel, *_, **__: _matmul(x, kernel),
     rngs=rngs,
   )
-
-
-@jax.custom_vjp
-def _matmul(x: jax.Array, kernel_DxF: jax.Array) -> jax.Array:
-  """Returns x @ kernel; for the kernel's gradient, transposes the narrower.
-
-  Autodiff transposes dy, which in a SwiGLU is the wider: on CPUs another pass
-  over silu's derivative, in the wrong order.
-  """
-  return x @ kernel_DxF
-
-
-def _matmul_forward(x, kernel_DxF):
-  return x @ kernel_DxF, (x, kernel_DxF)
-
-
-def _matmul_backward(residuals, dy):
-  x, kernel_DxF = residuals
-  tokens = tuple(range(x.ndim - 1))
-  sum_over_tokens = (tokens, tokens), ((), ())
-  if x.shape[-1] <= dy.shape[-1]:
-    dkernel_DxF = lax.dot_general(x, dy, sum_over_tokens)
-  else:
-    dkernel_DxF = lax.dot_general(dy, x, sum_over_tokens).T
-  return dy @ kernel_DxF.T, dkernel_DxF
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class SwiGLU(nnx.Module):

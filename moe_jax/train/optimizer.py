@@ -39,11 +39,8 @@ def make_schedule(config: Config) -> optax.Schedule:
   )
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-  """Builds clipping by the global norm, then the optimizer.
-
-  Where it clips, its `update` takes that of the gradient as `norm`.
-  """
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+  """Builds clipping, then the optimizer, whose `update` needs `norm`."""
   options, schedule = config.optimizer, make_schedule(config)
   betas = (options.b1, options.b2)
   mask = None if options.decay == 'all' else _matrices
@@ -80,7 +77,7 @@ def _clip(greatest: float) -> optax.GradientTransformationExtraArgs:
   def update(gradient, state, params=None, *, norm, **_):
     del params
     scale = jnp.minimum(1, greatest / norm)
-    return jax.tree.map(lambda g: g * scale, gradient), state
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient), state
 
   return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 

@@ -62,6 +62,7 @@ def make_train_step(
     (gradient, sums, most), router, routes = gradients(
       state.params, state.router, batch, tokens
     )
+    # Else XLA sums the same squares again for the norm, and on CPUs keeps them.
     gradient_squares = lax.optimization_barrier(squares(gradient))
     gradient_norm = jnp.sqrt(sum(map(jnp.sum, gradient_squares.values())))
     finite = jnp.isfinite(sums['loss'] + sums['auxiliary_loss'])
@@ -236,8 +237,8 @@ def _routes(choice: routing.Choice, shape_BxS: tuple[int, int]) -> jax.Array:
 def _update(training, decay, gradient, norm, router, turn, state) -> TrainState:
   """Moves parameters by a gradient and routers by what they have observed."""
   with jax.named_scope('optimizer'):
-    # Times 1 that depends on the loop's turn. XLA would compute moments'
-    # products of the gradient ahead of the loop, in memory of their own.
+    # `1 - turn` is 1, but XLA does not know it: else it would compute the
+    # moments' products of the gradient before the loop, and keep them.
     gradient = jax.tree.map(lambda g: g * (1 - turn), gradient)
     updates, optimizer = training.optimizer.update(
       gradient, state.optimizer, state.params, norm=norm
@@ -323,7 +324,7 @@ def apply_if(
 def squares_unless(finite: jax.Array, params: Any) -> dict[str, jax.Array]:
   """Computes `squares`, or zeros where nobody will ask for them."""
   zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(squares, params))
-  return apply_if(~finite, lambda *_: squares(params), zeros)
+  return lax.cond(finite, lambda _: zeros, squares, params)
 
 
 def squares(tree: Any) -> dict[str, jax.Array]:

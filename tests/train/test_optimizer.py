@@ -75,9 +75,7 @@ def moves(tmp_path, gradient, **options):
   config = tiny.tiny_config(
     tmp_path, **{'learning_rate': 1e-3, 'gradient_clip': 0.0, **options}
   )
-  transformation = optax.with_extra_args_support(
-    optimizer.make_optimizer(config)
-  )
+  transformation = optimizer.make_optimizer(config)
   state = transformation.init(PARAMS)
   updates, _ = transformation.update(
     gradient, state, PARAMS, norm=optax.tree.norm(gradient)
