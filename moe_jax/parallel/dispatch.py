@@ -358,11 +358,8 @@ def _apply_in_buffers(x_TxD, choice, weights, layout: _Layout, axis_name):
   def apply(x_ExCxD, gates_ExCx1):
     gate_ExCxF = jnp.einsum('ecd,edf->ecf', x_ExCxD, weights.gate_ExDxF)
     up_ExCxF = jnp.einsum('ecd,edf->ecf', x_ExCxD, weights.up_ExDxF)
-    y_ExCxD = swiglu(
-      gate_ExCxF,
-      up_ExCxF,
-      lambda hidden: jnp.einsum('ecf,efd->ecd', hidden, weights.down_ExFxD),
-    )
+    hidden_ExCxF = jax.nn.silu(gate_ExCxF) * up_ExCxF
+    y_ExCxD = jnp.einsum('ecf,efd->ecd', hidden_ExCxF, weights.down_ExFxD)
     return (y_ExCxD * gates_ExCx1).astype(x_ExCxD.dtype)
 
   devices = _split_over(axis_name)
