@@ -70,8 +70,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
 def _clip(greatest: float) -> optax.GradientTransformationExtraArgs:
   """Clips by the global norm, which the step has computed already.
 
-  `optax.clip_by_global_norm` computes it again and divides twice, which took
-  three more passes over the gradient.
+  `optax.clip_by_global_norm` computes it again and divides each element by it,
+  which on CPUs took more passes over the gradient.
   """
 
   def update(gradient, state, params=None, *, norm, **_):
