@@ -182,6 +182,7 @@ def test_loss_of_a_mixture_is_the_mean_over_its_texts(tmp_path):
     'eval/validation_b/perplexity': math.exp(4.0),
     'eval/shakespeare/perplexity': 9.0,
     'average_max_violation': 0.5,
+    'last_max_violation': 0.25,
     'device_load_4': 1.0,
   }
   curves = {'train/loss': [1.5, None]}
@@ -194,7 +195,7 @@ def test_loss_of_a_mixture_is_the_mean_over_its_texts(tmp_path):
   table = question.Table('One', [arm], arm)
   asked = question.Question('Which?', 'One arm.', [table])
   assert (
-    '| bip | 1 | 0.500 | 3.0000 | – |'
+    '| bip | 1 | 0.500 | 0.250 | 3.0000 | – |'
     in list(question.section(asked, tmp_path))[-1]
   )
 
@@ -207,7 +208,7 @@ def test_a_planned_step_grows_with_the_experts_part_of_it():
   rest = attention + 8 * (3 * 512 * 1408 + 512 * 16) + 512 * 6400
   token = 6 * rest / 989.4e12
   even = 8 * 4 * pair / (8 * 4 * pair + token)
-  assert step_times.of_paper(4)(1.5) == pytest.approx(1 + even / 2)
+  assert step_times.over_even(4, 1.5) == pytest.approx(1 + even / 2)
 
 
 def test_layers_are_summed_up_step_by_step():

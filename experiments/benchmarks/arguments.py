@@ -10,11 +10,13 @@ def add_size(parser: argparse.ArgumentParser, default: str) -> None:
   parser.add_argument('--size', type=_size_like(default), default=default)
 
 
-def add_sizes(parser: argparse.ArgumentParser, default: str) -> None:
-  """Adds --sizes, any number of sizes, separated by commas."""
+def add_sizes(
+  parser: argparse.ArgumentParser, default: str, name: str = '--sizes'
+) -> None:
+  """Adds a list of sizes, separated by commas."""
   size = _size_like(default.partition(',')[0])
   parser.add_argument(
-    '--sizes',
+    name,
     type=lambda text: [size(part) for part in text.split(',')],
     default=default,
   )

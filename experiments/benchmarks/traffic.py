@@ -161,7 +161,7 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--topology', default='v5e:16x16')
-  parser.add_argument('--tokens', default='512,4096,65536')
+  arguments.add_sizes(parser, '512,4096,65536', '--tokens')
   arguments.add_size(parser, '64x8')
   parser.add_argument('--batches', type=int, default=60)
   options = parser.parse_args()
@@ -173,7 +173,7 @@ def main() -> None:
   # One row of the torus shares the experts.
   devices = devices.reshape(-1, topology.shape[0])
   mesh = Mesh(devices, meshes.AXES)
-  tokens = [int(n) for n in options.tokens.split(',')]
+  tokens = [n for (n,) in options.tokens]
   experts, k = options.size
   found = {
     name: {n: traffic(rule, topology, mesh, n, experts, k) for n in tokens}

@@ -70,7 +70,17 @@ TABLES = [
 
 
 def _conclusion(results: pathlib.Path) -> str:
-  return '\n'.join(f'- {each.differences(results)}.' for each in TABLES)
+  return '\n'.join(
+    [
+      'AvgMaxVio (last fifth), and differences of loss in nats:\n',
+      *(
+        f'- {each.heading}: {each.balance(results)}. '
+        f'Loss: {each.differences(results)}.'
+        for each in TABLES
+      ),
+      f'\n`{CENTRED.name}` differs from `loss_free` by rounding alone.',
+    ]
+  )
 
 
 QUESTION = Question(

@@ -27,8 +27,8 @@ def _conclusion(results: pathlib.Path) -> str:
     for name, rows in found.items()
   )
   return (
-    f'By top-k, the exact rule and 100 bins: {told}. One checkpoint each, no '
-    'intervals.'
+    f"By top-k, the paper's exact rule and its 100 bins: {told}. One "
+    'checkpoint each, no intervals.'
   )
 
 

@@ -33,19 +33,24 @@ METHODS = Table('Methods', list(ARMS.values()), ARMS['loss_controlled'])
 
 def _conclusion(results: pathlib.Path) -> str:
   found = runs.frame(METHODS.arms, results).droplevel('seed')
-  worst = '; '.join(
-    f'`{name}` {row["first_max_violation"]:.2f} in the first step, '
-    f'{row["worst_sup_max_violation"]:.2f} in its worst layer and step'
+  told = '; '.join(
+    f'`{name}` {row["first_max_violation"]:.2f}, '
+    f'{row["sup_max_violation"]:.2f}, {row["last_max_violation"]:.2f}, '
+    f'{row["worst_sup_max_violation"]:.2f}'
     for name, row in found.iterrows()
   )
-  return f'MaxVio: {worst}. Loss: {METHODS.differences(results)}.'
+  return (
+    'MaxVio of the first step, of the worst one and of the last fifth, means '
+    f'over layers, and of the worst step of a layer: {told}. One seed.'
+  )
 
 
 QUESTION = Question(
   "The paper's own model: is it balanced from the first step on?",
-  '`paper_16e`, 302.7 M parameters, 8 layers, the settings of the paper but '
-  'for the batch: 250 steps of 2,048 tokens of speeches, 0.5 M in total, one '
-  'seed. So few tokens tell nothing about its quality.',
+  "`paper_16e`, 302.7 M parameters, 8 layers: the paper's model and its "
+  'settings of the methods, but 250 steps of 2,048 tokens, 0.5 M in total, of '
+  'speeches, and a schedule of that length. One seed. So few tokens tell '
+  'nothing about its quality.',
   [METHODS],
   conclusion=_conclusion,
 )

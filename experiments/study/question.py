@@ -6,6 +6,7 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from experiments.study import audits, runs
 from experiments.study.runs import Arm
@@ -20,6 +21,7 @@ COLUMNS = {
   'average_max_violation': ('AvgMaxVio', '.3f'),
   'sup_max_violation': ('SupMaxVio', '.3f'),
   'first_max_violation': ('first step', '.3f'),
+  'last_max_violation': ('last fifth', '.3f'),
   'worst_sup_max_violation': ('SupMaxVio, worst layer', '.3f'),
   'sequence_violation': ('sequence MaxVio', '.3f'),
   runs.LOSS: ('loss [nats]', '.4f'),
@@ -30,7 +32,7 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Arms of one experiment, side by side.
+  """Arms of one experiment, side by side, of the seeds that all of them have.
 
   Attributes:
     heading: of the table.
@@ -46,10 +48,27 @@ class Table:
     default_factory=lambda: COLUMNS
   )
 
+  def frame(self, results: pathlib.Path) -> pd.DataFrame:
+    """Returns `runs.frame` of these seeds, the baseline's included."""
+    found = runs.frame([*self.arms, self.baseline], results)
+    if not len(found):
+      return found
+    seeds = set.intersection(*(set(arm.seeds) for arm in self.arms))
+    return found[found.index.isin(seeds, 'seed')]
+
+  def balance(self, results: pathlib.Path) -> str:
+    """Says AvgMaxVio of each arm, and MaxVio of the last fifth of the steps."""
+    mean = self.frame(results).groupby('arm').mean(numeric_only=True)
+    average, last = mean['average_max_violation'], mean['last_max_violation']
+    return ', '.join(
+      f'`{arm.name}` {average[arm.name]:.3f} ({last[arm.name]:.3f})'
+      for arm in self.arms
+    )
+
   def differences(self, results: pathlib.Path) -> str:
     """Says by how much each arm's loss is above the baseline's, in nats."""
     baseline = self.baseline.name
-    loss = runs.frame([*self.arms, self.baseline], results)[runs.LOSS]
+    loss = self.frame(results)[runs.LOSS]
     others = [arm.name for arm in self.arms if arm.name != baseline]
     return '; '.join(
       f'`{name}` - `{baseline}`: {paired(loss, name, baseline).told}'
@@ -142,13 +161,13 @@ def section(
 
 
 def _table(each: Table, results: pathlib.Path) -> Iterator[str]:
-  found = runs.frame([*each.arms, each.baseline], results)
+  found = each.frame(results)
   names = [arm.name for arm in each.arms]
-  done = len(found.loc[found.index.isin(names, 'arm')]) if len(found) else 0
-  planned = sum(len(list(arm.seeds)) for arm in each.arms)
+  done = sum(len(arm.stored(results)) for arm in each.arms)
+  planned = sum(len(arm.seeds) for arm in each.arms)
   if done < planned:
     yield f'{done} of {planned} runs are done.'
-  if not done:
+  if not len(found):
     return
   groups = found.groupby('arm')
   mean, deviation = (f(numeric_only=True) for f in (groups.mean, groups.std))

@@ -57,7 +57,9 @@ _SHORT = {
   'first_max_violation': ('MaxVio, step 1', '.3f'),
   'average_max_violation': ('AvgMaxVio', '.3f'),
   'sup_max_violation': ('SupMaxVio', '.3f'),
+  'last_max_violation': ('last fifth', '.3f'),
   'planned_16': ('planned step, 16 devices / even', '.2f'),
+  'planned_16_late': ('of the last fifth', '.2f'),
   question.PERPLEXITY: ('perplexity', '.1f'),
 }
 
@@ -85,6 +87,7 @@ def in_short(results: pathlib.Path = runs.RESULTS) -> str:
 def report(results: pathlib.Path = runs.RESULTS) -> str:
   """Returns the report as Markdown."""
   parts = [_HEAD, '## In short', in_short(results), _SHORT_NOTE]
+  parts.append(balance.one_seed(results))
   for each in QUESTIONS:
     parts += question.section(each, results)
   return '\n\n'.join(parts) + '\n'

@@ -6,22 +6,25 @@ python -m experiments.study.scale --workdir=DIR
 import pathlib
 import sys
 
-from experiments.study import runs, tuning
+from experiments.study import balance
 from experiments.study.question import Question, Table
 from experiments.study.runs import Arm
 
-METHODS = ('unbalanced', 'loss_controlled', 'bip', 'midpoint')
+METHODS = ('unbalanced', 'loss_controlled_0.01', 'bip', 'midpoint')
 
 
 def _arms(experts):
+  main = [balance.MAIN[name] for name in METHODS]
+  if experts == 16:
+    return main
   return [
     Arm(
-      f'{method}_{experts}_experts',
-      method,
-      tuning.TUNED | {'model.experts': experts},
+      f'{arm.name}_{experts}_experts',
+      arm.method,
+      arm.options | {'model.experts': experts},
       minutes=6,
     )
-    for method in METHODS
+    for arm in main
   ]
 
 
@@ -30,22 +33,27 @@ def _table(experts):
   return Table(f'{experts} experts', arms, arms[0])
 
 
-TABLES = [_table(experts) for experts in (8, 32, 128)]
+TABLES = [_table(experts) for experts in (8, 16, 32, 128)]
 
 
 def _conclusion(results: pathlib.Path) -> str:
-  lines = []
-  for each in TABLES:
-    loss = runs.frame(each.arms, results)[runs.LOSS].droplevel('seed')
-    ranking = ' < '.join(f'`{name}`' for name in loss.sort_values().index)
-    lines.append(f'- {each.heading}: {ranking}; {each.differences(results)}.')
-  return '\n'.join(lines)
+  return '\n'.join(
+    [
+      'AvgMaxVio (last fifth), and differences of loss in nats:\n',
+      *(
+        f'- {each.heading}: {each.balance(results)}. '
+        f'Loss: {each.differences(results)}.'
+        for each in TABLES
+      ),
+    ]
+  )
 
 
 QUESTION = Question(
   'Does the ranking move with the number of experts?',
-  '`mini_16e` with 8, 32 and 128 experts of the same width, of which a token '
-  'takes 4: equal compute a token. One seed.',
+  '`mini_16e` with 8, 16, 32 and 128 experts of the same width, of which a '
+  'token takes 4: equal compute a token. One seed; those of 16 experts have '
+  'five in question 1.',
   TABLES,
   conclusion=_conclusion,
 )

@@ -16,7 +16,18 @@ ARMS = [
     ('unbalanced', 'unbalanced', {}),
     ('loss_controlled_sequence', 'loss_controlled', {}),
     ('loss_controlled_batch', 'loss_controlled', {'balancer.over': 'batch'}),
+    (
+      'loss_controlled_sequence_0.01',
+      'loss_controlled',
+      {'balancer.alpha': 0.01},
+    ),
+    (
+      'loss_controlled_batch_0.01',
+      'loss_controlled',
+      {'balancer.alpha': 0.01, 'balancer.over': 'batch'},
+    ),
     ('bip', 'bip', {}),
+    ('bip_shard', 'bip', {'balancer.scope': 'shard', 'model.shards': 4}),
     ('midpoint', 'midpoint', {}),
   )
 ]
@@ -28,19 +39,23 @@ def _conclusion(results: pathlib.Path) -> str:
   found = {
     x.name: audits.stored(audits.specialisation, x, results) for x in ARMS
   }
-  purity = ', '.join(
-    f'`{name}` {rows["validation"]["purity"]:.3f}'
+  told = '; '.join(
+    f'`{name}` ' + ', '.join(f'{x:.3f}' for x in rows['validation'].values())
     for name, rows in found.items()
   )
-  return f'Purity: {purity}. Loss: {METHODS.differences(results)}.'
+  return (
+    f'Purity, domain and token information: {told}. Loss: '
+    f'{METHODS.differences(results)}.'
+  )
 
 
 QUESTION = Question(
   'Does balance cost specialisation?',
   '`domains_16e`: speeches, drama and code, a third of the rows each. *Purity* '
   "is the share of an expert's tokens that are of its most frequent domain, a "
-  'third by chance; information is mutual, between expert and domain or token. '
-  'One seed.',
+  'third by chance; information is mutual, between expert and domain or token, '
+  'and can be the more the evener the loads. Prices of `bip_shard` are of a '
+  'quarter of the batch each. One seed.',
   [METHODS],
   audits=[Audit('What an expert tells', audits.specialisation, ARMS)],
   conclusion=_conclusion,
