@@ -87,7 +87,8 @@ def train_step(
   """Compiles the train step and estimates what it costs, as `estimate`."""
   mesh, training, traced = trace(config, devices)
   compiled = ahead.compile_step(traced.lower(), topology)
-  total, active = nn.parameter_counts(config.model, training.abstract.params)
+  params = training.abstract.params
+  total, active = nn.parameter_counts(config.model, params)
   result = {
     'mesh': {**mesh.shape, 'fsdp': config.mesh.fsdp},
     'memory': _memory(config, training, traced.jaxpr.jaxpr, mesh, compiled),
@@ -96,7 +97,7 @@ def train_step(
       'step': cost.flops(traced.jaxpr.jaxpr, mesh.size, _rows(config, mesh)),
       'useful': config.batch_size
       * config.sequence_length
-      * nn.useful_flops(config.model, active, config.sequence_length),
+      * nn.useful_flops(config.model, params, config.sequence_length),
     },
   }
   if compiled.text:

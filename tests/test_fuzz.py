@@ -114,6 +114,11 @@ def test_every_argument_of_a_balancer_has_a_range_or_values(method):
   [
     {'batch_size': 2**20, 'sequence_length': 2**12},
     {'batch_size': 2**10, 'sequence_length': 2**19},
+    {
+      'batch_size': 2**10,
+      'sequence_length': 2**18,
+      'model': {'selection': 'choose_above', 'experts_per_token': 4},
+    },
   ],
 )
 def test_tokens_of_a_step_can_be_counted(options):

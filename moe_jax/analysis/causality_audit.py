@@ -16,6 +16,7 @@ import optax
 
 from moe_jax.nn import Decoder
 from moe_jax.options import Option
+from moe_jax.parallel import compilers
 
 PASSES = {
   'frozen': 'q as it was saved, as in evaluation and in a deployed model',
@@ -132,7 +133,7 @@ def _leaks(positions, flipped_VxL, logits_V) -> list[Leak]:
   ]
 
 
-@functools.partial(jax.jit, static_argnames=('graphdef', 'passes'))
+@functools.partial(compilers.jit, static_argnames=('graphdef', 'passes'))
 def _compare(
   graphdef, state, tokens_VxBxS, positions_V, document_positions_BxS, *, passes
 ):
@@ -235,7 +236,7 @@ def decoding(model: Decoder, tokens_BxS: jax.Array) -> Leak:
   return _leaks([last], np.stack([flipped_L] * 2), np.stack([logits] * 2))[0]
 
 
-@functools.partial(jax.jit, static_argnames='graphdef')
+@functools.partial(compilers.jit, static_argnames='graphdef')
 def _decode(graphdef, state, tokens_BxS):
   model = nnx.merge(graphdef, state, copy=True)
   logits_BxSxV, outputs = model(tokens_BxS, train=False)

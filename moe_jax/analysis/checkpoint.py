@@ -19,6 +19,7 @@ from moe_jax import config as config_lib
 from moe_jax import nn
 from moe_jax.analysis.results import Results
 from moe_jax.analysis.routed_text import RoutedText
+from moe_jax.parallel import compilers
 from moe_jax.runs import checkpoints
 from moe_jax.train import state as states
 
@@ -194,7 +195,7 @@ class Checkpoint:
       ) from error
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compilers.jit, static_argnums=0)
 def _route(graphdef, state, tokens_BxS, mask_BxS):
   model = nnx.merge(graphdef, state, copy=True)
   _, outputs = model(tokens_BxS, mask_BxS, train=False)

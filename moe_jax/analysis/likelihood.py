@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import nn
+from moe_jax.parallel import compilers
 
 _SHORTEST = 32  # Tokens; each length up to the longest that is a power of 2
 # times this is compiled once.
@@ -89,7 +90,7 @@ def _padded(length: int) -> int:
   return width
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compilers.jit, static_argnums=0)
 def _next_tokens(graphdef, state, tokens_BxS, mask_BxS):
   """Returns log-probability of each next token, and whether it is the best."""
   model = nnx.merge(graphdef, state, copy=True)

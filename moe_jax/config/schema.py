@@ -201,13 +201,14 @@ class Config:
 
   def __post_init__(self):
     check_options(self)
-    chosen = self.model.experts_per_token
-    pairs = self.batch_size * self.sequence_length * chosen
+    slots = self.model.slots_per_token
+    pairs = self.batch_size * self.sequence_length * slots
     if pairs >= 2**31:
       raise ValueError(
         f'batch_size={self.batch_size}: times sequence_length='
-        f'{self.sequence_length} times model.experts_per_token={chosen} must '
-        'be less than 2^31, or the loads of a step could not be counted'
+        f'{self.sequence_length} times {slots} experts a token, the most it '
+        'can have, must be less than 2^31, or the loads of a step could not be '
+        'counted'
       )
     if self.batch_size % self.accumulation:
       raise ValueError(

@@ -28,8 +28,9 @@ class MoEConfig:
   """What the prices of experts are subtracted from. Gates are always scores."""
   selection: str = option('choose', among=tuple(SELECTIONS), change='named')
   """How a token's experts follow from scores and prices: the best K, every
-  expert above its price, each expert's best tokens (sees the whole batch; a
-  reference), or even loads at random (the ceiling of benchmarks)."""
+  expert above its price, each expert's best tokens of a shard (sees all of
+  them; a reference), or even loads of each shard at random (the ceiling of
+  benchmarks)."""
   most_experts_per_token: int = option(0, least=0, most=2**14, change='named')
   """Most experts of a token where tokens take different numbers, as with the
   selections 'choose_above' and 'choose_by_experts'; 0 is twice
@@ -52,7 +53,8 @@ class MoEConfig:
   each device of the mesh. Must be a multiple of the devices, and their very
   number if several shards of a device would have to solve by themselves."""
   dtype: str = option('float32', among=('float32', 'bfloat16'), change='named')
-  """Compute dtype of the experts. Parameters and the router are float32."""
+  """Compute dtype of all but the router, which is float32, as parameters
+  are."""
 
   def __post_init__(self):
     check_options(self, 'model.')

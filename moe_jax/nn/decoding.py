@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from moe_jax.nn.decoder import Decoder
 from moe_jax.options import Option
+from moe_jax.parallel import compilers
 
 
 def generate(
@@ -60,7 +61,9 @@ def generate(
   )
 
 
-@functools.partial(jax.jit, static_argnames=('graphdef', 'tokens', 'top_k'))
+@functools.partial(
+  compilers.jit, static_argnames=('graphdef', 'tokens', 'top_k')
+)
 def _generate(graphdef, state, prompt_BxS, key, temperature, *, tokens, top_k):
   model = nnx.merge(graphdef, state, copy=True)
   batch, sequence = prompt_BxS.shape

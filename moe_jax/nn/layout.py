@@ -85,35 +85,42 @@ def carry_prices(q_LxE: Any, router: dict[str, Any]) -> Any:
 def parameter_counts(
   config: DecoderConfig, params: Mapping[str, Any]
 ) -> tuple[int, int]:
-  """Counts parameters: all, and those that one token's forward pass uses."""
+  """Counts parameters: all, and those that one token's forward pass uses.
 
-  def count(tree):
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-  total, layers = count(params), moe_layers(params)
-  expert = count([layers[name] for name in ('gate', 'up', 'down')])
+  An embedding is counted whole, as in the names of published models.
+  """
+  total, layers = _count(params), moe_layers(params)
+  expert = _count([layers[name] for name in ('gate', 'up', 'down')])
   idle = config.experts - config.experts_per_token
   return total, total - expert // config.experts * idle
 
 
-def useful_flops(config: DecoderConfig, active: int, sequence: int) -> float:
+def _count(tree: Any) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def useful_flops(
+  config: DecoderConfig, params: Mapping[str, Any], sequence: int
+) -> float:
   """Counts a token's FLOPs forward and backward, without recomputation.
 
-  6 for each parameter that it uses, and for each layer and token of its
-  sequence 6 for each channel of the heads: scores and their use are 12, of
+  6 for each parameter that it is multiplied with; and for each layer, head and
+  token of its sequence 6 for each channel of keys, in scores, and of values, of
   which causal attention needs half.
 
   Args:
     config: of the decoder.
-    active: parameters that a token uses, of `parameter_counts`.
+    params: the parameters, or what describes them.
     sequence: tokens of a sequence.
 
   References:
     Chowdhery et al., arXiv 2204.02311, appendix B, which counts all of 12.
   """
-  return 6.0 * (
-    active + config.layers * sequence * config.heads * config.head_width
-  )
+  _, active = parameter_counts(config, params)
+  if not config.tied_embeddings:  # Of the embedding a token takes a row.
+    active -= _count(params['embedding'])
+  channels = config.heads * (config.head_width + config.value_width) / 2
+  return 6.0 * (active + config.layers * sequence * channels)
 
 
 def parameter_specs(params: nnx.State, mesh: Mesh, *, fsdp: bool) -> nnx.State:

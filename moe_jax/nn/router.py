@@ -12,8 +12,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from moe_jax import routing
+from moe_jax import jax_privates, routing
 from moe_jax.nn.config import MoEConfig
+from moe_jax.nn.selections import OF_SHARD
 from moe_jax.routing.order_statistic import total
 
 # (priced_TxE, q_E, config, mask_T) -> Choice, see nn/selections.py.
@@ -182,6 +183,9 @@ def route(
         axis_name=axis_name,
       )
     )
+    # One of the router's matrix alone varies where that was made to.
+    if varying := jax_privates.varying_axes(loss):
+      loss = lax.pmean(loss, tuple(varying))
   else:
     q_E = balancer.price(state)
     taken = choice = _choice(select, tokens, q_E, config)
@@ -269,7 +273,11 @@ def _solve(
   # A backward pass that recomputes the rest neither solves nor, see `choose`,
   # chooses again.
   q_E = checkpoint_name(lax.stop_gradient(q_E), 'q')
-  choice = _choice(select, tokens, q_E, config)
+  choose = functools.partial(_choice, select, q_E=q_E, config=config)
+  if config.selection in OF_SHARD:
+    choice = _joined(jax.vmap(choose)(_split(groups, tokens)))
+  else:
+    choice = choose(tokens)
   seen = balancer.observe(new_state, q_E, tokens.priced, choice, **over)
   moved = Moved(new_state, seen)
   if not rounding or tokens.experts is not None:

@@ -49,3 +49,5 @@ SELECTIONS = {
   'choose_by_experts': _choose_by_experts,
   'choose_evenly': _choose_evenly,
 }
+# Where a token's experts depend on the other tokens of its shard.
+OF_SHARD = ('choose_by_experts', 'choose_evenly')

@@ -1,8 +1,10 @@
 """What the compilers are told, and why; and what helps where one refuses."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import functools
 import re
+from typing import Any
 
 import jax
 
@@ -47,6 +49,28 @@ def compiler_options(devices: Sequence[jax.Device]) -> dict[str, bool | int]:
     # themselves, and the compiler refuses: 'not supported on limited ICI'.
     del options['xla_tpu_enable_async_all_to_all']
   return options
+
+
+def jit(function: Callable, **given: Any) -> Callable:
+  """Returns `jax.jit` of a function of a model on the default devices.
+
+  Which these are is asked at the first call, when processes have joined.
+
+  Args:
+    function: to be compiled.
+    **given: arguments of `jax.jit`.
+  """
+
+  @functools.cache
+  def compiled():
+    options = compiler_options(jax.devices())
+    return jax.jit(function, compiler_options=options, **given)
+
+  @functools.wraps(function)
+  def call(*arguments, **keywords):
+    return compiled()(*arguments, **keywords)
+
+  return call
 
 
 # By a pattern of what the compiler says.

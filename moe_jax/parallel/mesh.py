@@ -36,9 +36,9 @@ BATCH = P(AXES)
 def make_mesh(
   data: int = -1,
   expert: int = 1,
+  devices: Sequence[jax.Device] | None = None,
   *,
   expert_across: bool = False,
-  devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """Arranges the devices as a ('data', 'expert') mesh.
 
@@ -48,9 +48,9 @@ def make_mesh(
   Args:
     data: devices along `data`; -1 takes what is left.
     expert: devices along `expert`; -1 takes what is left.
+    devices: by default all of them, over all processes.
     expert_across: whether `expert` may span slices. Every MoE layer then sends
       its rows through the network between them.
-    devices: by default all of them, over all processes.
 
   Raises:
     ValueError: the product is not the number of devices, or `expert` spans
@@ -150,8 +150,9 @@ def _matrix_spec(shape, mesh, fsdp, axis) -> tuple[str | None, str | None]:
 def gather_dense(weight: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
   """Gathers a parameter that is split as `spec` says, for its use.
 
-  Its gradient is split again, as soon as it is summed. Left to itself, the
-  compiler might send activations, or their gradients, instead of the weight.
+  Its gradient, in the dtype of compute, is split again as soon as it is summed.
+  Left to itself, the compiler might send activations, or their gradients,
+  instead of the weight.
   """
   return lax.with_sharding_constraint(weight, NamedSharding(mesh, P()))
 
@@ -161,7 +162,7 @@ def _gather_dense_forward(weight, mesh, spec):
 
 
 def _gather_dense_backward(mesh, spec, residuals, dweight):
-  for where in (P(), spec):  # Summed, then split: one reduce-scatter.
+  for where in (P(), spec):  # Summed, then split.
     dweight = lax.with_sharding_constraint(dweight, NamedSharding(mesh, where))
   return (dweight,)
 

@@ -18,7 +18,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from . import selection
-from .balancer import check_at_least
+from .balancer import check_at_least, even_share
 
 
 class StreamState(NamedTuple):
@@ -235,7 +235,7 @@ def _stream_rule(horizon, k, iterations, paced, init_memory, price, insert):
     if capacity:
       share = capacity
       if paced:
-        share = jnp.minimum(seen * k // experts, capacity)
+        share = jnp.minimum(even_share(seen, k, experts), capacity)
       for _ in range(iterations):
         best_K, _ = lax.top_k(scores_E - q_E, k + 1)
         margin_E = scores_E - jnp.maximum(best_K[k], 0.0)

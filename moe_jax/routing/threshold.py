@@ -76,10 +76,11 @@ def _solve(state, scores_TxE, *, k, ema, lag, mask_T=None, axis_name=None):
   moves_E = jnp.isfinite(found_E) & (capacity > 0)
   pending_E = jnp.where(moves_E, mixed_E, state.pending)
   known = jnp.maximum(state.known, (capacity > 0).astype(jnp.int32))
-  q_E = state.q if lag else pending_E
+  # A copy: outside of compiled code, two leaves would share a buffer.
+  q_E = state.q if lag else jnp.copy(pending_E)
   return q_E, ThresholdState(q_E, pending_E, known)
 
 
 def _update(state, observation, *, k):
-  # A copy: outside of compiled code, two leaves would share a buffer.
+  # As in `_solve`.
   return state._replace(q=jnp.copy(state.pending))

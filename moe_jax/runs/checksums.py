@@ -17,7 +17,9 @@ def digest(tree: Any) -> str:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-  """Returns a checksum of every array of a tree of 32-bit arrays, by its name.
+  """Returns a checksum of every array of a tree, by its name.
+
+  Arrays have numbers of at most 32 bits.
 
   Which device has which part does not matter. Each adds up its own, modulo
   2^32: an array need not fit into one host. A change of a single element always
@@ -53,7 +55,8 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 def _mixed_sum(x: jax.Array, place: jax.Array) -> jax.Array:
   """Mixes values and positions of that part of a stack."""
-  bits = lax.bitcast_convert_type(x, jnp.uint32)
+  bits = lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}')
+  bits = bits.astype(jnp.uint32)
   position = jnp.full(x.shape, place)
   for axis, size in enumerate(x.shape):
     index = lax.broadcasted_iota(jnp.uint32, x.shape, axis)

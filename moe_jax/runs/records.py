@@ -47,6 +47,27 @@ def _parse(path: pathlib.Path, lines: Iterable[bytes]) -> Iterator[Record]:
     yield {k: math.nan if v is None else v for k, v in record.items()}
 
 
+def _kept(path: pathlib.Path, step: int, record: Record | None) -> Iterator:
+  """Yields the lines up to a step, and that of its record if only it lacks."""
+  count = 0
+  if path.exists():
+    with path.open('rb') as file:
+      for line in file:
+        if count == step:
+          print(
+            f'{path}: what was recorded after step {step}, the last one saved, '
+            'is computed again',
+            file=sys.stderr,
+          )
+          break
+        if not line.endswith(b'\n'):
+          break
+        count += 1
+        yield line
+  if count == step - 1 and record:
+    yield _line(record)
+
+
 class Writer:
   """Appends records, so that a reader sees whole lines.
 
@@ -67,30 +88,24 @@ class Writer:
   def __init__(
     self, path: pathlib.Path, step: int, record: Record | None = None
   ):
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if len(lines) > step:
-      print(
-        f'{path}: what was recorded after step {step}, the last one saved, is '
-        'computed again',
-        file=sys.stderr,
-      )
-    lines = [line for line in lines[:step] if line.endswith(b'\n')]
-    if len(lines) == step - 1 and record:
-      lines.append(_line(record))
-    steps, self.last, self.evaluations = [], {}, {}
-    for found in _parse(path, lines):  # One at a time: they can be gigabytes.
-      steps.append(found['step'])
-      self.last = found
-      if values := {k: x for k, x in found.items() if k.startswith('eval/')}:
-        self.evaluations[found['step']] = values
-    if steps != list(range(1, step + 1)):
-      raise ValueError(
-        f'{path}: must have every step up to the checkpoint of step {step}'
-      )
-    self._last_size = len(lines[-1]) if lines else 0
+    steps, self.last, self.evaluations, self._last_size = [], {}, {}, 0
     temporary = path.with_suffix('.tmp')
     with temporary.open('wb') as file:
-      file.writelines(lines)
+
+      def copied() -> Iterator[bytes]:
+        for line in _kept(path, step, record):
+          self._last_size = file.write(line)
+          yield line
+
+      for found in _parse(path, copied()):  # They can be gigabytes.
+        steps.append(found['step'])
+        self.last = found
+        if values := {k: x for k, x in found.items() if k.startswith('eval/')}:
+          self.evaluations[found['step']] = values
+      if steps != list(range(1, step + 1)):
+        raise ValueError(
+          f'{path}: must have every step up to the checkpoint of step {step}'
+        )
       file.flush()
       os.fsync(file.fileno())
     temporary.replace(path)

@@ -12,6 +12,7 @@ import moe_jax
 from moe_jax import nn
 from moe_jax.config import Config
 from moe_jax.data import TextData
+from moe_jax.nn.selections import OF_SHARD
 from moe_jax.parallel.peaks import PEAK_FLOPS
 from moe_jax.train import evaluate as evaluation
 from moe_jax.train.state import shards_of
@@ -71,6 +72,7 @@ def shards_that_matter(config: Config, mesh: Mesh) -> int:
     config.balancer_rule.per_shard
     or config.model.round_to_capacity
     or config.capacity_factor
+    or config.model.selection in OF_SHARD
   )
   return shards_of(config, mesh) if matter else 0
 
@@ -90,8 +92,7 @@ def seconds_at_peak(config: Config, mesh: Mesh, params: Any) -> float | None:
   peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
   if peak is None:
     return None
-  _, active = nn.parameter_counts(config.model, params)
-  flops = nn.useful_flops(config.model, active, config.sequence_length)
+  flops = nn.useful_flops(config.model, params, config.sequence_length)
   tokens = config.batch_size * config.sequence_length
   return tokens * flops / (mesh.size * peak)
 

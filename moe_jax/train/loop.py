@@ -233,8 +233,11 @@ def _changed_facts(
       )
   if changes == facts.get('config_changes', {}):
     return facts
-  tokens = plan.config.batch_size * plan.config.sequence_length
-  return facts | {'config_changes': changes, 'tokens_per_step': tokens}
+  return facts | {
+    'config_changes': changes,
+    'shards': facts_lib.shards_that_matter(plan.config, plan.mesh),
+    'tokens_per_step': plan.config.batch_size * plan.config.sequence_length,
+  }
 
 
 def _use_compilation_cache() -> None:

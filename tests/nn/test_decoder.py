@@ -354,3 +354,24 @@ def test_documents_are_kept_apart_in_blocks(sequence, monkeypatch):
     rtol=1e-4,
     atol=1e-5,
   )
+
+
+@pytest.mark.parametrize(
+  ('options', 'channels'),
+  [
+    ({}, 4 * 4),
+    ({'tied_embeddings': False}, 4 * 4),
+    # Scores of 4 channels, of which half are turned, and values of 2.
+    ({'latent_size': 8, 'rotary_size': 2, 'value_size': 2}, 4 * 3),
+  ],
+  ids=str,
+)
+def test_useful_flops_are_those_of_products(options, channels):
+  """An embedding that only looks up a row has none."""
+  model = _model(**options)
+  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  _, active = nn.parameter_counts(model.config, params)
+  if 'tied_embeddings' in options:
+    active -= VOCABULARY * 16
+  flops = nn.useful_flops(model.config, params, SEQUENCE)
+  assert flops == 6 * (active + 3 * SEQUENCE * channels)

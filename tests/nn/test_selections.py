@@ -360,12 +360,26 @@ def test_models_copy_and_equal_ones_are_traced_once(x):
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize('selection', ['choose_by_experts', 'choose_evenly'])
+def test_a_selection_of_shards_is_that_on_any_mesh(x, own_mesh, selection):
+  """Eight shards on one device, and two on each of four."""
+  options = {'selection': selection, 'shards': 8}
+  _, expected = call(_layer(**options), x)
+  moe = _layer(mesh=own_mesh, axes=('replica', 'ep'), **options)
+  _, found = call(moe, x)
+  np.testing.assert_array_equal(found.choice.experts, expected.choice.experts)
+  np.testing.assert_array_equal(found.choice.active, expected.choice.active)
+
+
 def test_a_lagged_state_can_be_donated():
   balancer = routing.midpoint(2, lag=True)
   for state in (
     balancer.init(4),
     balancer.update(balancer.init(4), (), k=1),
     routing.threshold().init(4),
+    routing.threshold(lag=False).solve(
+      routing.threshold().init(4), jnp.ones((8, 4)), k=1
+    )[1],
   ):
     moved = jax.jit(
       lambda state: jax.tree.map(jnp.copy, state), donate_argnums=0

@@ -272,6 +272,19 @@ def test_pace_balances_and_the_horizon_does_not():
   assert violation[False] < float(routing.max_violation(plain))
 
 
+def test_a_share_of_a_long_stream_does_not_overflow():
+  """From arrival 2^28 on, it times k = 8 is no int32."""
+  rule = routing.online_histogram(2**30, k=8, bins=8, paced=True)
+  state = rule.init(16)
+  counts = jnp.arange(8, 0, -1) * 2**25  # The share is 2^27.
+  state = state._replace(
+    memory=jnp.broadcast_to(counts, state.memory.shape),
+    seen=jnp.int32(2**28),
+  )
+  state, _ = rule.step(state, jnp.linspace(0.0, 1.0, 16))
+  assert jnp.all(state.q > 0)
+
+
 def test_histogram_follows_exact():
   scores = softmax_scores(0, 512, 16, skew=1.0)
   exact, _ = assign(routing.online_exact(512, k=4), scores)

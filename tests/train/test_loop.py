@@ -563,6 +563,7 @@ def test_shards_are_written_down_where_results_depend_on_them(text, tmp_path):
     ({'model.round_to_capacity': True}, devices),
     ({'balancer.scope': 'shard'}, devices),
     ({'capacity_factor': 1.0, 'model.shards': 2 * devices}, 2 * devices),
+    ({'model.selection': 'choose_by_experts'}, devices),
   ):
     config = tiny.tiny_config(text, batch_size=2 * devices, **overrides)
     plan = plan_lib.plan(config, tmp_path / 'run')
@@ -600,6 +601,18 @@ def test_other_shards_are_refused_where_results_depend_on_them(
   with pytest.raises(ValueError, match=r'set --config\.model\.shards=2'):
     plan_lib.plan(finished.config, workdir)
   plan_lib.plan(finished.config, workdir, ['model.shards'])
+
+
+def test_shards_that_were_allowed_need_no_second_leave(text, tmp_path):
+  devices, options = jax.device_count(), {'model.round_to_capacity': True}
+  workdir = tmp_path / 'run'
+  tiny.run(tiny.tiny_config(text, steps=3, **options), workdir)
+  assert Reader(workdir).facts['shards'] == devices
+  more = {'steps': 6, 'batch_size': 2 * devices, 'model.shards': 2 * devices}
+  config = tiny.tiny_config(text, **options, **more)
+  tiny.run(config, workdir, list(more))
+  assert Reader(workdir).facts['shards'] == 2 * devices
+  plan_lib.plan(config, workdir)
 
 
 def test_other_text_is_refused(finished):

@@ -8,6 +8,8 @@ from optax import contrib
 import pytest
 
 from moe_jax.parallel import mesh as meshes
+from moe_jax.runs import preemption
+from moe_jax.runs.reader import Reader
 from moe_jax.train import optimizer
 from moe_jax.train import state as state_lib
 from tests.train import tiny
@@ -175,6 +177,20 @@ def test_the_first_moment_may_be_bfloat16(tmp_path):
   state = optimizer.make_optimizer(config).init(PARAMS)
   means = optax.tree.get(state, 'mu')
   assert {x.dtype for x in jax.tree.leaves(means)} == {jnp.bfloat16.dtype}
+
+
+def test_a_bfloat16_moment_is_saved_and_restored(text, tmp_path):
+  config = tiny.tiny_config(text, **{'optimizer.first_moment': 'bfloat16'})
+  whole = tiny.run(config, tmp_path / 'whole').workdir
+  stops = iter([False, False, True])
+  with pytest.raises(preemption.Preempted):
+    tiny.run(config, tmp_path / 'parts', preempted=lambda: next(stops))
+  parts = tiny.run(config, tmp_path / 'parts').workdir
+  assert last_loss(parts) == last_loss(whole)
+
+
+def last_loss(workdir):
+  return Reader(workdir).records[-1]['train/loss']
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,14 @@ def test_remat_changes_bfloat16_by_its_rounding(method, tmp_path):
 @pytest.mark.parametrize('method', ['loss_free', 'loss_controlled'])
 def test_accumulation_on_a_mesh_equals_one_device(method, tmp_path):
   """There, each device adds up gradients of its own, see `_summed_once`."""
-  config = tiny.tiny_config(tmp_path, method, batch_size=32, accumulation=2)
+  config = tiny.tiny_config(
+    tmp_path,
+    method,
+    batch_size=32,
+    accumulation=2,
+    # Each device has the whole of it, not a share.
+    **{'losses.similarity': 0.1},
+  )
   _, _, whole, expected = run_steps(config, count=2)
   mesh = MeshConfig(data=2, expert=4)
   config = dataclasses.replace(config, mesh=mesh)
