@@ -241,11 +241,11 @@ def share_of_step(path: str, sizes: list[tuple[int, int, int]], repeats: int):
   model = config.model
   batch = min(config.batch_size, 4096 // config.sequence_length)
   config = dataclasses.replace(config, batch_size=batch, accumulation=1)
-  tokens = next(
-    n
-    for n, experts, k in sizes
-    if (experts, k) == (model.experts, model.experts_per_token)
-  )
+  experts_and_k = model.experts, model.experts_per_token
+  tokens = next((n for n, *size in sizes if tuple(size) == experts_and_k), None)
+  if tokens is None:
+    print(f'{path}: left out, as no size has its experts and k {experts_and_k}')
+    return
   scores = random_scores(tokens, model.experts)
   solver = jax.jit(functools.partial(solve, k=model.experts_per_token))
   text = np.random.default_rng(0).integers(

@@ -116,6 +116,8 @@ def main() -> None:
   parser.add_argument('--run', default='')
   parser.add_argument('--text', type=pathlib.Path)
   options = parser.parse_args()
+  if options.run and not options.text:
+    parser.error(f'--run={options.run}: needs --text=FILE, to be routed')
   if options.run:
     run = analysis.Run(options.run)
     routed = run.route(options.text.read_text())

@@ -17,7 +17,7 @@ ASSUMPTIONS = (
   'state, 12 bytes a parameter. A redundant copy exchanges its gradient and '
   'its weights once a step, in float32.',
   'FLOP/s and bandwidth are attained in full, without latency; nothing '
-  'overlaps; nothing was measured.',
+  'overlaps; solves of prices take no time; nothing was measured.',
   'Loads are those of a whole step. Those of its microbatches and shards are '
   'less even, so that real devices wait longer.',
 )

@@ -143,8 +143,8 @@ def with_losses(
 ) -> Balancer:
   """Returns the balancer with losses added to its own.
 
-  `with_losses(loss_free(), auxiliary_loss(1e-4))` is DeepSeek-V3's recipe
-  (arXiv 2412.19437, section 2.1.2).
+  `with_losses(loss_free(), auxiliary_loss(1e-4))`, on sigmoid scores, is
+  DeepSeek-V3's recipe (arXiv 2412.19437, section 2.1.2).
 
   Args:
     balancer: any rule.

@@ -25,6 +25,8 @@ from moe_jax.train.plan import Plan
 from moe_jax.train.state import TrainState, abstract_router
 from moe_jax.train.step import make_train_step
 
+_MANY_PASSES = 100
+
 
 def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
   """Trains from the newest checkpoint, or from scratch, to the last step.
@@ -52,6 +54,7 @@ def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
       print(f'{plan.workdir}: already at step {done}', file=sys.stderr)
       return
     run.open(facts_lib.seconds_at_peak(plan.config, plan.mesh, state.params))
+    _tell_passes(plan)
     if plan.config.record_routes:
       _tell_size_of_routes(plan, done)
     names = [source.name for source in plan.text.train]
@@ -82,6 +85,19 @@ def train(plan: Plan, preempted: Callable[[], bool] = preemption.never) -> None:
       if stop:
         run.save(state, wait=True)
         raise preemption.Preempted(f'saved after step {step} of {steps}')
+
+
+def _tell_passes(plan: Plan) -> None:
+  """Says where a text is read so often that another one was meant, maybe."""
+  config = plan.config
+  size = sum(len(source.tokens) for source in plan.text.train)
+  passes = config.steps * config.batch_size * config.sequence_length / size
+  if passes > _MANY_PASSES and jax.process_index() == 0:
+    print(
+      f'note: steps={config.steps}: {passes:,.0f} passes over '
+      f'{size / 1e6:.3g} M tokens; data.corpus names a larger text',
+      file=sys.stderr,
+    )
 
 
 def _tell_size_of_routes(plan: Plan, done: int) -> None:

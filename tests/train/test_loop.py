@@ -615,6 +615,13 @@ def test_shards_that_were_allowed_need_no_second_leave(text, tmp_path):
   plan_lib.plan(config, workdir)
 
 
+def test_many_passes_over_a_text_are_told(text, tmp_path, capsys):
+  for steps, told in ((6, False), (10**6, True)):
+    config = tiny.tiny_config(text, steps=steps)
+    loop._tell_passes(plan_lib.plan(config, tmp_path / 'run'))
+    assert ('passes over 0.0' in capsys.readouterr().err) == told
+
+
 def test_other_text_is_refused(finished):
   path = finished.workdir / 'run.json'
   facts = path.read_text()
