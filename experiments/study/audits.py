@@ -21,6 +21,7 @@ from moe_jax.analysis import causality_audit
 from moe_jax.analysis.expert_statistics import chosen
 from moe_jax.analysis.placement_study import Options, Study
 
+DOMAIN = 'domain information [nats]'
 TOKENS = 8192  # of each text
 ARRIVALS = 2048
 SHUFFLES = 5
@@ -67,7 +68,7 @@ def specialisation(run: analysis.Run) -> Rows:
       {
         # Of an expert's tokens, those of its most frequent domain.
         'purity': by_domain_DxE.max(axis=0).sum() / by_domain_DxE.sum(),
-        'domain information [nats]': _beyond_chance(domain, chosen_SxE),
+        DOMAIN: _beyond_chance(domain, chosen_SxE),
         'token information [nats]': _beyond_chance(ids, chosen_SxE),
       }
     )

@@ -37,15 +37,18 @@ METHODS = Table('Methods', ARMS, ARMS[0])
 
 def _conclusion(results: pathlib.Path) -> str:
   found = {
-    x.name: audits.stored(audits.specialisation, x, results) for x in ARMS
+    x.name: audits.stored(audits.specialisation, x, results)['validation']
+    for x in ARMS
   }
-  told = '; '.join(
-    f'`{name}` ' + ', '.join(f'{x:.3f}' for x in rows['validation'].values())
-    for name, rows in found.items()
+  domain = {name: row[audits.DOMAIN] for name, row in found.items()}
+  shares = ', '.join(
+    f'`{name}` {x / domain["unbalanced"]:.2f}' for name, x in domain.items()
   )
+  purity = ', '.join(f'`{x}` {row["purity"]:.3f}' for x, row in found.items())
   return (
-    f'Purity, domain and token information: {told}. Loss: '
-    f'{METHODS.differences(results)}.'
+    'What experts tell of the domain, over what those of `unbalanced` do: '
+    f'{shares}. Purity: {purity}. Loss: {METHODS.differences(results)}. One '
+    'checkpoint each, no intervals.'
   )
 
 
