@@ -85,9 +85,9 @@ QUESTION = Question(
   'place of the quantile over all tokens. `midpoint` is `bip` with two '
   'switches: no clip, and the cut in the middle. Means over shards need four '
   'shards, means over microbatches four microbatches, which the histogram '
-  'beside it has as well. Lag is question 3. Centring prices changes no choice, '
-  'so it is not trained with and without; nor is the start from the prices '
-  'before, which has no switch.',
+  'beside it has as well. Lag is question 3. Centring prices changes no '
+  'choice, so it is not trained with and without; nor is the start from the '
+  'prices before, which has no switch.',
   TABLES,
   conclusion=_conclusion,
 )
