@@ -183,8 +183,10 @@ def route(
         axis_name=axis_name,
       )
     )
-    # One of the router's matrix alone varies where that was made to.
-    if varying := jax_privates.varying_axes(loss):
+    # Of the matrix alone, where that was made to vary. Otherwise a loss that
+    # varies is one that forgot its sum over devices, which `shard_map` refuses.
+    varies = jax_privates.varying_axes
+    if varying := varies(loss) & varies(router_DxE):
       loss = lax.pmean(loss, tuple(varying))
   else:
     q_E = balancer.price(state)
