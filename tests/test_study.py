@@ -13,6 +13,7 @@ from experiments.study import (
   balance,
   demo,
   figures,
+  online,
   plan,
   question,
   report,
@@ -123,7 +124,7 @@ def test_the_learning_rate_is_the_lowest_of_the_best():
 @pytest.mark.parametrize('asked', report.QUESTIONS, ids=lambda x: x.title)
 def test_a_question_ends_when_all_is_there(asked, tmp_path):
   row = {'purity': 0.5, audits.DOMAIN: 0.2, 'MaxVio': 0.1, 'regret [%]': 2.0}
-  rows = dict.fromkeys(['validation', 'top-k', 'exact', '100 bins'], row)
+  rows = dict.fromkeys(['validation', *online.RULES], row)
   for each in asked.audits:
     for arm in each.arms:
       assert not asked.can_end(tmp_path)

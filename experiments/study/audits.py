@@ -6,6 +6,7 @@ Shape letters: D domains, E experts, V vocabulary.
 """
 
 from collections.abc import Callable
+import functools
 import json
 import pathlib
 
@@ -117,15 +118,15 @@ def online(run: analysis.Run) -> Rows:
   rules = {
     'top-k': routing.StreamRule(
       lambda experts: (), lambda state, x: (state, jax.lax.top_k(x, k)[1])
-    ),
-    'exact': routing.online_exact(arrivals, k=k, iterations=2),
-    **{
-      f'{bins} bins': routing.online_histogram(
-        arrivals, k=k, iterations=2, bins=bins
-      )
-      for bins in (10, 100, 1000)
-    },
+    )
   }
+  priced = {'exact': routing.online_exact} | {
+    f'{bins} bins': functools.partial(routing.online_histogram, bins=bins)
+    for bins in (10, 100, 1000)
+  }
+  for name, rule in priced.items():
+    rules[name] = rule(arrivals, k=k, iterations=2)
+    rules[f'{name}, paced'] = rule(arrivals, k=k, iterations=2, paced=True)
   found = {}
   for name, rule in rules.items():
     assign = jax.jit(lambda x, rule=rule: routing.assign_stream(rule, x))

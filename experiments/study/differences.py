@@ -15,6 +15,7 @@ _OF_BIP = {
   'bip_no_clip': {'clip': False},
   'bip_kth': {'cutoff': 'kth'},
   'bip_midpoint_cut': {'cutoff': 'midpoint'},
+  'bip_cold': {'warm': False},
 }
 _OF_QUANTILE = {
   'quantile_ema': {'ema': 0.9},
@@ -81,13 +82,12 @@ def _conclusion(results: pathlib.Path) -> str:
 QUESTION = Question(
   'What is each difference between the rules worth?',
   'From `bip` (T = 4) and from `quantile`, one switch at a time, one seed: '
-  'number of iterations, clip, cutoff; averaging, and what peers compute in '
-  'place of the quantile over all tokens. `midpoint` is `bip` with two '
-  'switches: no clip, and the cut in the middle. Means over shards need four '
-  'shards, means over microbatches four microbatches, which the histogram '
-  'beside it has as well. Lag is question 3. Centring prices changes no '
-  'choice, so it is not trained with and without; nor is the start from the '
-  'prices before, which has no switch.',
+  'number of iterations, clip, cutoff, start of a solve from 0; averaging, and '
+  'what peers compute in place of the quantile over all tokens. `midpoint` is '
+  '`bip` with two switches: no clip, and the cut in the middle. Means over '
+  'shards need four shards, means over microbatches four microbatches, which '
+  'the histogram beside it has as well. Lag is question 3. Centring prices '
+  'changes no choice, so it is not trained with and without.',
   TABLES,
   conclusion=_conclusion,
 )

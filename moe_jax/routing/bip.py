@@ -26,6 +26,7 @@ def dual_iterations(
   iterations: int | jax.Array,
   clip: bool = True,
   cutoff: str = 'next',
+  warm: bool = True,
   mask_T: jax.Array | None = None,
   groups: int = 1,
   groups_per_token: int = 1,
@@ -56,7 +57,7 @@ def dual_iterations(
 
   Args:
     scores_TxE: router scores [tokens, experts]; taken as float32 constants.
-    q_E: prices to start from, float32 [experts].
+    q_E: prices so far, float32 [experts].
     k: experts per token.
     iterations: T >= 0; may be traced.
     clip: whether p and q are kept at or above 0.
@@ -67,6 +68,7 @@ def dual_iterations(
       'linear', k / E of the way up in a row and c / n in a column. 'linear' is
       the quantile at 1 - k / E and at 1 - c / n as `numpy.quantile`
       interpolates it, 'midpoint' as Hazen does.
+    warm: whether iterations start from q_E, else from 0.
     mask_T: bool [tokens]; False excludes a token.
     groups: equal, consecutive parts of the experts.
     groups_per_token: groups whose experts compete for a token.
@@ -91,10 +93,11 @@ def dual_iterations(
     return q_E
   scores_TxE = rankable(scores_TxE)
   q_E = lax.stop_gradient(q_E)
+  start_E = q_E if warm else jnp.zeros_like(q_E)
   if axis_name is None:
     # Changes no value, but in `jax.shard_map` the loop below must start from a
     # q that varies over shards if its result does, as in the scope 'shard'.
-    q_E = jnp.where(scores_TxE[0] > 0, q_E, q_E)
+    start_E = jnp.where(scores_TxE[0] > 0, start_E, start_E)
   where = None if mask_T is None else mask_T[:, None]
   limits = {}
   if groups_per_token < groups:
@@ -126,7 +129,7 @@ def dual_iterations(
     # Scores of -inf can leave an expert with fewer than c + 1 takers.
     return jnp.where(jnp.isfinite(new_E), new_E, q_E)
 
-  solved_E = lax.fori_loop(0, iterations, iterate, q_E)
+  solved_E = lax.fori_loop(0, iterations, iterate, start_E)
   return jnp.where(capacity > 0, solved_E, q_E)
 
 
@@ -187,6 +190,7 @@ def bip(
   *,
   clip: bool = True,
   cutoff: str = 'next',
+  warm: bool = True,
   lag: bool = False,
   scope: str = 'global',
 ) -> base.Balancer:
@@ -209,6 +213,8 @@ def bip(
       taken: 'next', the least, as in the paper; 'midpoint', the middle;
       'linear', interpolated at the quantile; 'kth', the greatest. See
       `dual_iterations`.
+    warm: whether a solve starts from the q of the one before, as in the paper,
+      else from 0.
     lag: whether a step's choices use the q that the step before ended with.
       Then no token's route depends on later tokens of its own batch.
     scope: 'global' solves for all tokens of all shards together; 'shard' lets
@@ -222,7 +228,7 @@ def bip(
   base.check_known(_CUTOFFS, cutoff=cutoff)
   base.check_known(_SCOPES, scope=scope)
   improve = base.bound(
-    _improve, iterations=iterations, clip=clip, cutoff=cutoff
+    _improve, iterations=iterations, clip=clip, cutoff=cutoff, warm=warm
   )
   if scope == 'shard':
     return base.Balancer(

@@ -20,6 +20,7 @@ RULES = {
   ),
   'bip': routing.bip(2),
   'bip_unclipped': routing.bip(2, clip=False),
+  'bip_cold': routing.bip(2, warm=False),
   'bip_lag': routing.bip(2, lag=True),
   'bip_shard': routing.bip(2, scope='shard'),
   'midpoint': routing.midpoint(2),

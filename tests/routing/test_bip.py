@@ -127,6 +127,18 @@ def test_bip_resumes_from_batch_to_batch(scores):
   assert np.any(q != 0)
 
 
+def test_a_cold_start_forgets_the_batches_before(scores):
+  balancer, nothing = routing.bip(2, warm=False), jnp.zeros(len(scores), bool)
+  state = balancer.init(8)
+  for batch in (scores, scores[::-1] ** 1.5):
+    q, state = balancer.solve(state, batch, k=2)
+    fresh = routing.dual_iterations(batch, jnp.zeros(8), k=2, iterations=2)
+    np.testing.assert_array_equal(q, fresh)
+  kept, _ = balancer.solve(state, scores, k=2, mask_T=nothing)
+  np.testing.assert_array_equal(kept, q)
+  assert np.any(q != 0)
+
+
 def test_more_iterations_balance_better(scores):
   def violation(iterations):
     q = routing.dual_iterations(
