@@ -152,17 +152,18 @@ def test_differences_are_paired():
 
 
 @pytest.mark.parametrize(
-  ('values', 'told'),
+  ('values', 'told', 'exceeds'),
   [
-    ([1.0], '+1.000 (one seed)'),
-    ([1.0, -1.0], '+0.000 ± 12.706 (no difference shown)'),
-    ([-1.0, -1.0], '-1.000 ± 0.000 (lower)'),
-    ([2.0, 2.0], '+2.000 ± 0.000 (higher)'),
+    ([1.0], '+1.000 (one seed)', 'Not shown'),
+    ([1.0, -1.0], '+0.000 ± 12.706 (no difference shown)', 'Not shown'),
+    ([-1.0, -1.0], '-1.000 ± 0.000 (lower)', 'No'),
+    ([2.0, 2.0], '+2.000 ± 0.000 (higher)', 'Yes'),
   ],
 )
-def test_a_difference_says_whether_it_is_shown(values, told):
+def test_a_difference_says_whether_it_is_shown(values, told, exceeds):
   found = paired(values_of(a=values, b=[0.0] * len(values)), 'a', 'b')
   assert found.told == told
+  assert found.exceeds(0.5) == exceeds
 
 
 def test_savings_are_shares_of_the_other():

@@ -134,8 +134,15 @@ def _conclusion(results: pathlib.Path) -> str:
     for name in ('bip', 'midpoint')
     for other in ('loss_controlled', 'loss_controlled_0.01')
   ]
+  lower = paired(found[runs.LOSS], 'loss_controlled_0.01', 'bip')
+  late = saving(found['planned_16_late'], 'bip', 'loss_controlled')
   return '\n'.join(
     [
+      'Is `bip` even from the first step on? '
+      f'{"Yes" if better else "No"}. Is its loss below that with a weight of '
+      f'0.01? {lower.exceeds(0)} (by {lower} nats). Does it take 13 % less '
+      f'time, late in a run? {late.exceeds(0.13)} ({100 * late.mean:.0f} ± '
+      f'{100 * late.margin:.0f} %).\n',
       '- *Even from the first step to the last*: AvgMaxVio (SupMaxVio, mean of '
       f'the last fifth of the steps) is {", ".join(map(violation, names))}. '
       f'The worst step of `bip` is {"better" if better else "no better"} than '

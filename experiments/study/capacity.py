@@ -6,7 +6,7 @@ python -m experiments.study.capacity --workdir=DIR
 import pathlib
 import sys
 
-from experiments.study import balance, runs
+from experiments.study import balance, runs, step_times
 from experiments.study.question import COLUMNS, PERPLEXITY, Question, Table
 from experiments.study.runs import Arm
 
@@ -38,13 +38,21 @@ TABLES = [_table(name) for name in METHODS]
 
 
 def _conclusion(results: pathlib.Path) -> str:
-  lines = []
+  times = ', '.join(
+    f'{step_times.over_even(16, factor):.2f}' for factor in FACTORS
+  )
+  lines = [
+    'Buffers are computed whole, so that with them a step on 16 devices is '
+    f'planned to take {times} times that of even loads at '
+    f'{", ".join(map(str, FACTORS))} times the mean, whatever balances; '
+    'question 1 has the times without.\n'
+  ]
   for each in TABLES:
     dropped = runs.frame(each.arms, results).groupby('arm')['dropped'].mean()
     shares = ', '.join(f'{dropped[arm.name]:.1%}' for arm in each.arms[1:])
     lines.append(
-      f'- `{each.heading}` with buffers for 1.0, 1.25, 2.0 times the mean and '
-      f'rounded dropped {shares}; {each.differences(results)}.'
+      f'- `{each.heading}` with these, and rounded, dropped {shares}; loss: '
+      f'{each.differences(results)}.'
     )
   return '\n'.join(lines)
 

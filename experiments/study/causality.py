@@ -6,12 +6,14 @@ python -m experiments.study.causality --workdir=DIR
 import pathlib
 import sys
 
-from experiments.study import audits, balance, tuning
+from experiments.study import audits, balance, runs, tuning
 from experiments.study.question import Audit, Question, Table
 from experiments.study.runs import Arm
+from experiments.study.statistics import paired
 
 STEP = 4096  # Tokens of a step of mini_16e.
 SEQUENCES = 32
+RULES = 'bip', 'midpoint'
 
 
 def _arms(factor):
@@ -45,19 +47,24 @@ BATCHES = {
 
 def _tables():
   for tokens, arms in BATCHES.items():
-    for rule in ('bip', 'midpoint'):
+    for rule in RULES:
       of_rule = [arms[name] for name in (rule, f'{rule}_lag', 'unbalanced')]
       yield Table(f'{rule}, {tokens:,} tokens a step', of_rule, of_rule[0])
 
 
 def _conclusion(results: pathlib.Path) -> str:
   tables = list(_tables())
+  found = runs.frame([*balance.MAIN.values(), *LAGGED.values()], results)
+  lag = '; '.join(
+    f'`{x}_lag` - `{x}`: {paired(found[runs.LOSS], f"{x}_lag", x).told}'
+    for x in RULES
+  )
   return '\n'.join(
     [
-      'What a q that does not see its batch costs, trained on and deployed. '
-      'It is also late, so that the first steps are uneven; `unbalanced` says '
-      'what uneven loads alone may cost. AvgMaxVio (last fifth), and '
-      'differences of loss in nats:\n',
+      f'What a q that does not see its batch costs: {lag}; nats, at '
+      f'{STEP:,} tokens a step, three seeds. Such a q is also late, so that '
+      'the first steps are uneven; `unbalanced` says what uneven loads alone '
+      'may cost. AvgMaxVio (last fifth), and differences of loss in nats:\n',
       *(
         f'- {each.heading}: {each.balance(results)}. '
         f'Loss: {each.differences(results)}.'

@@ -67,9 +67,12 @@ TABLES = [
 
 
 def _conclusion(results: pathlib.Path) -> str:
+  evenest, *_ = TABLES[0].evenest(results)
   return '\n'.join(
     [
-      'AvgMaxVio (last fifth), and differences of loss in nats:\n',
+      f'Of `bip` and what differs from it, `{evenest.name}` is the evenest; '
+      'one seed tells no difference of loss. AvgMaxVio (last fifth), and '
+      'differences of loss in nats:\n',
       *(
         f'- {each.heading}: {each.balance(results)}. '
         f'Loss: {each.differences(results)}.'

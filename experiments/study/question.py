@@ -57,13 +57,19 @@ class Table:
     return found[found.index.isin(seeds, 'seed')]
 
   def balance(self, results: pathlib.Path) -> str:
-    """Says AvgMaxVio of each arm, and MaxVio of the last fifth of the steps."""
+    """Says AvgMaxVio (and that of the last fifth), evenest arm first."""
     mean = self.frame(results).groupby('arm').mean(numeric_only=True)
     average, last = mean['average_max_violation'], mean['last_max_violation']
     return ', '.join(
       f'`{arm.name}` {average[arm.name]:.3f} ({last[arm.name]:.3f})'
-      for arm in self.arms
+      for arm in self.evenest(results)
     )
+
+  def evenest(self, results: pathlib.Path) -> list[Arm]:
+    """Returns the arms, that of the least AvgMaxVio first."""
+    violation = self.frame(results)['average_max_violation']
+    mean = violation.groupby('arm').mean()
+    return sorted(self.arms, key=lambda arm: mean[arm.name])
 
   def differences(self, results: pathlib.Path) -> str:
     """Says by how much each arm's loss is above the baseline's, in nats."""

@@ -37,9 +37,15 @@ TABLES = [_table(experts) for experts in (8, 16, 32, 128)]
 
 
 def _conclusion(results: pathlib.Path) -> str:
+  orders = {
+    tuple(each.arms.index(arm) for arm in each.evenest(results))
+    for each in TABLES
+  }
+  moves = 'moves' if len(orders) > 1 else 'is the same'
   return '\n'.join(
     [
-      'AvgMaxVio (last fifth), and differences of loss in nats:\n',
+      f'The ranking by balance {moves} from size to size; by loss one seed '
+      'cannot tell. AvgMaxVio (last fifth), and differences of loss in nats:\n',
       *(
         f'- {each.heading}: {each.balance(results)}. '
         f'Loss: {each.differences(results)}.'

@@ -32,6 +32,12 @@ class Difference(NamedTuple):
       return f'{self} (no difference shown)'
     return f'{self} ({"lower" if self.mean < 0 else "higher"})'
 
+  def exceeds(self, least: float) -> str:
+    """Answers whether it is so much or more."""
+    if self.mean - self.margin >= least:
+      return 'Yes'
+    return 'No' if self.mean + self.margin < least else 'Not shown'
+
 
 def paired(values: pd.Series, arm: str, other: str) -> Difference:
   """Compares two arms seed by seed.
