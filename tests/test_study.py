@@ -202,15 +202,28 @@ def test_loss_of_a_mixture_is_the_mean_over_its_texts(tmp_path):
   )
 
 
-def test_a_planned_step_grows_with_the_experts_part_of_it():
+@pytest.mark.parametrize(
+  ('devices', 'seconds'),
+  [
+    (4, 3 / 4 / 450e9),
+    (16, 7 / 16 / 450e9 + 8 / 16 / 50e9),  # Half goes to the other node.
+  ],
+)
+def test_a_planned_step_grows_with_the_experts_part_of_it(devices, seconds):
   # By hand: products of a routed expert, 18 x 512 x 1408 for a pair, and four
-  # exchanges of 512 bfloat16 numbers, 3/4 of which leave one of 4 devices.
-  pair = 18 * 512 * 1408 / 989.4e12 + 8 * 512 * 3 / 4 / 450e9
+  # exchanges of 512 bfloat16 numbers, of so many seconds a byte.
+  pair = 18 * 512 * 1408 / 989.4e12 + 8 * 512 * seconds
   attention = 2 * 512 * 64 * (8 + 2) * 8
   rest = attention + 8 * (3 * 512 * 1408 + 512 * 16) + 512 * 6400
   token = 6 * rest / 989.4e12
   even = 8 * 4 * pair / (8 * 4 * pair + token)
-  assert step_times.over_even(4, 1.5) == pytest.approx(1 + even / 2)
+  assert step_times.over_even(devices, 1.5) == pytest.approx(1 + even / 2)
+
+
+def test_solves_take_the_latency_of_their_all_reduces():
+  # 8 layers, T = 4; 10 microseconds within a node, 20 across.
+  assert step_times.solves(8, 'bip') == pytest.approx(8 * 4 * 8 * 10e-6)
+  assert step_times.solves(16, 'midpoint') == pytest.approx(8 * 4 * 10 * 20e-6)
 
 
 def test_layers_are_summed_up_step_by_step():

@@ -5,11 +5,12 @@ import functools
 from experiments import paper_16e
 from launch import hardware
 from moe_jax import config as config_lib
-from moe_jax.analysis.placement_study import Options
 from moe_jax.analysis.step_time import StepTime, step_time
 
-# Of a dual iteration on GPUs, see `moe_jax.routing.kth_largest`.
-ALL_REDUCES = 8
+# Of a dual iteration on GPUs: `moe_jax.routing.kth_largest` has 8, with the
+# value that follows two more.
+ALL_REDUCES = {'bip': 8, 'midpoint': 10}
+_CHIP = hardware.CHIPS['h100']  # In nodes of eight, as a DGX has them.
 
 
 @functools.cache
@@ -17,7 +18,8 @@ def of_paper(devices: int) -> StepTime:
   """Returns the time of a step of 131,072 tokens, without solves of prices.
 
   Args:
-    devices: that share the 16 experts of each layer.
+    devices: that share the 16 experts of each layer; from node to node they
+      exchange by the network.
   """
   config = config_lib.freeze(paper_16e.get_config())
   model = config.model
@@ -26,9 +28,16 @@ def of_paper(devices: int) -> StepTime:
     config_lib.to_dict(config),
     pairs=tokens * model.experts_per_token,
     devices=devices,
-    flops=Options.flops,
-    bandwidth=Options.bandwidth,
+    flops=_CHIP.peak,
+    bandwidth=_bandwidth(devices),
   )
+
+
+def _bandwidth(devices: int) -> float:
+  """Returns bytes/s with which one sends equal parts to all others."""
+  near = min(devices, _CHIP.node) - 1
+  far = devices - 1 - near
+  return (devices - 1) / (near / _CHIP.link + far / _CHIP.network)
 
 
 def over_even(devices: int, imbalance: float) -> float:
@@ -42,14 +51,14 @@ def over_even(devices: int, imbalance: float) -> float:
   return time.seconds(imbalance) / time.seconds(1.0)
 
 
-def solves(devices: int, iterations: int) -> float:
-  """Returns the seconds of latency of a step's solves over all devices.
+def solves(devices: int, method: str, iterations: int = 4) -> float:
+  """Returns the seconds of latency of a step's solves, one a layer.
 
   Args:
-    devices: in nodes of eight.
-    iterations: of a solve, one a layer.
+    devices: that solve together.
+    method: a key of `ALL_REDUCES`.
+    iterations: of a solve.
   """
-  chip = hardware.CHIPS['h100']
-  latency = chip.hop + (chip.far if devices > chip.node else 0.0)
+  latency = _CHIP.hop + (_CHIP.far if devices > _CHIP.node else 0.0)
   layers = config_lib.freeze(paper_16e.get_config()).model.layers
-  return layers * iterations * ALL_REDUCES * latency
+  return layers * iterations * ALL_REDUCES[method] * latency
