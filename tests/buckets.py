@@ -19,10 +19,20 @@ class Bucket(MemoryFileSystem):
 
   mkdir = makedirs
 
+  def ls(self, path, detail=True, **options):
+    """Keeps what it listed, whatever others write."""
+    path = self._strip_protocol(path)
+    if path not in self.dircache:
+      self.dircache[path] = found = super().ls(path, True, **options)
+    else:
+      found = self.dircache[path]
+    return found if detail else sorted(entry['name'] for entry in found)
+
 
 def empty() -> Bucket:
   """Returns what gs:// stands for from now on, without any file."""
   for name in Bucket.protocol:
     fsspec.register_implementation(name, Bucket, clobber=True)
   Bucket.store.clear()
+  Bucket.pseudo_dirs[:] = ['']
   return fsspec.filesystem('gs')

@@ -27,12 +27,14 @@ ITEMS = ('params', 'optimizer', 'router', 'average')
 _LATER = ('so_far',)
 Items = dict[str, Any]  # a pytree of arrays for each of these, or some
 
-# Types of errors, and what tensorstore and buckets call theirs.
+# Errors of disk, network or memory: tensorstore tells them in a ValueError (but 2,
+# ENOENT, is a missing file), and libraries have their own.
 _MAY_PASS = re.compile(
-  r'\b(OSError|PermissionError|TimeoutError|ConnectionError|MemoryError|HttpError'
-  r'|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED'
-  r'|UNAUTHENTICATED|ABORTED)\b'
+  r'\b(PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED'
+  r'|UNAUTHENTICATED|ABORTED|CANCELLED|OS error (?!2\b))'
 )
+_OF_NETWORKS = ('aiohttp', 'gcsfs', 'google', 'requests', 'urllib3')
+_OF_DAMAGE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 def items_of(state: Any) -> Items:
@@ -106,7 +108,7 @@ def read_item(path: epath.PathLike, name: str, abstract: Any = None) -> Any:
 
   Args:
     path: of the checkpoint.
-    name: 'params', 'optimizer' or 'router'.
+    name: one of `ITEMS`.
     abstract: structure and shardings wanted; None gives nested dicts of NumPy
       arrays as they were saved.
   """
@@ -215,15 +217,17 @@ def restore_newest(
         'or choose another --workdir to begin anew'
       )
     return None
-  for at, why in damaged.items():
-    if jax.process_index() == 0:
-      path = directory / str(at)
-      aside = _move_aside(path, directory.parent / 'damaged')
-      print(
-        f'warning: {path}: {why}; it was moved to {aside}, step {step} is used',
-        file=sys.stderr,
-      )
   if damaged:
+    with processes.agreement():
+      if jax.process_index() == 0:
+        for at, why in damaged.items():
+          path = directory / str(at)
+          aside = _move_aside(path, directory.parent / 'damaged', why)
+          print(
+            f'warning: {path}: {why}; it was moved to {aside}, step {step} is '
+            'used',
+            file=sys.stderr,
+          )
     with processes.agreement() as seen:  # Some file systems are slow to tell.
       seen['checkpoints in --workdir'] = str(steps(directory))
   return saved
@@ -275,15 +279,20 @@ def _agreed(read: Callable[[], Any], path: epath.Path) -> Any:
     result = files.patiently(read, str(path), may_pass)
   except Exception as error:  # What damage leads to is not foreseeable.
     failure = _root(error)
-  if why := processes.first_error(failure):
-    raise (OSError if _MAY_PASS.search(why) else Damaged)(why) from failure
+  passing = failure is not None and may_pass(failure)
+  why, passing = processes.first_error(failure, passing)
+  if why:
+    raise (OSError if passing else Damaged)(why) from failure
   return result
 
 
 def may_pass(error: BaseException) -> bool:
   """Whether an error tells of disk, network or memory, not of the data."""
   root = _root(error)
-  return bool(_MAY_PASS.search(f'{type(root).__name__}: {root}'))
+  if isinstance(root, OSError | MemoryError):
+    return not isinstance(root, _OF_DAMAGE)
+  library = type(root).__module__.partition('.')[0]
+  return library in _OF_NETWORKS or bool(_MAY_PASS.search(str(root)))
 
 
 def _root(error: BaseException) -> BaseException:
@@ -299,12 +308,16 @@ def sha256_of(meta: dict[str, Any], data: dict[str, Any]) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _move_aside(path: epath.Path, directory: epath.Path) -> epath.Path:
+def _move_aside(
+  path: epath.Path, directory: epath.Path, why: str
+) -> epath.Path:
   directory.mkdir(parents=True, exist_ok=True)
   aside, number = directory / path.name, 1
   while aside.exists():
     number += 1
     aside = directory / f'{path.name}_{number}'
+  # Without a file in it, a bucket has no such directory to move to.
+  (directory / f'{aside.name}.txt').write_text(f'{why}\n')
   return path.rename(aside)
 
 

@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from etils import epath
+import fsspec
 import jax
 
 from moe_jax.options import Refused
@@ -35,7 +36,12 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
   """Returns a path that does not depend on the current directory."""
   # Not epath's absolute(), which makes gs://... a local path.
-  return epath.Path(path if is_remote(path) else os.path.abspath(path))
+  if not is_remote(path):
+    return epath.Path(os.path.abspath(path))
+  # Else a bucket is never asked again what is in it, whatever others write.
+  options = fsspec.config.conf.setdefault('gs', {})
+  options['use_listings_cache'] = False
+  return epath.Path(path)
 
 
 def check_place(name: str, path: str | os.PathLike[str]) -> None:
@@ -47,8 +53,6 @@ def check_place(name: str, path: str | os.PathLike[str]) -> None:
       f'{name}={path}: must be a local directory or {_REMOTE}BUCKET/...'
     )
   try:
-    import fsspec
-
     fsspec.get_filesystem_class('gs')
   except ImportError as error:
     raise ValueError(
@@ -66,9 +70,9 @@ def open_workdir(path: str | os.PathLike[str]) -> epath.Path:
     OSError: no files can be made there.
   """
   check_place('--workdir', path)
-  if is_remote(path):
-    return epath.Path(path)
   place = workdir = absolute(path)
+  if is_remote(path):
+    return workdir
   while not place.exists():
     place = place.parent
   try:

@@ -11,6 +11,7 @@ import time
 import uuid
 
 from etils import epath
+import fsspec
 import jax
 
 from moe_jax.options import Refused
@@ -82,8 +83,6 @@ def _file(path: epath.Path) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def _object(path: epath.Path) -> Iterator[Callable[[], None]]:
-  import fsspec
-
   owner = _owner() | {'token': uuid.uuid4().hex, 'beat': 0}
 
   def create() -> bool:

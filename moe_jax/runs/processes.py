@@ -34,6 +34,16 @@ _LOOPBACK = ('localhost', '127.0.0.1', '[::1]')
 # Long, as a large text may be tokenized meanwhile.
 _SECONDS_TO_AGREE = 3600
 
+# Errors that come again until somebody does something.
+_REFUSALS = (
+  ValueError,
+  FileNotFoundError,
+  FileExistsError,
+  IsADirectoryError,
+  NotADirectoryError,
+  PermissionError,
+)
+
 _agreements = itertools.count()
 
 
@@ -130,27 +140,40 @@ def agreement() -> Iterator[dict[str, Any]]:
     in all processes.
 
   Raises:
-    Refused: a ValueError or OSError of this process; or another process failed,
-      or the facts differ: the message says which, and in which processes.
+    Refused: a ValueError of this process, or a file that is missing or not
+      permitted; or such of another one, or the facts differ: the message says
+      which, and in which processes.
+    OSError: another process failed otherwise; the same command may succeed.
   """
   facts: dict[str, Any] = {}
   try:
     yield facts
   except Exception as error:
-    _verdict({'error': _in_a_line(error)})
-    if isinstance(error, (ValueError, OSError)):
+    refused = isinstance(error, _REFUSALS)
+    first_error(error, passing=not refused)
+    if refused:
       raise Refused(str(error)) from error
     raise
-  if verdict := _verdict({'facts': facts}):
-    raise Refused(verdict)
+  text, passing = _verdict({'facts': facts})
+  if text:
+    raise (OSError if passing else Refused)(text)
 
 
-def first_error(error: Exception | None) -> str:
+def first_error(error: Exception | None, passing: bool) -> tuple[str, bool]:
   """Tells all processes what one came to, and returns what any came to.
 
-  All processes must call it at the same place; '' if all gave None.
+  All processes must call it at the same place.
+
+  Args:
+    error: of this process.
+    passing: whether it may not come another time.
+
+  Returns:
+    What the errors say, '' if all gave None; and whether one of them may pass.
   """
-  return _verdict({'error': _in_a_line(error)} if error else {'facts': {}})
+  if error is None:
+    return _verdict({'facts': {}})
+  return _verdict({'error': _in_a_line(error), 'passing': passing})
 
 
 def _in_a_line(error: Exception) -> str:
@@ -182,15 +205,15 @@ def end(main: Callable[[Sequence[str]], int]) -> NoReturn:
   sys.exit(code)
 
 
-def _verdict(answer: dict[str, Any]) -> str:
-  """Tells process 0 an answer; returns what it has to say about all of them.
+def _verdict(answer: dict[str, Any]) -> tuple[str, bool]:
+  """Tells process 0 an answer; returns what `_judge` has to say about all.
 
   By the coordination service's store, which needs no device.
   """
   service = jax_privates.coordination()
   client, index = service.client, service.process_id
   if client is None:
-    return answer.get('error', '')
+    return _judge([answer])
   place = f'moe_jax/agreement_{next(_agreements)}'
   deadline = time.monotonic() + _SECONDS_TO_AGREE
 
@@ -200,32 +223,39 @@ def _verdict(answer: dict[str, Any]) -> str:
         f'{place}/{key}', max(1, int(1000 * seconds))
       )
     except jax.errors.JaxRuntimeError as error:
-      return {'error': f'no answer: {error}'}
+      return {'error': f'no answer: {error}', 'passing': True}
     return json.loads(value)
 
   client.key_value_set(f'{place}/{index}', json.dumps(answer))
   if index:
     verdict = read('verdict', 2 * _SECONDS_TO_AGREE)
-    return verdict.get('text', f'process 0: {verdict.get("error")}')
+    if 'error' in verdict:
+      return f'process 0: {verdict["error"]}', True
+    return verdict['text'], verdict['passing']
   answers = [
     read(f'{i}', deadline - time.monotonic())
     for i in range(service.num_processes)
   ]
-  verdict = _judge(answers)
-  client.key_value_set(f'{place}/verdict', json.dumps({'text': verdict}))
-  return verdict
+  text, passing = _judge(answers)
+  verdict = {'text': text, 'passing': passing}
+  client.key_value_set(f'{place}/verdict', json.dumps(verdict))
+  return text, passing
 
 
-def _judge(answers: Sequence[dict[str, Any]]) -> str:
+def _judge(answers: Sequence[dict[str, Any]]) -> tuple[str, bool]:
   """Returns what is wrong with the answers of all processes; '' if nothing.
 
   Args:
-    answers: of each process, either `error` or `facts`.
+    answers: of each process, either `facts`, or `error` and `passing`.
+
+  Returns:
+    The text, and whether an error in it is passing.
   """
   errors = _by_value([answer.get('error') for answer in answers])
   errors.pop(None, None)
   if errors:
-    return '; '.join(f'{_names(who)}: {what}' for what, who in errors.items())
+    told = (f'{_names(who)}: {what}' for what, who in errors.items())
+    return '; '.join(told), any(answer.get('passing') for answer in answers)
   differences = []
   for name in sorted({name for answer in answers for name in answer['facts']}):
     values = _by_value([answer['facts'].get(name) for answer in answers])
@@ -233,8 +263,8 @@ def _judge(answers: Sequence[dict[str, Any]]) -> str:
       sides = [f'{value} in {_names(who)}' for value, who in values.items()]
       differences.append(f'{name}: {" and ".join(sides)}')
   if not differences:
-    return ''
-  return f'processes disagree on {"; ".join(differences)}'
+    return '', False
+  return f'processes disagree on {"; ".join(differences)}', False
 
 
 def _by_value(values: Sequence[Any]) -> dict[Any, list[int]]:

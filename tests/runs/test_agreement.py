@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from moe_jax import jax_privates
+from moe_jax.options import Refused
 from moe_jax.runs import processes
 
 EXPLICIT = {
@@ -120,21 +121,39 @@ def test_agreement_of_one_process_changes_nothing():
 
 def test_differences_are_named_with_their_processes():
   answers = [{'facts': {'step': 3, 'text': 'a', 'jax': '1'}} for _ in range(6)]
-  assert processes._judge(answers) == ''
+  assert processes._judge(answers) == ('', False)
   answers[4]['facts']['step'] = 0
   answers[5]['facts'] |= {'text': 'b', 'jax': '2'}
   assert processes._judge(answers) == (
     'processes disagree on jax: 1 in processes 0-4 and 2 in process 5; '
     'step: 3 in processes 0-3, 5 and 0 in process 4; '
-    'text: a in processes 0-4 and b in process 5'
+    'text: a in processes 0-4 and b in process 5',
+    False,
   )
 
 
-def test_errors_come_before_differences():
+@pytest.mark.parametrize('passing', [False, True])
+def test_errors_come_before_differences(passing):
   answers = [
     {'facts': {'step': 3}},
-    {'error': 'OSError: disk full'},
+    {'error': 'OSError: disk full', 'passing': passing},
     {'facts': {'step': 0}},
-    {'error': 'OSError: disk full'},
+    {'error': 'OSError: disk full', 'passing': False},
   ]
-  assert processes._judge(answers) == 'processes 1, 3: OSError: disk full'
+  told = 'processes 1, 3: OSError: disk full'
+  assert processes._judge(answers) == (told, passing)
+
+
+@pytest.mark.parametrize(
+  ('error', 'raised'),
+  [
+    (ValueError('wrong'), Refused),
+    (PermissionError('denied'), Refused),
+    (ConnectionResetError('reset'), ConnectionResetError),
+    (RuntimeError('a bug'), RuntimeError),
+  ],
+)
+def test_what_may_pass_is_not_refused(error, raised):
+  with pytest.raises(raised) as found, processes.agreement():
+    raise error
+  assert type(found.value) is raised

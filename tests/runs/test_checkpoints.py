@@ -20,6 +20,7 @@ from moe_jax.runs import checksums as checksum_lib
 from moe_jax.runs import files
 from moe_jax.runs.saver import Saver
 from moe_jax.train import state as state_lib
+from tests import buckets
 from tests.train import tiny
 
 
@@ -208,6 +209,45 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
   assert f'moved to {directory.parent / "damaged" / "3"}' in warning
   assert checkpoint_lib.steps(directory) == [2, 1]
   assert (directory.parent / 'damaged' / '3').is_dir()
+
+
+def test_a_damaged_checkpoint_in_a_bucket_is_moved_aside():
+  buckets.empty()
+  runs = files.absolute('gs://bucket/run')
+  for step in (3, 3):
+    (runs / f'checkpoints/{step}/params').write_text('damaged')
+    checkpoint_lib._move_aside(
+      runs / f'checkpoints/{step}', runs / 'damaged', 'values changed'
+    )
+  assert not (runs / 'checkpoints/3').exists()
+  names = {path.name for path in (runs / 'damaged').iterdir()}
+  assert names == {'3', '3.txt', '3_2', '3_2.txt'}
+  assert (runs / 'damaged/3_2.txt').read_text() == 'values changed\n'
+
+
+class RefreshError(Exception):
+  """Stands in for one of a library that speaks to a network."""
+
+  __module__ = 'google.auth.exceptions'
+
+
+@pytest.mark.parametrize(
+  ('error', 'passes'),
+  [
+    (ConnectionResetError(), True),
+    (OSError(116, 'stale file handle'), True),
+    (MemoryError(), True),
+    (RefreshError(), True),
+    (ValueError('INTERNAL: reading x [OS error 5: EIO]'), True),
+    (ValueError('NOT_FOUND: reading x [OS error 2: ENOENT]'), False),
+    (ValueError('DATA_LOSS: checksum of google.cloud differs'), False),
+    (FileNotFoundError(), False),
+    (NotADirectoryError(), False),
+    (KeyError('kernel'), False),
+  ],
+)
+def test_errors_of_the_network_are_not_those_of_damage(error, passes):
+  assert checkpoint_lib.may_pass(error) == passes
 
 
 @pytest.mark.parametrize(

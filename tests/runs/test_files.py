@@ -91,6 +91,13 @@ def test_json_in_a_bucket(bucket):
   assert [path.name for path in bucket.iterdir()] == ['config.json']
 
 
+def test_a_bucket_is_asked_again_what_is_in_it(bucket):
+  directory = files.absolute(bucket / 'checkpoints')
+  for name in ('1', '2'):
+    (directory / name).write_text('whole')
+    assert name in [path.name for path in directory.iterdir()]
+
+
 def test_a_local_directory_holds_the_log_itself(tmp_path):
   workdir = files.open_workdir(tmp_path)
   with files.local_log(workdir, lambda: None) as (directory, upload):
