@@ -59,8 +59,8 @@ for ((left = processes; left > 0; )); do
   wait -n -p pid && status=0 || status=$?
   [[ ${pid:-} ]] || continue # Not the end of a process: a signal, passed on.
   left=$((left - 1))
-  ((code)) || code=$status
   # 75 is no failure: stopped and saved, and the others are about to.
+  ((status == 0)) || code=$status
   if ((status != 0 && status != 75)); then
     end_others
     break

@@ -115,8 +115,14 @@ def main(argv: Sequence[str]) -> int:
     words[words.index('python')] = sys.executable
     done = subprocess.run(['env', *words], cwd=ROOT, check=False)
     codes.append(done.returncode if done.returncode >= 0 else 1)
-  readme = ROOT / FOLDER / 'README.md'
-  readme.write_text(written(readme.read_text(), read()))
+  plans, readme = read(), ROOT / FOLDER / 'README.md'
+  if too_large := [name for name, plan in plans.items() if not plan['fits']]:
+    print(
+      f'error: {", ".join(too_large)}: does not fit; {readme} is as it was',
+      file=sys.stderr,
+    )
+    return max(1, *codes)
+  readme.write_text(written(readme.read_text(), plans))
   return max(codes)
 
 

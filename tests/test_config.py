@@ -49,6 +49,8 @@ def test_no_option_is_in_two_sections():
       'model.remat_policy=dots_saveable: needs model.remat=True',
     ),
     ('profile', '3', 'profile=3: must be START:STEPS'),
+    ('profile', '201:3', 'profile=201:3: must start in one of steps=200'),
+    ('optimizer.b1', 1.0, 'optimizer.b1=1.0: must be 0.999999 or less'),
     ('learning_rate', 0.0, 'learning_rate=0.0: must be greater than 0'),
     ('learning_rate', float('nan'), 'learning_rate=nan: must be finite'),
     ('capacity_factor', float('inf'), 'capacity_factor=inf: must be finite'),

@@ -82,9 +82,9 @@ class OptimizerConfig:
   """Learning rate at the end, in units of its peak."""
   decay_steps: int = option(0, least=0, most=10**9, change='named')
   """Last steps of 'wsd', in which the learning rate falls."""
-  b1: float = option(0.9, least=0, most=1, change='named')
+  b1: float = option(0.9, least=0, most=0.999999, change='named')
   """Decay of AdamW's mean of gradients."""
-  b2: float = option(0.999, least=0, most=1, change='named')
+  b2: float = option(0.999, least=0, most=0.999999, change='named')
   """Decay of AdamW's mean of their squares."""
   eps: float = option(1e-8, above=0, most=1, change='named')
   """Added to the root of that mean."""
@@ -224,6 +224,11 @@ class Config:
       raise ValueError(
         f'profile={self.profile}: must be START:STEPS, both 1 or more, such as '
         '100:3'
+      )
+    first, _, _ = self.profile.partition(':')
+    if self.profile and int(first) > self.steps:
+      raise ValueError(
+        f'profile={self.profile}: must start in one of steps={self.steps}'
       )
     left = self.steps - self.warmup_steps
     if self.optimizer.decay_steps > left:

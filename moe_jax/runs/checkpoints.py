@@ -27,7 +27,7 @@ ITEMS = ('params', 'optimizer', 'router', 'average')
 _LATER = ('so_far',)
 Items = dict[str, Any]  # a pytree of arrays for each of these, or some
 
-# Errors of disk, network or memory: tensorstore tells them in a ValueError (but 2,
+# Errors of disk, network or memory: tensorstore tells them in a ValueError (2,
 # ENOENT, is a missing file), and libraries have their own.
 _MAY_PASS = re.compile(
   r'\b(PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED'

@@ -24,7 +24,8 @@ def profiled(
       if running and step > first + count:
         jax.profiler.stop_trace()
         running = False
-      if step == first:
+      # Also where a run goes on within its window.
+      if not running and first <= step < first + count:
         jax.profiler.start_trace(workdir)
         running = True
       with jax.profiler.StepTraceAnnotation('train', step_num=step):

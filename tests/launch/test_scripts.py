@@ -88,6 +88,7 @@ def test_local_single_process_needs_no_coordinator(programs):
     ('time.sleep(i); sys.exit(2)', 2),
     ('sys.exit(3) if i == 1 else time.sleep(99)', 3),
     ('os.kill(os.getpid(), 9) if i == 1 else time.sleep(99)', 137),
+    ('sys.exit(75) if i == 0 else (time.sleep(1), sys.exit(1))', 1),
     # Preempted: the one that writes the checkpoint ends later, undisturbed.
     ('time.sleep(2 * i); print("saved"); sys.exit(75)', 75),
   ],
