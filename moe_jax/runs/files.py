@@ -219,14 +219,15 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 def write(path: epath.Path | pathlib.Path, content: bytes) -> None:
   """Writes a file whole or not at all."""
+  if is_remote(path):  # An object is there once all of it is sent.
+    path.write_bytes(content)
+    return
   temporary = path.with_suffix('.tmp')
   try:
     with temporary.open('wb') as file:
       file.write(content)
       file.flush()
-      # A bucket has no disk.
-      with contextlib.suppress(AttributeError, OSError):
-        os.fsync(file.fileno())
+      os.fsync(file.fileno())
     temporary.replace(path)
   finally:
     temporary.unlink(missing_ok=True)

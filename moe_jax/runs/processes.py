@@ -30,6 +30,8 @@ from moe_jax.options import Refused
 _VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 _LOOPBACK = ('localhost', '127.0.0.1', '[::1]')
 
+# By default 300, which some machines of a pod take to load their image alone.
+_SECONDS_TO_MEET = 1800
 # For a process that hangs; one that died is missed after 100 s without it.
 # Long, as a large text may be tokenized meanwhile.
 _SECONDS_TO_AGREE = 3600
@@ -70,7 +72,9 @@ def start() -> None:
   )
   # By default process 0 listens on all interfaces.
   jax.distributed.initialize(
-    **arguments, coordinator_bind_address=address if local else None
+    **arguments,
+    coordinator_bind_address=address if local else None,
+    initialization_timeout=_SECONDS_TO_MEET,
   )
   if local and jax.config.jax_cpu_collectives_implementation == 'gloo':
     jax_privates.exchange_on_loopback()
