@@ -22,6 +22,7 @@ class Architecture(NamedTuple):
     name: `model_type` of config.json.
     model_class: the class of transformers.
     keys: of config.json -> the option that has this value.
+    defaults: values of keys that a config.json may lack, as in transformers.
     always: options that every model of this type has.
     read: from config.json to the options that are left.
     write: from the options to the keys of config.json that are left.
@@ -33,6 +34,7 @@ class Architecture(NamedTuple):
   name: str
   model_class: str
   keys: Mapping[str, str]
+  defaults: Mapping[str, Any]
   always: Mapping[str, Any]
   read: Callable[[Public], dict[str, Any]]
   write: Callable[[DecoderConfig], dict[str, Any]]
@@ -61,8 +63,6 @@ _CORRECTED = {
   'topk_group': 'groups_per_token',
   'first_k_dense_replace': 'dense_layers',
 }
-# Where a config.json lacks a key.
-_DEFAULTS = {'tie_word_embeddings': False, 'norm_topk_prob': True}
 
 
 def _rope(public: Public) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _full_attention(public: Public) -> None:
   """Raises ValueError where attention does not reach back to the start."""
   window = public.get('sliding_window')
   used = public.get('use_sliding_window', True) and window
-  if used and window < public.get('max_position_embeddings', 0):
+  if used and window < public.get('max_position_embeddings', math.inf):
     raise ValueError(
       f'sliding_window={shown(window)}: attention within a window is not known '
       'here'
@@ -293,6 +293,7 @@ ARCHITECTURES = {
       'MixtralForCausalLM',
       _GROUPED
       | {'num_local_experts': 'experts', 'intermediate_size': 'hidden'},
+      {'rms_norm_eps': 1e-5},
       _NO_SHARED,
       _read_mixtral,
       _write_mixtral,
@@ -308,6 +309,7 @@ ARCHITECTURES = {
         'intermediate_size': 'hidden',
         'norm_topk_prob': 'renormalize_gates',
       },
+      {'rms_norm_eps': 1e-5, 'norm_topk_prob': False},
       _NO_SHARED | {'query_key_norm': 'whole'},
       _read_olmoe,
       _write_olmoe,
@@ -321,6 +323,11 @@ ARCHITECTURES = {
         'intermediate_size': 'dense_hidden',
         'norm_topk_prob': 'renormalize_gates',
       },
+      {
+        'rms_norm_eps': 1e-6,
+        'norm_topk_prob': False,
+        'use_sliding_window': False,
+      },
       _NO_SHARED | {'query_key_norm': 'head'},
       _read_qwen3,
       _write_qwen3,
@@ -329,6 +336,7 @@ ARCHITECTURES = {
       'glm4_moe',
       'Glm4MoeForCausalLM',
       _GROUPED | _CORRECTED,
+      {'rms_norm_eps': 1e-5, 'norm_topk_prob': True},
       {'scoring': 'sigmoid'},
       _read_glm4,
       _write_glm4,
@@ -344,6 +352,7 @@ ARCHITECTURES = {
         'qk_rope_head_dim': 'rotary_size',
         'v_head_dim': 'value_size',
       },
+      {'rms_norm_eps': 1e-6, 'norm_topk_prob': True},
       {'scoring': 'sigmoid'},
       _read_deepseek,
       _write_deepseek,
@@ -367,7 +376,7 @@ def read(public: Public) -> tuple[Architecture, DecoderConfig]:
     )
   architecture = ARCHITECTURES[name]
   _must_be(public, hidden_act='silu')
-  public = _DEFAULTS | dict(public)
+  public = {'tie_word_embeddings': False, **architecture.defaults, **public}
   try:
     options = {option: public[key] for key, option in architecture.keys.items()}
     options |= architecture.read(public) | dict(architecture.always)

@@ -163,6 +163,26 @@ def test_older_config_means_the_same(name):
   assert architectures.read(older) == architectures.read(public)
 
 
+@pytest.mark.parametrize(
+  ('name', 'epsilon', 'renormalized'),
+  [
+    ('mixtral', 1e-5, True),  # It always does.
+    ('olmoe', 1e-5, False),
+    ('qwen3_moe', 1e-6, False),
+    ('glm4_moe', 1e-5, True),
+    ('deepseek_v3', 1e-6, True),
+  ],
+)
+def test_missing_keys_mean_what_transformers_takes(name, epsilon, renormalized):
+  public = json.loads((GOLDEN / name / 'config.json').read_text())
+  for key in ('rms_norm_eps', 'norm_topk_prob', 'tie_word_embeddings'):
+    public.pop(key, None)
+  _, model = architectures.read(public)
+  assert model.norm_epsilon == epsilon
+  assert model.renormalize_gates == renormalized
+  assert not model.tied_embeddings
+
+
 def test_positions_are_stretched_as_deepseek_publishes(tmp_path):
   """Its keys, of https://huggingface.co/deepseek-ai/DeepSeek-V3."""
   folder = copy('deepseek_v3', tmp_path)
@@ -424,6 +444,11 @@ def test_each_device_reads_its_part():
     ('mixtral', {'hidden_size': 'x'}, "model.width='x': must be of type int"),
     ('mixtral', {'vocab_size': None}, 'data.vocabulary=None'),
     ('mixtral', {'sliding_window': 64}, 'sliding_window=64: attention within'),
+    (
+      'mixtral',
+      {'sliding_window': 4096, 'max_position_embeddings': None},
+      'sliding_window=4096: attention within',
+    ),
     ('mixtral', {'rope_parameters': None}, 'rope_theta: missing'),
     (
       'olmoe',
