@@ -17,7 +17,8 @@ ASSUMPTIONS = (
   'state, 12 bytes a parameter. A redundant copy exchanges its gradient and '
   'its weights once a step, in float32.',
   'FLOP/s and bandwidth are attained in full, without latency; nothing '
-  'overlaps; solves of prices take no time; nothing was measured.',
+  'overlaps; solves of prices, the all-reduce of dense gradients and the '
+  'optimizer take no time; nothing was measured.',
   'Loads are those of a whole step. Those of its microbatches and shards are '
   'less even, so that real devices wait longer.',
 )
@@ -72,9 +73,8 @@ def step_time(
   model = config['model']
   width, expert = model['width'], 3 * model['width'] * model['hidden']
   layers = model['layers'] - model['dense_layers']
-  head = model['head_size'] or width // model['heads']
   other = (
-    2 * width * head * (model['heads'] + model['kv_heads']) * model['layers']
+    _attention(model) * model['layers']
     + (model['shared_experts'] * expert + width * model['experts']) * layers
     + 3 * width * model['dense_hidden'] * model['dense_layers']
     + width * config['data']['vocabulary']
@@ -86,4 +86,22 @@ def step_time(
     other=6 * other * tokens / devices / flops,
     move=layers * 12 * expert / bandwidth,
     copy=layers * 8 * expert / bandwidth,
+  )
+
+
+def _attention(model: Mapping[str, Any]) -> int:
+  """Returns the parameters of the matrices of a layer's attention."""
+  width, heads = model['width'], model['heads']
+  head = model['head_size'] or width // heads
+  latent = model.get('latent_size', 0)
+  if not latent:
+    return 2 * width * head * (heads + model['kv_heads'])
+  query, turning = model['query_latent_size'], model['rotary_size']
+  value = model['value_size'] or head
+  return (
+    width * query
+    + (query or width) * heads * head
+    + width * (latent + turning)
+    + latent * heads * (head - turning + value)
+    + heads * value * width
   )

@@ -1,18 +1,23 @@
 """Placements by hand, against all placements, and of recorded loads."""
 
+import dataclasses
 import itertools
 import json
 
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import jax
 import numpy as np
 import pytest
 
+from moe_jax import nn
 from moe_jax.analysis import load_prediction as prediction
 from moe_jax.analysis import placement
 from moe_jax.analysis import placement_policies as policies
 from moe_jax.analysis.placement_study import simulate
 from moe_jax.analysis.step_time import step_time
+from moe_jax.nn.latent_attention import LatentAttention
 
 
 def test_greedy_by_hand():
@@ -184,6 +189,30 @@ def test_step_time_by_hand():
   assert time.seconds(1.5, moves=0.5, copies=2) == pytest.approx(
     time.other + 1.5 * time.even + 0.5 * time.move + 2 * time.copy
   )
+
+
+@pytest.mark.parametrize('queries', [0, 24])
+def test_latent_attention_costs_its_own_matrices(queries):
+  """Priced are the parameters of the layer, but for its norms."""
+  model = nn.DecoderConfig(
+    width=16,
+    layers=1,
+    heads=4,
+    head_size=8,
+    rotary_size=2,
+    latent_size=12,
+    query_latent_size=queries,
+    value_size=6,
+    shared_experts=0,
+  )
+  layer = LatentAttention(model, rngs=nnx.Rngs(0))
+  parameters = sum(
+    leaf.size for leaf in jax.tree.leaves(nnx.state(layer)) if leaf.ndim == 2
+  )
+  config = {'model': dataclasses.asdict(model), 'data': {'vocabulary': 10}}
+  time = step_time(config, pairs=16, devices=1, flops=1.0, bandwidth=1.0)
+  # With the router's 16 x 16 and the output's 16 x 10, for 16 / 4 tokens.
+  assert time.other == 6 * (parameters + 256 + 160) * 4
 
 
 def test_a_run_is_told(write_run, tmp_path, capsys):
