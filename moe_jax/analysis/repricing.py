@@ -31,22 +31,37 @@ class Routed(NamedTuple):
   loss: float
 
 
-def find_prices(model: nn.Decoder, tokens_NxBxS: np.ndarray) -> None:
+def find_prices(
+  model: nn.Decoder,
+  tokens_NxBxS: np.ndarray,
+  positions_NxBxS: np.ndarray | None = None,
+) -> None:
   """Lets the model's rule see a text, batch by batch; parameters stay.
 
   Rules that solve on a batch have their prices after one; those that move a
   little after each step want many.
+
+  Args:
+    model: its prices are changed.
+    tokens_NxBxS: the text.
+    positions_NxBxS: `data.document_positions` of the tokens, for a run with
+      `data.cross_documents=false`; None: a sequence is one document.
   """
   copied = _without_dropping(model)
-  for tokens_BxS in tokens_NxBxS:
-    _of_batch(copied, tokens_BxS, train=True)
+  for batch in _batches(tokens_NxBxS, positions_NxBxS):
+    _of_batch(copied, *batch, train=True)
   nnx.update(model, nnx.state(copied, nn.RouterState))
 
 
-def routed(model: nn.Decoder, tokens_NxBxS: np.ndarray) -> Routed:
-  """Routes and predicts a text with prices as they are."""
+def routed(
+  model: nn.Decoder,
+  tokens_NxBxS: np.ndarray,
+  positions_NxBxS: np.ndarray | None = None,
+) -> Routed:
+  """Routes and predicts a text with prices as they are; see `find_prices`."""
   copied = _without_dropping(model)
-  found = [_of_batch(copied, each, train=False) for each in tokens_NxBxS]
+  batches = _batches(tokens_NxBxS, positions_NxBxS)
+  found = [_of_batch(copied, *batch, train=False) for batch in batches]
   loads, losses = zip(*jax.device_get(found), strict=True)
   load_LxE = np.sum(loads, axis=0, dtype=np.int64)
   return Routed(load_LxE, float(np.mean(losses, dtype=np.float64)))
@@ -60,9 +75,19 @@ def _without_dropping(model):
   return copied
 
 
+def _batches(tokens_NxBxS, positions_NxBxS):
+  if positions_NxBxS is None:
+    positions_NxBxS = [None] * len(tokens_NxBxS)
+  return zip(tokens_NxBxS, positions_NxBxS, strict=True)
+
+
 @functools.partial(nnx.jit, static_argnames='train')
-def _of_batch(model, tokens_BxS, *, train):
-  logits_BxSxV, outputs = model(tokens_BxS[:, :-1], None, train=train)
+def _of_batch(model, tokens_BxS, positions_BxS, *, train):
+  if positions_BxS is not None:
+    positions_BxS = positions_BxS[:, :-1]
+  logits_BxSxV, outputs = model(
+    tokens_BxS[:, :-1], positions_BxS=positions_BxS, train=train
+  )
   if train:
     nn.update_routers(model)
   loss_BxS = optax.softmax_cross_entropy_with_integer_labels(

@@ -14,6 +14,7 @@ from moe_jax.analysis import Run, repricing
 from tests import golden_data
 
 TOKENS = np.random.default_rng(0).integers(97, size=(3, 2, 33)).astype(np.int32)
+DOCUMENTS = np.broadcast_to(np.arange(33, dtype=np.int32) % 11, TOKENS.shape)
 
 
 @pytest.fixture(scope='module')
@@ -25,6 +26,12 @@ def checkpoint(tmp_path_factory):
 
 def q_of(model):
   return np.asarray(nn.prices(nnx.state(model, nn.RouterState)))
+
+
+def predict(model, tokens_BxS, positions_NxBxS):
+  """Predicts by the model alone; documents lie alike in all batches."""
+  positions = None if positions_NxBxS is None else positions_NxBxS[0, :, :-1]
+  return model(tokens_BxS[:, :-1], positions_BxS=positions, train=False)
 
 
 def worst(load_LxE):
@@ -48,11 +55,21 @@ def test_prices_are_those_of_the_rule_and_stay(checkpoint):
   jax.tree.map(np.testing.assert_array_equal, *params)
 
 
-def test_loss_and_loads_are_those_of_the_model(checkpoint):
-  found = repricing.routed(checkpoint.model, TOKENS)
+def test_prices_are_of_documents_by_themselves(checkpoint):
+  model = checkpoint.with_balancer(name='bip', iterations=20)
+  _, outputs = predict(model, TOKENS[0], DOCUMENTS)
+  rule = routing.bip(20)
+  q_E, _ = rule.solve(rule.init(8), outputs.scores[0], k=2)
+  repricing.find_prices(model, TOKENS[:1], DOCUMENTS[:1])
+  np.testing.assert_allclose(q_of(model)[0], q_E, atol=1e-6)
+
+
+@pytest.mark.parametrize('positions', [None, DOCUMENTS])
+def test_loss_and_loads_are_those_of_the_model(checkpoint, positions):
+  found = repricing.routed(checkpoint.model, TOKENS, positions)
   losses, loads = [], 0
   for tokens_BxS in TOKENS:
-    logits, outputs = checkpoint.model(tokens_BxS[:, :-1], None, train=False)
+    logits, outputs = predict(checkpoint.model, tokens_BxS, positions)
     logs = np.asarray(jax.nn.log_softmax(logits))
     losses.append(-np.take_along_axis(logs, tokens_BxS[:, 1:, None], -1).mean())
     loads = loads + np.asarray(outputs.choice.load)
