@@ -3,6 +3,7 @@
 Shape letters: B batch, S sequence, N all tokens, L layers, E experts, K chosen.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -140,10 +141,17 @@ class Checkpoint:
     prompt_S = tokenizer.encode(prompt)
     if not len(prompt_S):
       prompt_S = [tokenizer.end_of_document]
+    new_N = self.continue_ids(prompt_S, tokens=tokens, **options)
+    return tokenizer.decode(new_N)
+
+  def continue_ids(
+    self, prompt_S: Sequence[int], *, tokens: int, **options: Any
+  ) -> np.ndarray:
+    """Returns the ids of the tokens that follow a prompt; see `generate`."""
     # A row for each device; they are all alike.
     prompt_BxS = np.tile(np.int32(prompt_S), (self.mesh.size, 1))
     new_BxN = nn.generate(self.model, prompt_BxS, tokens=tokens, **options)
-    return tokenizer.decode(np.asarray(new_BxN)[0])
+    return np.asarray(new_BxN)[0]
 
   def with_balancer(self, **balancer: Any) -> nn.Decoder:
     """Returns the model under another rule, with the prices that it begins at.

@@ -20,6 +20,7 @@ Prints Markdown. Exit codes: 0 answered; 2 refused (bad input).
 
 from collections.abc import Sequence
 import importlib.util
+import itertools
 import json
 import pathlib
 import sys
@@ -37,9 +38,9 @@ _BATCH = 8  # sequences on each device
 def language_model(run: Run, checkpoint: Checkpoint):
   """Returns a checkpoint as the `lm_eval.api.model.LM` that tasks ask.
 
-  A request without a context begins at the end of a document, as training
-  does. What is longer than a sequence of the training loses its beginning, and
-  a longer continuation is read in parts.
+  A request begins at the end of a document, as training does, and an answer
+  ends there. What is longer than a sequence of the training loses its
+  beginning, and a longer continuation is read in parts.
   """
   from lm_eval.api.model import LM
 
@@ -78,11 +79,19 @@ def language_model(run: Run, checkpoint: Checkpoint):
       for request in requests:
         prompt, options = request.args
         stops = options.get('until', [])
-        text = checkpoint.generate(
-          tokenizer.decode(tokenizer.encode(prompt)[-longest:]),
-          tokens=options.get('max_gen_toks', 256),
+        tokens = options.get('max_gen_toks', 256)
+        if tokens >= longest:
+          raise ValueError(
+            f'max_gen_toks={tokens}: must be less than the sequence_length of '
+            f'the run, {longest}; set it in generation_kwargs of the task'
+          )
+        found = checkpoint.continue_ids(
+          [*start, *tokenizer.encode(prompt)][tokens - longest :],
+          tokens=tokens,
           temperature=options.get('temperature', 0.0),
         )
+        ends = itertools.takewhile(lambda token: token not in start, found)
+        text = tokenizer.decode(list(ends))
         for stop in [stops] if isinstance(stops, str) else stops:
           text = text.partition(stop)[0] if stop else text
         answers.append(text)

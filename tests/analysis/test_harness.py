@@ -6,7 +6,10 @@ It is not in requirements-dev.txt, as it brings some 40 packages along.
 import importlib.util
 import json
 import pathlib
+import sys
+import types
 
+import numpy as np
 import pytest
 
 from moe_jax.analysis import harness
@@ -36,6 +39,49 @@ QUESTIONS = [
 def test_what_to_install_is_said(capsys):
   assert harness.main([f'--run={STORED}', '--tasks=lambada_openai']) == 2
   assert 'pip install -r requirements-harness.txt' in capsys.readouterr().err
+
+
+class Asked:
+  """A request of the harness."""
+
+  def __init__(self, *args):
+    self.args = args
+
+
+@pytest.fixture
+def answering(monkeypatch):
+  """A model that answers ' of', ends the document and goes on; its prompts."""
+  library = types.SimpleNamespace(LM=object)
+  monkeypatch.setitem(sys.modules, 'lm_eval.api.model', library)
+  run, prompts = Run(STORED), []
+  end = run.tokenizer.end_of_document
+
+  def answer(prompt_S, *, tokens, temperature):
+    prompts.append(list(prompt_S))
+    encode = run.tokenizer.encode
+    return np.array([*encode(' of'), end, *encode(' another')])
+
+  checkpoint = run.restore()
+  monkeypatch.setattr(checkpoint, 'continue_ids', answer)
+  return harness.language_model(run, checkpoint), prompts
+
+
+def test_an_answer_ends_with_its_document(answering):
+  model, prompts = answering
+  asked = Asked('To be', {'until': ['.'], 'max_gen_toks': 4})
+  assert model.generate_until([asked]) == [' of']
+  tokenizer = Run(STORED).tokenizer
+  start = tokenizer.end_of_document
+  assert prompts == [[start, *tokenizer.encode('To be')]]
+
+
+def test_prompt_and_answer_fit_into_a_sequence(answering):
+  model, prompts = answering
+  text = 'To be, or not to be, that is the question'
+  model.generate_until([Asked(text, {'max_gen_toks': 4})])
+  assert prompts == [Run(STORED).tokenizer.encode(text)[-12:].tolist()]
+  with pytest.raises(ValueError, match='max_gen_toks=16: must be less than'):
+    model.generate_until([Asked(text, {'max_gen_toks': 16})])
 
 
 def write_task(folder, kind, target, more):
@@ -86,10 +132,6 @@ def by_hand():
   """Accuracy from the likelihoods of the choices, each by itself."""
   run = Run(STORED)
   model = harness.language_model(run, run.restore())
-
-  class Asked:
-    def __init__(self, *args):
-      self.args = args
 
   right = 0
   for each in QUESTIONS:
