@@ -20,7 +20,8 @@ class RoutedText:
     ids: of the tokens, int32 [S].
     experts: int32 [L, S, K], best first by score - q; -1 for a slot that is not
       used, where tokens take different numbers of experts.
-    gates: scores of the chosen, float32 [L, S, K].
+    gates: of the chosen, as their outputs were mixed: scores that are by
+      default divided by their sum, then scaled; float32 [L, S, K].
     scores: of all experts, float32 [L, S, E].
     q: price of each expert, float32 [L, E].
   """
