@@ -75,6 +75,12 @@ def _mean(run: Results, metric: str) -> float:
   return run.metrics[metric].mean(skipna=False)
 
 
+def _skipped(run: Results) -> pd.Series:
+  """Tells which steps were not finite, so that the trainer skipped them."""
+  names = ['train/loss', 'train/aux_loss', 'train/gradient_norm']
+  return ~run.metrics.filter(names).abs().lt(math.inf).all(axis='columns')
+
+
 class Runs:
   """What the runs are."""
 
@@ -106,11 +112,16 @@ class Runs:
     """Positions trained on, padding included."""
     return run.tokens.iloc[-1]
 
-  @column('not finite', ',.0f')
-  def first_non_finite_step(run):
-    """The first step whose training loss was not finite."""
-    loss = run.metrics['train/loss']
-    return next(iter(loss.index[~loss.abs().lt(math.inf)]), None)
+  @column('skipped', ',.0f')
+  def skipped_steps(run):
+    """Steps that were not finite and changed nothing."""
+    return _skipped(run).sum()
+
+  @column('diverged at', ',.0f')
+  def diverged_at(run):
+    """The first of the skipped steps that the run ended on."""
+    ended_on = _skipped(run)[::-1].cummin()
+    return min(ended_on.index[ended_on], default=None)
 
 
 class Balance:
@@ -201,8 +212,11 @@ class Training:
 
   @column('train loss [nats/token]', '.3f')
   def train_loss(run):
-    """Cross-entropy, mean over the last 10 steps."""
-    return run.metrics['train/loss'].tail(10).mean(skipna=False)
+    """Cross-entropy, mean over the last 10 steps that were not skipped; unknown
+    where the run ended on skipped ones."""
+    skipped = _skipped(run)
+    good = run.metrics['train/loss'][~skipped]
+    return None if skipped.iloc[-1] else good.tail(10).mean()
 
   @column('gap to unigram [bits/byte]', '+.3f')
   def gap_to_unigram(run):

@@ -165,9 +165,13 @@ def notes(table: pd.DataFrame) -> list[str]:
     done, total = run['steps'], run['config.steps']
     if not run['finished']:
       said.append(f'{name} is not finished: step {done:,} of {total:,}.')
-    diverged = run['first_non_finite_step']
-    if not math.isnan(diverged):
-      said.append(f'{name} diverged: no finite loss at step {diverged:,.0f}.')
+    if not math.isnan(run['diverged_at']):
+      said.append(
+        f'{name} diverged: no step is finite from step '
+        f'{run["diverged_at"]:,.0f} on.'
+      )
+    elif skipped := run['skipped_steps']:
+      said.append(f'{name} skipped steps that were not finite: {skipped:,.0f}.')
   table = table.copy().reset_index()  # In one piece: pandas warns otherwise.
   seeds = table.groupby('method', sort=False)['seed'].nunique()
   if alone := list(seeds.index[seeds == 1]):

@@ -70,11 +70,13 @@ def test_one_run(write_run, page):
   assert tables['Runs'][1] == [
     'bip',
     'bip',
-    'bip(iterations=4, clip=True, cutoff=next, lag=False, scope=global)',
+    'bip(iterations=4, clip=True, cutoff=next, warm=True, lag=False, '
+    'scope=global)',
     '0',
     '3',
     'True',
     '24',
+    '0',
     '–',
   ]
   assert tables['Balance'][1][:5] == ['bip', '0.583', '1.000', '1.000', '0.250']

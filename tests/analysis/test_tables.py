@@ -151,12 +151,31 @@ def test_a_run_that_diverged_is_a_result(write_run, records):
     record['eval/validation/perplexity'] = None
   run = Run(write_run(records=records))
   summary = summarize(run)
-  assert summary['first_non_finite_step'] == 2
+  assert summary['diverged_at'] == 2
   assert summary['train_loss'] is None
   assert summary['eval/validation/step'] is None
   markdown = comparison_markdown(comparison({'bip': [run]}))
-  assert '- bip, seed 0 diverged: no finite loss at step 2.' in markdown
+  told = '- bip, seed 0 diverged: no step is finite from step 2 on.'
+  assert told in markdown
   assert cells(markdown, 'bip', 'Training') == ['–', '–', '–']
+
+
+def test_a_skipped_step_is_no_divergence(write_run, records):
+  """Of losses 8, 7, 6; a gradient may be infinite where the loss is finite."""
+  records[1]['train/loss'] = None
+  run = Run(write_run('bip', records=records))
+  other = [record | {'train/gradient_norm': 1.0} for record in records]
+  other[0]['train/gradient_norm'] = None
+  summary = summarize(run)
+  assert summary['skipped_steps'] == 1
+  assert summary['diverged_at'] is None
+  assert summary['train_loss'] == (8 + 6) / 2
+  other = Run(write_run('loss_free', records=other))
+  assert summarize(other)['skipped_steps'] == 2
+  assert summarize(other)['train_loss'] == 6
+  markdown = comparison_markdown(comparison({'bip': [run]}))
+  assert 'seed 0 skipped steps that were not finite: 1.' in markdown
+  assert 'diverged:' not in markdown
 
 
 def test_no_step_yet_is_an_error(write_run):
@@ -208,7 +227,7 @@ def test_a_comparison_can_be_stored(two_methods, tmp_path):
   stored = json.loads((tmp_path / 'table.json').read_text())
   assert [run['seed'] for run in stored] == [0, 1, 0, 1]
   assert stored[3]['sup_max_violation'] == 1.125
-  assert stored[3]['first_non_finite_step'] is None
+  assert stored[3]['diverged_at'] is None
 
 
 def test_one_seed_has_no_deviation(two_methods):
