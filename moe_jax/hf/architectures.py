@@ -411,12 +411,16 @@ def nearest(config: DecoderConfig) -> tuple[Architecture, dict[str, Any]]:
   """
   found = []
   for architecture in ARCHITECTURES.values():
+    public = write(architecture, config)
+    if 'n_shared_experts' in public:  # Public implementations always have one.
+      public['n_shared_experts'] = max(1, config.shared_experts)
     try:
-      _, near = read(write(architecture, config))
+      _, near = read(public)
     except ValueError:  # The type has no such heads.
       continue
     found.append((architecture, differences(config, near)))
-  return min(found, key=lambda each: len(each[1]))
+  # Other scores are the greatest difference: prices have no place in some.
+  return min(found, key=lambda each: ('scoring' in each[1], len(each[1])))
 
 
 def differences(config: DecoderConfig, other: DecoderConfig) -> dict[str, Any]:

@@ -31,9 +31,9 @@ def export_model(
 ) -> str:
   """Writes the model of a run in the public format that can say it.
 
-  That of an imported one is the format that it came in; another model gets the
-  first that computes the same. Prices become the bias by which experts are
-  chosen, and stay float32.
+  That of an imported one is the format that it came in, with how it generates
+  and its tokenizer; another model gets the first that computes the same. Prices
+  become the bias by which experts are chosen, and stay float32.
 
   Args:
     workdir: of the run.
@@ -69,6 +69,8 @@ def export_model(
     if not architecture.corrected and q_LxE.any():
       raise ValueError(_no_prices(architecture))
     public = _public(architecture, config, was.get('config', {}))
+    for name, text in was.get('files', {}).items():
+      files.write(folder / name, text.encode())
     _add_tokenizer(run, folder, public, config.data.vocabulary)
     known = was.get('dtypes', {})
     if dtype:
@@ -162,6 +164,7 @@ def _public(
   if 'num_nextn_predict_layers' in public:
     public['num_nextn_predict_layers'] = 0  # They were skipped.
   public.pop('quantization_config', None)  # Written as what it stands for.
+  public.pop('auto_map', None)  # Names code that is not exported.
   return public
 
 
@@ -208,7 +211,8 @@ def _add_tokenizer(
   public.setdefault('bos_token_id', None)
   public.setdefault('eos_token_id', tokenizer.end_of_document)
   (folder / 'tokenizer.json').write_text(text)
-  files.write_json(
-    folder / 'tokenizer_config.json',
-    {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': end},
-  )
+  if not (folder / 'tokenizer_config.json').exists():
+    files.write_json(
+      folder / 'tokenizer_config.json',
+      {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': end},
+    )

@@ -9,6 +9,13 @@ from moe_jax.runs import files
 
 # In a work directory: what an imported model was, to be exported as it was.
 PUBLIC = 'public.json'
+# Beside its tensors: what is exported as it came.
+BESIDE = (
+  'generation_config.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'chat_template.jinja',
+)
 
 
 @contextlib.contextmanager

@@ -79,15 +79,21 @@ def import_model(
       config, model=dataclasses.replace(model, dtype='bfloat16')
     )
   tokenizer, why = _tokenizer(source, config.data.vocabulary)
+  beside = {
+    name: (source / name).read_bytes().decode()
+    for name in folders.BESIDE
+    if (source / name).is_file()
+  }
   with folders.made(workdir, '--workdir') as place:
     params = _parameters(training.abstract.params, rows, found)
     router = _router(training, found, biases)
     _write(place, config, params, router, tokenizer)
-    was = {
+    dtypes = {
       name: 'F32' if tensor.scale else tensor.dtype
       for name, tensor in found.items()
     }
-    files.write_json(place / folders.PUBLIC, {'config': public, 'dtypes': was})
+    was = {'config': public, 'dtypes': dtypes, 'files': beside}
+    files.write_json(place / folders.PUBLIC, was)
   return told + why
 
 

@@ -183,6 +183,25 @@ def test_missing_keys_mean_what_transformers_takes(name, epsilon, renormalized):
   assert not model.tied_embeddings
 
 
+def test_files_beside_the_tensors_are_exported_as_they_came(tmp_path):
+  """But nothing that names code."""
+  folder, out = copy('mixtral', tmp_path), tmp_path / 'out'
+  write_tokenizer(folder / 'tokenizer.json', '</s>')
+  change(folder, auto_map={'AutoConfig': 'configuration_mixtral.MixtralConfig'})
+  beside = {
+    'tokenizer_config.json': '{"eos_token": "</s>", "chat_template": "{{a}}"}',
+    'generation_config.json': '{"temperature": 0.6}',
+    'chat_template.jinja': '\uff5c{{ a }}',
+  }
+  for name, text in beside.items():
+    (folder / name).write_text(text, encoding='utf-8')
+  hf.import_model(str(folder), str(tmp_path / 'run'))
+  hf.export_model(str(tmp_path / 'run'), str(out))
+  for name, text in beside.items():
+    assert (out / name).read_text(encoding='utf-8') == text
+  assert 'auto_map' not in json.loads((out / 'config.json').read_text())
+
+
 def test_positions_are_stretched_as_deepseek_publishes(tmp_path):
   """Its keys, of https://huggingface.co/deepseek-ai/DeepSeek-V3."""
   folder = copy('deepseek_v3', tmp_path)
@@ -584,6 +603,10 @@ def test_prices_of_softmax_scores_cannot_be_said(tmp_path):
   ('options', 'message'),
   [
     ({}, 'mixtral, has model.shared_experts=0, not 1'),
+    (
+      {'scoring': 'sigmoid', 'shared_experts': 0},
+      'glm4_moe, has model.shared_experts=1, not 0',
+    ),
     (
       {'scoring': 'sigmoid', 'priced': 'logits'},
       'glm4_moe, has model.priced=scores, not logits',
