@@ -57,13 +57,19 @@ def text_of(
     int32 [sequences, sequence_length], from the beginning of the text.
 
   Raises:
-    ValueError: the text is too short, or is no longer that of the run.
+    ValueError: the text is too short, is no longer that of the run, or there
+      is none.
     OSError: it cannot be read.
   """
   config = checkpoint.config
   if path:
     tokens_N = run.tokenizer.encode(pathlib.Path(path).read_text('utf-8'))
   else:
+    if 'text_fingerprint' not in run.facts:
+      raise ValueError(
+        '--text: this model has no text of its own, it was imported; give a '
+        'file'
+      )
     text = data.load_text(config.data)
     if text.fingerprint != run.facts['text_fingerprint']:
       raise ValueError(

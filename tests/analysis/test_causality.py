@@ -249,3 +249,11 @@ def test_a_text_that_has_changed_is_refused(workdir, capsys):
     path.write_text(f'{path.name}: another text of the expert ' * 99)
   assert program.main([f'--run={workdir}']) == 2
   assert 'has changed since; give a file' in capsys.readouterr().err
+
+
+def test_an_imported_model_has_no_text(workdir, capsys):
+  facts = json.loads((workdir / 'run.json').read_text())
+  del facts['text_fingerprint']
+  (workdir / 'run.json').write_text(json.dumps(facts))
+  assert program.main([f'--run={workdir}']) == 2
+  assert '--text: this model has no text of its own' in capsys.readouterr().err
