@@ -219,11 +219,11 @@ def test_what_is_no_run_is_named(write_run, tmp_path, capsys, damage, message):
     (['x', '--nothing'], 'unrecognized arguments: --nothing'),
   ],
 )
-def test_usage(capsys, arguments, message):
-  with pytest.raises(SystemExit) as ended:
-    report.main(arguments)
-  assert ended.value.code == 2
-  assert message in capsys.readouterr().err
+def test_wrong_arguments_are_refused_in_one_line(capsys, arguments, message):
+  assert report.main(arguments) == 2
+  error = capsys.readouterr().err
+  assert error.startswith('error: ') and error.count('\n') == 1
+  assert message in error
 
 
 @pytest.mark.parametrize('out', ['', 'missing/report.html'])

@@ -5,16 +5,18 @@
 
 The page is a single file that fetches nothing. Runs may be unfinished, and of
 different configs. With texts, each of them a domain, it shows which experts
-the checkpoints send them to.
+the checkpoints send them to: --text for each, its first 20,000 characters.
+
+Exit codes: 0 done; 2 refused (bad input).
 """
 
-import argparse
 from collections.abc import Sequence
 import pathlib
 import sys
 
 from rich.console import Console
 
+from moe_jax.analysis.command_line import Parser, answer, check_output
 from moe_jax.analysis.report.page import render
 from moe_jax.analysis.run import Run
 from moe_jax.runs import files
@@ -24,35 +26,22 @@ _CHARACTERS = 20_000  # of a text
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the program; returns its exit code."""
-  parser = argparse.ArgumentParser(
-    prog='python -m moe_jax.analysis.report',
-    description='Makes one page, a single HTML file, of one or more runs.',
-  )
-  parser.add_argument('workdir', nargs='+', help='work directory of a run')
-  parser.add_argument(
-    '--out', default='report.html', metavar='FILE', help='default: report.html'
-  )
-  parser.add_argument(
-    '--text',
-    action='append',
-    default=[],
-    metavar='FILE',
-    help='text that the checkpoints are to route, its first 20,000 characters',
-  )
-  arguments = parser.parse_args(argv)
-  out = pathlib.Path(arguments.out)
-  try:
-    if out.is_dir() or not out.parent.is_dir():
-      raise ValueError(f'--out={out}: must be a file in an existing directory')
-    runs = [Run(path) for path in arguments.workdir]
-    with Console(stderr=True).status('report') as status:
-      page = render(runs, _read(arguments.text), status.update)
-    files.write(out, page.encode(errors='replace'))
-  except (ValueError, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  print(f'{out}: {out.stat().st_size / 1e6:.1f} MB')
-  return 0
+  return answer(lambda: _answer(argv))
+
+
+def _answer(argv: Sequence[str] | None) -> str:
+  parser = Parser(description=__doc__)
+  parser.add_argument('workdir', nargs='+')
+  parser.add_argument('--out', default='report.html')
+  parser.add_argument('--text', action='append', default=[])
+  options = parser.parse_args(argv)
+  out = pathlib.Path(options.out)
+  check_output('out', str(out))
+  runs = [Run(path) for path in options.workdir]
+  with Console(stderr=True).status('report') as status:
+    page = render(runs, _read(options.text), status.update)
+  files.write(out, page.encode(errors='replace'))
+  return f'{out}: {out.stat().st_size / 1e6:.1f} MB'
 
 
 def _read(paths: Sequence[str]) -> dict[str, str]:
