@@ -4,11 +4,12 @@
       [--sizes=4096x16x4,16384x64x8,65536x64x8,131072x256x8] \\
       [--models=experiments/mini_16e.py,experiments/mini_64e.py]
 
-Sizes are tokens x experts x experts per token; solves are of 4 iterations. JAX
-and PyTorch take turns; printed are medians of milliseconds, and the median and
-range of the ratios of pairs. `memory` is what XLA needs at its peak beside
-inputs and results, in units of the score matrix. Where torch is not installed,
-its columns are skipped. For figures of one device, give JAX just one.
+Sizes are tokens x experts x experts per token; solves are of 4 iterations.
+Results are checked to be equal first. JAX and PyTorch take turns; printed are
+medians of milliseconds, and the median and range of the ratios of pairs.
+`memory` is what XLA needs at its peak beside inputs and results, in units of
+the score matrix. Where torch is not installed, its columns are skipped. For
+figures of one device, give JAX just one.
 
 Then the CPU time of a layer's router with what the metrics of a step are made
 of, over that without it, likewise of pairs in turns. Last, for the train step
@@ -95,14 +96,18 @@ def update(scores_TxE, q_E, k, balancer):
 def torch_histogram(scores, q, k, bins=1000):
   """Does what `quantile(estimator='histogram')` does after the choice."""
   tokens, experts = scores.shape
+  capacity = tokens * k // experts
   p = torch.topk(scores - q, k + 1, dim=1).values[:, -1:]
   top, span = q.max() + 1, q.max() - q.min() + 2
   depth = ((top - (scores - p)) * (bins / span)).long().clamp(0, bins - 1)
   depth += torch.arange(experts) * bins
   count = torch.bincount(depth.flatten(), minlength=experts * bins)
-  through = count.view(experts, bins).cumsum(1)
-  found = (through > tokens * k // experts).int().argmax(1)
-  q = top - found * (span / bins)
+  count = count.view(experts, bins)
+  through = count.cumsum(1)
+  found = (through > capacity).int().argmax(1, keepdim=True)
+  inside = count.gather(1, found)
+  rank = capacity - (through.gather(1, found) - inside) + 0.5
+  q = (top - (found + rank / inside) * (span / bins)).squeeze(1)
   return q - q.mean()
 
 
@@ -112,7 +117,7 @@ def sinkhorn(scores_TxE, q_E, k):
   return balancer.solve(routing.State(q_E), scores_TxE, k=k)[0]
 
 
-def torch_sinkhorn(scores, q, k, temperature=0.2):
+def torch_sinkhorn(scores, q, k, temperature=0.02):
   """Does what `sinkhorn` does."""
   tokens, experts = scores.shape
   for _ in range(ITERATIONS):
@@ -133,7 +138,8 @@ def rounded(scores_TxE, q_E, k):
 
 def choose(scores_TxE, q_E, k):
   """Chooses the experts."""
-  return routing.choose(scores_TxE, q_E, k=k)
+  choice = routing.choose(scores_TxE, q_E, k=k)
+  return choice.experts, choice.gates, choice.load
 
 
 def torch_choose(scores, q, k):
@@ -214,7 +220,7 @@ def cpu_seconds(run: Callable[[], Any]) -> float:
 def compare(
   task: Task, scores_TxE: jax.Array, q_E: jax.Array, k: int, repeats: int
 ) -> dict[str, str]:
-  """Returns the columns of a task's line."""
+  """Checks that both compute the same; returns the columns of a task's line."""
   compiled = (
     jax.jit(task.ours, static_argnums=2).lower(scores_TxE, q_E, k).compile()
   )
@@ -222,8 +228,9 @@ def compare(
   if torch and task.theirs:
     scores, q = (torch.from_numpy(np.array(x)) for x in (scores_TxE, q_E))
     runs.append(lambda: task.theirs(scores, q, k))
-  for run in runs:
-    run()  # The first one is slower.
+  results = [jax.tree.leaves(run()) for run in runs]  # Slower than later ones.
+  for each in zip(*results, strict=True):
+    np.testing.assert_allclose(each[-1], each[0], rtol=0, atol=1e-5)
   times = [[milliseconds(run) for run in runs] for _ in range(repeats)]
   medians = [statistics.median(column) for column in zip(*times, strict=True)]
   row = {'JAX ms': f'{medians[0]:.2f}'}
