@@ -93,15 +93,16 @@ class Checkpoint:
 
     Args:
       text: of any length. Each `config.sequence_length` tokens of it are read
-        for themselves, as in training.
+        for themselves, as in training. It begins with `tokenizer.beginning`.
 
     Raises:
       ValueError: the text is empty.
     """
     tokenizer = self._run.tokenizer
-    ids_N = tokenizer.encode(text).astype(np.int32)
+    ids_N = tokenizer.encode(text)
     if not len(ids_N):
       raise ValueError("text='': must have at least one token")
+    ids_N = np.int32([*tokenizer.beginning, *ids_N])
     length = min(self.config.sequence_length, len(ids_N))
     batch = self.mesh.size * min(
       _SEQUENCES_AT_ONCE, -(-len(ids_N) // (length * self.mesh.size))
@@ -138,9 +139,8 @@ class Checkpoint:
       ValueError: an option is out of its range.
     """
     tokenizer = self._run.tokenizer
-    prompt_S = tokenizer.encode(prompt)
-    if not len(prompt_S):
-      prompt_S = [tokenizer.end_of_document]
+    prompt_S = [*tokenizer.beginning, *tokenizer.encode(prompt)]
+    prompt_S = prompt_S or [tokenizer.end_of_document]
     new_N = self.continue_ids(prompt_S, tokens=tokens, **options)
     return tokenizer.decode(new_N)
 

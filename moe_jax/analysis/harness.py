@@ -38,14 +38,16 @@ _BATCH = 8  # sequences on each device
 def language_model(run: Run, checkpoint: Checkpoint):
   """Returns a checkpoint as the `lm_eval.api.model.LM` that tasks ask.
 
-  A request begins at the end of a document, as training does, and an answer
-  ends there. What is longer than a sequence of the training loses its
-  beginning, and a longer continuation is read in parts.
+  A request begins as a text of the model does: with `tokenizer.beginning`, or
+  at the end of a document, as in training. An answer ends with its document.
+  What is longer than a sequence of the training loses its beginning, and a
+  longer continuation is read in parts.
   """
   from lm_eval.api.model import LM
 
   tokenizer, longest = run.tokenizer, checkpoint.config.sequence_length
-  start = [tokenizer.end_of_document]
+  end = tokenizer.end_of_document
+  start = tokenizer.beginning or [end]
 
   def scored(requests):
     return log_likelihoods(
@@ -90,8 +92,8 @@ def language_model(run: Run, checkpoint: Checkpoint):
           tokens=tokens,
           temperature=options.get('temperature', 0.0),
         )
-        ends = itertools.takewhile(lambda token: token not in start, found)
-        text = tokenizer.decode(list(ends))
+        document = itertools.takewhile(lambda token: token != end, found)
+        text = tokenizer.decode(list(document))
         for stop in [stops] if isinstance(stops, str) else stops:
           text = text.partition(stop)[0] if stop else text
         answers.append(text)

@@ -41,7 +41,8 @@ class Results(Reader):
     text = json.dumps(super().tokenizer)
     # Older runs have no other.
     end = self.facts.get('end_of_document', END_OF_DOCUMENT)
-    return Tokenizer.from_json(text, vocabulary, end)
+    beginning = self.facts.get('beginning', ())  # Of imported models alone.
+    return Tokenizer.from_json(text, vocabulary, end, beginning)
 
   @functools.cached_property
   def metrics(self) -> pd.DataFrame:

@@ -16,7 +16,8 @@ class RoutedText:
   """A text, and the experts that its tokens went to, with q frozen.
 
   Attributes:
-    tokens: S strings; half a character shows as U+FFFD.
+    tokens: S strings; half a character shows as U+FFFD, <s> and the like as
+      ''.
     ids: of the tokens, int32 [S].
     experts: int32 [L, S, K], best first by score - q; -1 for a slot that is not
       used, where tokens take different numbers of experts.

@@ -1,6 +1,9 @@
 """Tokenizers from elsewhere: of Hugging Face, of SentencePiece."""
 
+from collections.abc import Mapping
+import itertools
 import json
+from typing import Any
 
 from etils import epath
 import tokenizers
@@ -32,7 +35,8 @@ def open_tokenizer(path: str) -> Tokenizer:
   Returns:
     The tokenizer; its vocabulary is as large as its ids need. A document ends
     with the token that tokenizer_config.json calls eos_token, else with one
-    that is known to mean this, else with one that is added.
+    that is known to mean this, else with one that is added. Its `beginning` is
+    the bos_token if add_bos_token is true, else what tokenizer.json adds.
 
   Raises:
     ValueError: the file is missing or is no tokenizer.
@@ -40,9 +44,9 @@ def open_tokenizer(path: str) -> Tokenizer:
   where = f'--tokenizer={path}'
   file = prepared.open_directory('--tokenizer', path)
   with reading_with_any_library(where):
-    end = ''
+    config = {}
     if file.is_dir():
-      end = _named_end(file / 'tokenizer_config.json')
+      config = _config(file / 'tokenizer_config.json')
       file = _file_in(file)
     if file.suffix == '.model':
       model = _from_sentencepiece(file.read_bytes())
@@ -52,13 +56,13 @@ def open_tokenizer(path: str) -> Tokenizer:
     model.no_truncation()
     model.no_padding()
     ids = model.get_vocab()
-    known = [token for token in (end, *_ENDS) if token in ids]
+    named = _token(config, 'eos_token')
+    known = [token for token in (named, *_ENDS) if token in ids]
     end = known[0] if known else END_OF_DOCUMENT
     if not known:
       model.add_special_tokens([END_OF_DOCUMENT])
-    # Post-processors would add beginnings and ends by themselves.
     vocabulary = max(model.get_vocab().values()) + 1
-    return Tokenizer(model, vocabulary, end)
+    return Tokenizer(model, vocabulary, end, _beginning(model, config, end))
 
 
 def _file_in(folder: epath.Path) -> epath.Path:
@@ -71,14 +75,28 @@ def _file_in(folder: epath.Path) -> epath.Path:
   )
 
 
-def _named_end(file: epath.Path) -> str:
-  """Returns what a tokenizer_config.json calls eos_token, or nothing."""
-  if not file.is_file():
-    return ''
-  config = json.loads(file.read_bytes())
-  end = config.get('eos_token') if isinstance(config, dict) else None
-  end = end.get('content') if isinstance(end, dict) else end
-  return end if isinstance(end, str) else ''
+def _config(file: epath.Path) -> dict[str, Any]:
+  """Returns what a tokenizer_config.json says, or nothing."""
+  config = json.loads(file.read_bytes()) if file.is_file() else {}
+  return config if isinstance(config, dict) else {}
+
+
+def _token(config: Mapping[str, Any], name: str) -> str:
+  """Returns the token that has a name there, or nothing."""
+  token = config.get(name)
+  token = token.get('content') if isinstance(token, dict) else token
+  return token if isinstance(token, str) else ''
+
+
+def _beginning(
+  model: tokenizers.Tokenizer, config: Mapping[str, Any], end: str
+) -> list[int]:
+  """Returns the ids that come before a text without being asked for."""
+  if config.get('add_bos_token') is not None:
+    bos = model.token_to_id(_token(config, 'bos_token'))
+    return [bos] if config['add_bos_token'] and bos is not None else []
+  added = model.encode('').ids  # Before and after the text.
+  return list(itertools.takewhile(model.token_to_id(end).__ne__, added))
 
 
 def _from_json(text: str) -> tokenizers.Tokenizer:

@@ -33,6 +33,8 @@ class Tokenizer:
       they decode to nothing, and their token_bytes_V is 0.
     end_of_document: id of the token that follows each document.
     end_of_document_token: that token.
+    beginning: ids that a published tokenizer puts before a text, such as those
+      of <s>; `encode` does not, and what is trained here has none.
     dtype: of encoded text; uint16 where V allows it, else uint32.
     token_bytes_V: bytes of UTF-8 that each token stands for, int32 [V]; 0 for
       the end of a document. Bits per byte of a text are its summed negative
@@ -44,6 +46,7 @@ class Tokenizer:
     model: tokenizers.Tokenizer,
     vocabulary: int,
     end_of_document: str = END_OF_DOCUMENT,
+    beginning: Sequence[int] = (),
   ):
     """Wraps a `model`; see `train` and `from_json`.
 
@@ -60,6 +63,7 @@ class Tokenizer:
     self.vocabulary = vocabulary
     self.end_of_document = ids[end_of_document]
     self.end_of_document_token = end_of_document
+    self.beginning = list(beginning)
     self.dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
     added = model.get_added_tokens_decoder()
     special = {i for i, token in added.items() if token.special}
@@ -98,14 +102,18 @@ class Tokenizer:
 
   @classmethod
   def from_json(
-    cls, text: str, vocabulary: int, end_of_document: str = END_OF_DOCUMENT
+    cls,
+    text: str,
+    vocabulary: int,
+    end_of_document: str = END_OF_DOCUMENT,
+    beginning: Sequence[int] = (),
   ) -> 'Tokenizer':
     """Restores what `to_json` gave; raises ValueError for anything else."""
     try:
       model = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # The library raises no narrower type.
       raise ValueError(f'not a tokenizer: {error}') from error
-    return cls(model, vocabulary, end_of_document)
+    return cls(model, vocabulary, end_of_document, beginning)
 
   def to_json(self) -> str:
     """Returns the tokenizer in the JSON format of HF tokenizers."""

@@ -332,6 +332,7 @@ def _write(
   if tokenizer is not None:
     text = tokenizer.to_json()
     facts['end_of_document'] = tokenizer.end_of_document_token
+    facts['beginning'] = tokenizer.beginning
     files.write_json(workdir / 'tokenizer.json', json.loads(text))
   files.write_json(workdir / 'config.json', options)
   files.write_json(workdir / 'run.json', facts)

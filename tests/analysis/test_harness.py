@@ -49,7 +49,7 @@ class Asked:
 
 
 @pytest.fixture
-def answering(monkeypatch):
+def answering(monkeypatch, request):
   """A model that answers ' of', ends the document and goes on; its prompts."""
   library = types.SimpleNamespace(LM=object)
   monkeypatch.setitem(sys.modules, 'lm_eval.api.model', library)
@@ -61,6 +61,7 @@ def answering(monkeypatch):
     encode = run.tokenizer.encode
     return np.array([*encode(' of'), end, *encode(' another')])
 
+  run.tokenizer.beginning = getattr(request, 'param', [])
   checkpoint = run.restore()
   monkeypatch.setattr(checkpoint, 'continue_ids', answer)
   return harness.language_model(run, checkpoint), prompts
@@ -73,6 +74,13 @@ def test_an_answer_ends_with_its_document(answering):
   tokenizer = Run(STORED).tokenizer
   start = tokenizer.end_of_document
   assert prompts == [[start, *tokenizer.encode('To be')]]
+
+
+@pytest.mark.parametrize('answering', [[7, 5]], indirect=True)
+def test_a_prompt_begins_as_the_texts_of_the_model(answering):
+  model, prompts = answering
+  model.generate_until([Asked('To be', {'max_gen_toks': 4})])
+  assert prompts == [[7, 5, *Run(STORED).tokenizer.encode('To be')]]
 
 
 def test_prompt_and_answer_fit_into_a_sequence(answering):

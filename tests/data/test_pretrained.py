@@ -46,6 +46,34 @@ def test_texts_are_neither_cut_nor_filled_up(tmp_path):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize(
+  ('config', 'beginning'),
+  [
+    ({}, ['<s>']),  # As tokenizer.json has it.
+    ({'add_bos_token': True, 'bos_token': '<b>'}, ['<b>']),
+    ({'add_bos_token': True, 'bos_token': {'content': '<b>'}}, ['<b>']),
+    ({'add_bos_token': False, 'bos_token': '<b>'}, []),
+    ({'add_bos_token': True, 'bos_token': '<unknown>'}, []),
+  ],
+)
+def test_what_a_text_begins_with_is_known(config, beginning, tmp_path):
+  model = tokenizers.Tokenizer.from_str(
+    Tokenizer.train(DOCUMENTS, 300).to_json()
+  )
+  model.add_special_tokens(['<s>', '<b>', '</s>'])
+  special = [(token, model.token_to_id(token)) for token in ('<s>', '</s>')]
+  model.post_processor = tokenizers.processors.TemplateProcessing(
+    single='<s> $A </s>', special_tokens=special
+  )
+  model.save(str(tmp_path / 'tokenizer.json'))
+  config = json.dumps(config | {'eos_token': '</s>'})
+  (tmp_path / 'tokenizer_config.json').write_text(config)
+  tokenizer = pretrained.open_tokenizer(str(tmp_path))
+  assert tokenizer.beginning == list(map(model.token_to_id, beginning))
+  assert tokenizer.decode(tokenizer.encode('the theme')) == 'the theme'
+  assert not {*dict(special).values()} & {*tokenizer.encode('the theme')}
+
+
 @pytest.mark.parametrize('config', ['[]', '{"eos_token": 5}', '{}', 'null'])
 def test_an_odd_config_names_no_end(config, tmp_path):
   text = Tokenizer.train(DOCUMENTS, 300).to_json()

@@ -4,6 +4,7 @@ import json
 import operator
 import pathlib
 import shutil
+from unittest import mock
 
 from etils import epath
 from flax import nnx
@@ -200,6 +201,19 @@ def test_files_beside_the_tensors_are_exported_as_they_came(tmp_path):
   for name, text in beside.items():
     assert (out / name).read_text(encoding='utf-8') == text
   assert 'auto_map' not in json.loads((out / 'config.json').read_text())
+
+
+def test_texts_begin_as_the_tokenizer_of_the_model_does(tmp_path):
+  folder = copy('mixtral', tmp_path)
+  write_tokenizer(folder / 'tokenizer.json', '</s>')
+  config = {'add_bos_token': True, 'bos_token': 'balance'}
+  (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+  hf.import_model(str(folder), str(tmp_path / 'run'))
+  checkpoint = Run(tmp_path / 'run').restore()
+  assert checkpoint.route('router load').ids.tolist() == [1, 4, 8]
+  with mock.patch.object(checkpoint, 'continue_ids', return_value=[2]) as ids:
+    checkpoint.generate('router', tokens=1)
+  ids.assert_called_once_with([1, 4], tokens=1)
 
 
 def test_positions_are_stretched_as_deepseek_publishes(tmp_path):
