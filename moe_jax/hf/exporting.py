@@ -69,8 +69,9 @@ def export_model(
     if not architecture.corrected and q_LxE.any():
       raise ValueError(_no_prices(architecture))
     public = _public(architecture, config, was.get('config', {}))
-    for name, text in was.get('files', {}).items():
-      files.write(folder / name, text.encode())
+    kept = was.get('files', {})
+    for name in kept.keys() & set(folders.BESIDE):  # No other is written.
+      files.write(folder / name, kept[name].encode())
     _add_tokenizer(run, folder, public, config.data.vocabulary)
     known = was.get('dtypes', {})
     if dtype:
