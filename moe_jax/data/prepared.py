@@ -224,7 +224,7 @@ class Tokens:
       # Not under the lock: a bucket takes its time. Two threads may open one.
       shard = self.shards[number]
       file = _File(self.directory / shard.file, shard, self.dtype)
-      with self._lock:  # What was opened long ago is opened anew.
+      with self._lock:  # What was opened long ago is checked anew.
         if len(self._files) >= 256:
           del self._files[next(iter(self._files))]
         self._files[number] = file
@@ -232,16 +232,20 @@ class Tokens:
 
 
 def _reader(path: epath.Path) -> Callable[[int, int], bytes]:
-  """Opens a shard; returns what reads from a byte to another, in any thread."""
+  """Returns what reads a shard from a byte to another, in any thread."""
   if is_remote(path):  # One request each, for no more than is asked for.
     file_system, place = fsspec.core.url_to_fs(os.fspath(path))
     return functools.partial(file_system.cat_file, place)
-  file = path.open('rb')
-  return lambda start, stop: os.pread(file.fileno(), stop - start, start)
+
+  def read(start: int, stop: int) -> bytes:
+    with path.open('rb') as file:  # Kept open, thousands would be too many.
+      return os.pread(file.fileno(), stop - start, start)
+
+  return read
 
 
 class _File:
-  """An open shard."""
+  """A shard, and which of its blocks were found to be good."""
 
   def __init__(self, path: epath.Path, shard: Shard, dtype: np.dtype):
     self._path, self._dtype = path, dtype

@@ -320,6 +320,15 @@ def test_nothing_is_read_that_is_not_asked_for(whole, monkeypatch):
   assert opened == [lazy.shards[2].file]
 
 
+def test_no_shard_is_kept_open(whole):
+  """A mixture may have more than a process may open."""
+  corpus, tokens = whole
+  lazy = prepared.Prepared(str(corpus.directory)).splits['train']
+  before = os.listdir('/proc/self/fd')
+  np.testing.assert_array_equal(lazy[:], tokens)
+  assert len(os.listdir('/proc/self/fd')) <= len(before)
+
+
 @pytest.mark.parametrize('damage', ['cut', 'flip', 'missing', 'table'])
 def test_a_damaged_shard_is_named_when_it_is_read(whole, damage, tmp_path):
   corpus, tokens = whole
