@@ -6,9 +6,11 @@ from typing import Any
 from moe_jax.config.balancers import filled
 from moe_jax.config.dicts import flatten, to_dict
 from moe_jax.config.schema import Config, why_none_is_best
+from moe_jax.data import DataConfig
 from moe_jax.options import Change, Option, options_of
 
 _OPTIONS = options_of(Config)
+_CORPORA = {'data.corpus', 'data.anneal_corpus'}
 
 
 def may_change(name: str) -> Change:
@@ -68,7 +70,16 @@ def check_changes(
         f'--allow_config_change={name}: cannot change in a run; what can is '
         f'{", ".join(changeable)}'
       )
-  changes = {} if before is None else differences(before, now, but=allowed)
+  if before is None:
+    return
+  if _shares(before) != _shares(now):
+    corpora = differences(before, now, but=_OPTIONS.keys() - _CORPORA)
+    raise ValueError(
+      f'{where}: holds a run of another mixture: {_told(corpora)}; corpora may '
+      'move, but must keep their weights and, if they are several, the last '
+      'parts of their paths; choose another work directory'
+    )
+  changes = differences(before, now, but=allowed)
   if not changes:
     return
   hint = ''
@@ -78,13 +89,21 @@ def check_changes(
       f'{",".join(changes)}'
     )
   raise ValueError(
-    f'{where}: holds a run of another config: '
-    + ', '.join(
-      f'{name}={now!r} (was {before!r})'
-      for name, (before, now) in changes.items()
-    )
-    + f'; choose another work directory{hint}'
+    f'{where}: holds a run of another config: {_told(changes)}; choose another '
+    f'work directory{hint}'
   )
+
+
+def _told(changes: Mapping[str, tuple[Any, Any]]) -> str:
+  return ', '.join(
+    f'{name}={now!r} (was {before!r})'
+    for name, (before, now) in changes.items()
+  )
+
+
+def _shares(options: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+  names = ('corpus', 'anneal_corpus', 'anneal_from')
+  return DataConfig(**{name: options['data'][name] for name in names}).shares
 
 
 def upgrade(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,13 +22,14 @@ class DataConfig:
   addresses), 'python' (its standard library), 'shakespeare' or 'text_files'; or
   of a TFDS data set, such as 'lm1b', prepared as array_record. Empty for a
   model from elsewhere, of unknown text: training it needs `corpus`."""
-  corpus: str = option('')
+  corpus: str = option('', change='named')
   """Prepared corpora to train on in place of `dataset`: a directory that
   `python -m moe_jax.data.prepare` made, or several with their shares of the
   rows, such as 'DIR1:0.7,gs://bucket/DIR2:0.2,sotu:0.1'. `vocabulary` follows
   from their tokenizer. Where all are embedded, as in 'sotu:1,python:1', one is
-  learnt of all."""
-  anneal_corpus: str = option('')
+  learnt of all. A run resumes from corpora that were moved, with
+  the same content and, in a mixture, weights and last parts of paths."""
+  anneal_corpus: str = option('', change='named')
   """Corpora in place of `corpus`, written alike, from `anneal_from` on; those
   of both mixtures continue where they were."""
   anneal_from: int = option(0, least=0, most=2**62)
@@ -37,10 +38,11 @@ class DataConfig:
   wait_seconds: int = option(0, least=0, most=7 * 24 * 3600, change='yes')
   """Longest wait for a prepared corpus that is not there yet, as where one
   process prepares it and others start to train; 0 refuses at once."""
-  files: str = option('')
+  files: str = option('', change='named')
   """For 'text_files', comma-separated paths and globs of .txt (one document a
-  file), .jsonl (one a line) and .gz of both."""
-  validation_files: str = option('')
+  file), .jsonl (one a line) and .gz of both. A run resumes from files that were
+  moved, with the same content."""
+  validation_files: str = option('', change='named')
   """The same for validation. Empty: the first distinct document of `files` and
   every 20th after it are held out. (A TFDS data set is validated on its split
   validation, else on test, else on the last 5 % of train.)"""
@@ -116,6 +118,19 @@ class DataConfig:
       )
 
   @property
+  def shares(self) -> list[tuple[str, tuple[float, float]]]:
+    """What decides which row is of which corpus, wherever these are.
+
+    The name of each, which in a mixture decides the order of its rows, and its
+    weights.
+    """
+    several = len(self.mixture) > 1
+    return [
+      (last_part(name) if several else '', weights)
+      for name, weights in self.mixture.items()
+    ]
+
+  @property
   def mixture(self) -> dict[str, tuple[float, float]]:
     """The corpora by name: weights in `corpus` and in `anneal_corpus`."""
     first = parse_corpora('data.corpus', self.corpus)
@@ -150,6 +165,11 @@ def parse_corpora(option: str, corpora: str) -> dict[str, float]:
       raise ValueError(f'{option}={name}: named twice; add its weights up')
     found[name] = float(weight)
   return found
+
+
+def last_part(corpus: str) -> str:
+  """Returns the last part of a path, by which metrics name a corpus."""
+  return corpus.rstrip('/').rpartition('/')[2]
 
 
 def _weight(part: str) -> str:

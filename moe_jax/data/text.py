@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 
 from moe_jax.data import cache, sources
-from moe_jax.data.config import DataConfig, split_names
+from moe_jax.data.config import DataConfig, last_part, split_names
 from moe_jax.data.documents import Corpus
 from moe_jax.data.mixtures import Source, Tokens
 from moe_jax.data.prepared import Prepared
@@ -170,7 +170,7 @@ def _load_corpora(config: DataConfig) -> TextData:
   train, evaluation, not_evaluated, keys = [], {}, {}, []
   sets = split_names(config.evaluation_sets)
   for name, weights in config.mixture.items():
-    label = name.rstrip('/').rpartition('/')[2]
+    label = last_part(name)
     if name in sources.SOURCES:
       corpora = sources.open_corpora(DataConfig(dataset=name))
       splits = {split: tokens(label, part) for split, part in corpora.items()}
