@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import itertools
 import json
+import re
 from typing import Any
 
 from etils import epath
@@ -119,26 +120,9 @@ def _from_sentencepiece(data: bytes) -> tokenizers.Tokenizer:
     proto.ParseFromString(data)
   except Exception as error:  # protobuf's, which is not public.
     raise ValueError('not a SentencePiece model') from error
-  pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-  if not pieces:
-    raise ValueError('not a SentencePiece model: it has no pieces')
-  trainer, rules = proto.trainer_spec, proto.normalizer_spec
-  if trainer.model_type == trainer.UNIGRAM:
-    model = models.Unigram(
-      pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback
-    )
-  elif trainer.model_type == trainer.BPE:
-    ids = {piece: i for i, (piece, _) in enumerate(pieces)}
-    model = models.BPE(
-      ids,
-      _merges(ids),
-      unk_token=trainer.unk_piece,
-      fuse_unk=True,
-      byte_fallback=trainer.byte_fallback,
-    )
-  else:
-    raise ValueError('a SentencePiece model that is neither unigram nor BPE')
-  tokenizer = tokenizers.Tokenizer(model)
+  kinds, rules = proto.SentencePiece, proto.normalizer_spec
+  symbols = [x.piece for x in proto.pieces if x.type == kinds.USER_DEFINED]
+  tokenizer = tokenizers.Tokenizer(_model(proto, ignore_merges=bool(symbols)))
   steps = []
   if rules.precompiled_charsmap:
     steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
@@ -149,13 +133,22 @@ def _from_sentencepiece(data: bytes) -> tokenizers.Tokenizer:
     ]
   if steps:
     tokenizer.normalizer = normalizers.Sequence(steps)
-  prepend = 'first' if rules.add_dummy_prefix else 'never'
+  prepend = 'always' if rules.add_dummy_prefix else 'never'
   space = {'replacement': '\u2581', 'prepend_scheme': prepend}
   tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(**space, split=False)
+  if symbols:
+    # As added tokens they would be cut out before spaces are put and removed.
+    longest_first = sorted(symbols, key=len, reverse=True)
+    symbol = tokenizers.Regex('|'.join(map(re.escape, longest_first)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+      [
+        tokenizer.pre_tokenizer,
+        pre_tokenizers.Split(symbol, 'isolated'),
+      ]
+    )
   tokenizer.decoder = decoders.Sequence(
     [decoders.ByteFallback(), decoders.Metaspace(**space)]
   )
-  kinds = proto.SentencePiece
   tokenizer.add_special_tokens(
     [
       piece.piece
@@ -164,6 +157,35 @@ def _from_sentencepiece(data: bytes) -> tokenizers.Tokenizer:
     ]
   )
   return tokenizer
+
+
+def _model(proto: Any, ignore_merges: bool) -> models.Model:
+  """Builds the model of a SentencePiece model.
+
+  Args:
+    proto: the SentencePiece model.
+    ignore_merges: whether a text that is a piece is that token; symbols are not
+      merged of others.
+  """
+  pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+  if not pieces:
+    raise ValueError('not a SentencePiece model: it has no pieces')
+  trainer = proto.trainer_spec
+  if trainer.model_type == trainer.UNIGRAM:
+    return models.Unigram(
+      pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback
+    )
+  if trainer.model_type == trainer.BPE:
+    ids = {piece: i for i, (piece, _) in enumerate(pieces)}
+    return models.BPE(
+      ids,
+      _merges(ids),
+      unk_token=trainer.unk_piece,
+      fuse_unk=True,
+      byte_fallback=trainer.byte_fallback,
+      ignore_merges=ignore_merges,
+    )
+  raise ValueError('a SentencePiece model that is neither unigram nor BPE')
 
 
 def _merges(ids: dict[str, int]) -> list[tuple[str, str]]:

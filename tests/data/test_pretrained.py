@@ -10,7 +10,7 @@ from moe_jax.data import pretrained
 from moe_jax.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 
 DOCUMENTS = ['the theme of the thesis', 'then the other', 'naïve 😀 naïve'] * 9
-TEXTS = [*DOCUMENTS[:3], 'other  themes\n of naïveté', 'über 中文', '']
+TEXTS = [*DOCUMENTS[:3], 'other  themes\n of naïveté', 'über 中文', '', ' the ']
 
 
 def test_a_folder_names_its_end(tmp_path):
@@ -96,23 +96,31 @@ def test_an_end_is_added_where_there_is_none(tmp_path):
   assert again.end_of_document == 3
 
 
-@pytest.mark.parametrize('kind', ['unigram', 'bpe'])
-@pytest.mark.parametrize('fallback', [False, True])
-def test_sentencepiece_encodes_alike(kind, fallback, tmp_path):
+def train_sentencepiece(folder, **options):
+  """Returns a model as SentencePiece opens it, and as we do."""
   sentencepiece = pytest.importorskip('sentencepiece')
   written = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(DOCUMENTS),
     model_writer=written,
+    hard_vocab_limit=False,
+    minloglevel=2,
+    **options,
+  )
+  (folder / 'tokenizer.model').write_bytes(written.getvalue())
+  theirs = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+  return theirs, pretrained.open_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize('kind', ['unigram', 'bpe'])
+@pytest.mark.parametrize('fallback', [False, True])
+def test_sentencepiece_encodes_alike(kind, fallback, tmp_path):
+  theirs, tokenizer = train_sentencepiece(
+    tmp_path,
     model_type=kind,
     vocab_size=300 if fallback else 40,
     byte_fallback=fallback,
-    hard_vocab_limit=False,
-    minloglevel=2,
   )
-  (tmp_path / 'tokenizer.model').write_bytes(written.getvalue())
-  theirs = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
-  tokenizer = pretrained.open_tokenizer(str(tmp_path))
   assert tokenizer.end_of_document == theirs.eos_id()
   assert tokenizer.vocabulary == theirs.vocab_size()
   for text in TEXTS:
@@ -123,6 +131,18 @@ def test_sentencepiece_encodes_alike(kind, fallback, tmp_path):
     # And the space that is put before the text.
     size = len('naïve über 中文'.encode()) + 1
     assert tokenizer.token_bytes_V[ids].sum() == size
+
+
+@pytest.mark.parametrize('kind', ['unigram', 'bpe'])
+def test_symbols_of_sentencepiece_are_tokens(kind, tmp_path):
+  theirs, tokenizer = train_sentencepiece(
+    tmp_path,
+    model_type=kind,
+    vocab_size=40,
+    user_defined_symbols=['<s', '<sep>', '.*'],
+  )
+  for text in ('<sep>', 'the <sep> of', '<s<sep>the.*', ' <sep>other'):
+    assert tokenizer.encode(text).tolist() == theirs.encode(text), text
 
 
 @pytest.mark.parametrize(
