@@ -117,7 +117,7 @@ class Files:
       raise ValueError(f'{self.option}: changed while being read; start again')
 
   def documents(self) -> Iterator[str]:
-    """Yields the documents; empty ones are skipped.
+    """Yields the documents; empty ones and nulls are skipped.
 
     Raises:
       ValueError: a file is damaged, or holds no text; the message has the file,
@@ -200,7 +200,9 @@ def read_whole(file: BinaryIO, room: int = sys.maxsize) -> str:
   return decode(data)
 
 
-def read_lines(file: BinaryIO, room: int, text_field: str) -> Iterator[str]:
+def read_lines(
+  file: BinaryIO, room: int, text_field: str
+) -> Iterator[str | None]:
   """Yields the texts of a .jsonl file of no more than `room` bytes."""
   for number in itertools.count(1):
     line = file.readline(min(LARGEST_DOCUMENT, room) + 1)
@@ -227,8 +229,8 @@ def check_size(size: int, room: int = sys.maxsize) -> None:
     )
 
 
-def parse_line(line: bytes, text_field: str) -> str:
-  """Returns the text of one line of a .jsonl file.
+def parse_line(line: bytes, text_field: str) -> str | None:
+  """Returns the text of one line of a .jsonl file; None where it is null.
 
   Raises:
     ValueError: it is no object with such a text, or no UTF-8.
@@ -247,6 +249,8 @@ def parse_line(line: bytes, text_field: str) -> str:
       f'this line has {shown(", ".join(sorted(record)))}'
     )
   text = record[text_field]
+  if text is None:
+    return None
   if not isinstance(text, str):
     raise ValueError(f'{text_field} must be a string, not {shown(text)}')
   text.encode()  # Half a surrogate pair has no UTF-8.

@@ -95,7 +95,7 @@ def _joined(pieces: Iterable[tuple[Piece, int]]) -> Iterator[Part]:
 
 
 def read_part(part: Part, text_field: str) -> Iterator[str]:
-  """Yields the documents of a part; empty ones are skipped.
+  """Yields the documents of a part; empty ones and nulls are skipped.
 
   Raises:
     ValueError: it cannot be read; the message has the file, and the line, row
@@ -106,7 +106,7 @@ def read_part(part: Part, text_field: str) -> Iterator[str]:
       yield from filter(None, _texts(piece, text_field))
 
 
-def _texts(piece: Piece, text_field: str) -> Iterator[str]:
+def _texts(piece: Piece, text_field: str) -> Iterator[str | None]:
   if piece.path.startswith('tfds:'):
     return _tfds_texts(piece, text_field)
   file_system, place = fsspec.core.url_to_fs(piece.path)
@@ -288,7 +288,7 @@ def _txt(piece: Piece, text_field: str) -> Iterator[str]:
     yield documents.read_whole(file, _room(piece))
 
 
-def _jsonl(piece: Piece, text_field: str) -> Iterator[str]:
+def _jsonl(piece: Piece, text_field: str) -> Iterator[str | None]:
   """Yields the lines that begin within the piece."""
   with _opened(piece.path) as file:
     if piece.stop < 0:

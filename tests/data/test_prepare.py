@@ -41,29 +41,29 @@ def _jsonl(texts):
   return ''.join(json.dumps({'text': text}) + '\n' for text in texts).encode()
 
 
-def write_kind(kind, folder):
-  """Writes TEXTS as files of a kind; returns what --source names."""
+def write_kind(kind, folder, texts=TEXTS):
+  """Writes texts as files of a kind; returns what --source names."""
   if kind == 'txt':
-    for i, text in enumerate(TEXTS):
+    for i, text in enumerate(texts):
       (folder / f'{i:03d}.txt').write_text(text)
     return f'{folder}/*.txt'
   path = folder / f'all.{kind}'
   if kind == 'jsonl':
-    path.write_bytes(_jsonl(TEXTS))
+    path.write_bytes(_jsonl(texts))
   elif kind == 'jsonl.gz':
-    path.write_bytes(gzip.compress(_jsonl(TEXTS)))
+    path.write_bytes(gzip.compress(_jsonl(texts)))
   elif kind == 'jsonl.zst':
-    half = len(TEXTS) // 2  # Two frames.
-    frames = (TEXTS[:half], TEXTS[half:])
+    half = len(texts) // 2  # Two frames.
+    frames = (texts[:half], texts[half:])
     path.write_bytes(
-      b''.join(zstandard.compress(_jsonl(texts)) for texts in frames)
+      b''.join(zstandard.compress(_jsonl(frame)) for frame in frames)
     )
   elif kind == 'parquet':
-    table = pa.table({'text': TEXTS, 'id': list(range(len(TEXTS)))})
+    table = pa.table({'text': texts, 'id': list(range(len(texts)))})
     parquet.write_table(table, path, row_group_size=10)
   else:  # As the library `datasets` saves it.
     path = folder / 'data-00000-of-00001.arrow'
-    table = pa.table({'text': TEXTS})
+    table = pa.table({'text': texts})
     with ipc.new_stream(str(path), table.schema) as stream:
       stream.write_table(table, max_chunksize=16)
     return str(folder)
@@ -114,6 +114,13 @@ def test_every_kind_of_source_gives_its_documents(
     'manifest.json',
     'tokenizer.json',
   }
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'jsonl.gz', 'parquet', 'arrow'])
+def test_a_text_that_is_null_is_skipped(kind, tmp_path):
+  source = write_kind(kind, tmp_path, ['first', None, 'last'])
+  (part,) = parts_lib.find_parts(source, 'text')
+  assert list(parts_lib.read_part(part, 'text')) == ['first', 'last']
 
 
 def test_small_files_are_a_part_together(tokenizer, tmp_path, monkeypatch):

@@ -186,7 +186,6 @@ def test_other_encodings_are_told(tmp_path, content, message):
     (b'{"a":' * 100_000, r'line 1: invalid JSON'),
     (b'{"text": ' + b'9' * 5000 + b'}', r'line 1: invalid JSON: Exceeds'),
     (b'{"text": NaN}', r'line 1: text must be a string, not nan'),
-    (b'{"text": null}', r'line 1: text must be a string, not None'),
     (b'{"text": {"text": "a"}}', r'line 1: text must be a string'),
     (b'\x00', r'line 1: invalid JSON'),
     (b'{"' + b'x' * 5000 + b'": 1}', r'this line has .{60}$'),
@@ -197,6 +196,13 @@ def test_odd_json_is_told_in_one_line(tmp_path, line, message):
   with pytest.raises(ValueError, match=f'^data.files=.*a.jsonl: .*{message}'):
     load(tmp_path, f'{tmp_path}/a.jsonl')
   assert not list((tmp_path / 'cache').iterdir())
+
+
+def test_a_text_that_is_null_is_skipped(tmp_path):
+  lines = ['{"text": "a"}', '{"text": null}', '{"text": "b"}']
+  (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
+  text = load(tmp_path, f'{tmp_path}/a.jsonl')
+  assert train_and_validation(text) == (['b'], ['a'])
 
 
 def test_json_of_other_fields_may_be_anything(tmp_path):
