@@ -42,14 +42,14 @@ def open_corpora(
       cannot be read here.
   """
   where = f'data.dataset={config.dataset}'
-  builder = _open_builder(config, where, known)
+  builder = _open_builder(config, where, 'data.', known)
   field = config.text_field
   # TFDS promises that name and version determine the content.
   name = builder.info.full_name
   content = sorted(prepared.file_sizes(builder.data_path).items())
   corpora = {}
   for ours, theirs in _choose_splits(builder, where).items():
-    source = _open_split(builder, theirs, where)
+    source = _open_split(builder, theirs, where, 'data.')
     key = cache.content_key('tfds', _FORMAT, name, theirs, field, content)
     read = functools.partial(texts, source, field, where, range(len(source)))
     corpora[ours] = Corpus(key, read)
@@ -57,36 +57,46 @@ def open_corpora(
 
 
 def open_training_split(config: DataConfig) -> Sequence[dict]:
-  """Opens the split 'train' of a TFDS data set, records by number.
+  """Opens the split 'train' of a TFDS data set for the flags of `prepare`.
+
+  Returns:
+    The records by number.
 
   Raises:
     ValueError: as of `open_corpora`.
   """
-  where = f'data.dataset={config.dataset}'
-  builder = _open_builder(config, where, ())
-  return _open_split(builder, 'train', where)
+  where = f'--source=tfds:{config.dataset}'
+  builder = _open_builder(config, where, '--')
+  return _open_split(builder, 'train', where, '--')
 
 
 def _open_builder(
-  config: DataConfig, where: str, known: Sequence[str]
+  config: DataConfig, where: str, prefix: str, known: Sequence[str] = ()
 ) -> tfds.core.DatasetBuilder:
-  """Finds a data set that has the text."""
-  builder = _find_builder(config, where, known)
+  """Finds a data set that has the text.
+
+  Args:
+    config: as of `open_corpora`.
+    where: the start of messages.
+    prefix: of the names of options in them.
+    known: as of `open_corpora`.
+  """
+  builder = _find_builder(config, where, prefix, known)
   field, features = config.text_field, builder.info.features
   if field not in features or not isinstance(
     features[field], tfds.features.Text
   ):
     raise ValueError(
-      f'data.text_field={field}: {where} has no such text; it has the fields '
-      f'{", ".join(features)}'
+      f'{prefix}text_field={field}: {where} has no such text; it has the '
+      f'fields {", ".join(features)}'
     )
   return builder
 
 
 def _find_builder(
-  config: DataConfig, where: str, known: Sequence[str]
+  config: DataConfig, where: str, prefix: str, known: Sequence[str]
 ) -> tfds.core.DatasetBuilder:
-  hint = f'give {", ".join(known)} or a TFDS name such as lm1b'
+  hint = f'give {", ".join([*known, "a TFDS name such as lm1b"])}'
   # Names with a namespace would be looked up on the network.
   pattern = r'\w+(/\w[\w.+-]*)?(:\d+\.\d+\.\d+)?'
   if not re.fullmatch(pattern, config.dataset, re.A):
@@ -110,7 +120,7 @@ def _find_builder(
       f'{where}: not prepared in {builder.data_path}; install TensorFlow, for '
       'some data sets also Apache Beam, and prepare it by tfds build '
       f'{config.dataset} --file_format=array_record --data_dir=DIR, then set '
-      'data.tfds_dir to that directory'
+      f'{prefix}tfds_dir to that directory'
     )
   return builder
 
@@ -129,7 +139,7 @@ def _choose_splits(
 
 
 def _open_split(
-  builder: tfds.core.DatasetBuilder, split: str, where: str
+  builder: tfds.core.DatasetBuilder, split: str, where: str, prefix: str
 ) -> Sequence[dict]:
   """Opens a split, whose files must be in the data set's own directory."""
   folder = os.path.normpath(builder.data_path)
@@ -147,8 +157,8 @@ def _open_split(
     except NotImplementedError as error:
       raise ValueError(
         f'prepared as {builder.info.file_format.value}, but only array_record '
-        'can be read; prepare it so in another directory and set data.tfds_dir '
-        'to that'
+        'can be read; prepare it so in another directory and set '
+        f'{prefix}tfds_dir to that'
       ) from error
 
 

@@ -37,7 +37,7 @@ class Piece(NamedTuple):
   """A stretch of a file.
 
   Attributes:
-    path: of the file, or `tfds:NAME`.
+    path: of the file, or `tfds:NAME` or `tfds:NAME@DIRECTORY`.
     start: first byte, row group or document.
     stop: the one after the last; -1 reads to the end.
     size: bytes of the file, which tell whether it changed; -1 where a server
@@ -53,13 +53,14 @@ class Piece(NamedTuple):
 Part = list[Piece]  # What one worker reads at a time.
 
 
-def find_parts(source: str, text_field: str) -> list[Part]:
+def find_parts(source: str, text_field: str, tfds_dir: str = '') -> list[Part]:
   """Divides a source into parts, in a fixed order.
 
   Args:
     source: comma-separated paths, globs and `tfds:NAME`s; a file that they name
       twice comes once.
     text_field: name of the text in a record.
+    tfds_dir: where TFDS data sets are prepared; empty for TFDS's default.
 
   Raises:
     ValueError: a name stands for nothing, or for what cannot be read.
@@ -68,7 +69,8 @@ def find_parts(source: str, text_field: str) -> list[Part]:
   for name in split_names(source):
     with reading_with_any_library(f'--source={name}'):
       if name.startswith('tfds:'):
-        found[name] = functools.partial(_tfds_pieces, name, text_field)
+        path = f'{name}@{tfds_dir}' if tfds_dir else name
+        found[path] = functools.partial(_tfds_pieces, path, text_field)
         continue
       for path, size in _files(name):
         found[path] = functools.partial(_pieces, path, size, text_field)
@@ -396,20 +398,20 @@ def _arrow_told() -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=4)
-def _tfds_source(name: str, text_field: str) -> Any:
+def _tfds_source(path: str, text_field: str) -> Any:
   from moe_jax.data import catalog
 
-  dataset = name.removeprefix('tfds:')
+  name, _, directory = path.removeprefix('tfds:').partition('@')
   return catalog.open_training_split(
-    DataConfig(dataset=dataset, text_field=text_field)
+    DataConfig(dataset=name, text_field=text_field, tfds_dir=directory)
   )
 
 
-def _tfds_pieces(name: str, text_field: str) -> list[tuple[Piece, int]]:
-  size = len(_tfds_source(name, text_field))
+def _tfds_pieces(path: str, text_field: str) -> list[tuple[Piece, int]]:
+  size = len(_tfds_source(path, text_field))
   return [
     # Each is a part: how large documents are is not known.
-    (Piece(name, start, min(start + _TFDS_DOCUMENTS, size), size), PART_BYTES)
+    (Piece(path, start, min(start + _TFDS_DOCUMENTS, size), size), PART_BYTES)
     for start in range(0, size, _TFDS_DOCUMENTS)
   ]
 
@@ -419,4 +421,4 @@ def _tfds_texts(piece: Piece, text_field: str) -> Iterator[str]:
 
   source = _tfds_source(piece.path, text_field)
   numbers = range(piece.start, piece.stop)
-  return catalog.texts(source, text_field, piece.path, numbers)
+  return catalog.texts(source, text_field, 'split train', numbers)

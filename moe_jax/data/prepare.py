@@ -2,7 +2,8 @@
 
   python -m moe_jax.data.prepare --source='texts/*.parquet' \\
       --tokenizer=tokenizer.json --out=DIR [--text_field=text] \\
-      [--validation=0.005] [--licence=...] [--workers=2] [--beam ...]
+      [--tfds_dir=...] [--validation=0.005] [--licence=...] [--workers=2] \\
+      [--beam ...]
   python -m moe_jax.data.prepare --verify --out=DIR
 
 --source: comma-separated paths and globs of .txt (one document a file), .jsonl
@@ -11,6 +12,7 @@
 --tokenizer: a tokenizer.json, a SentencePiece model, a folder with either, or
 bpe:N, which learns N tokens from a sample of the source.
 --out: a directory, local or gs://..., to be given to --config.data.corpus.
+--tfds_dir: where data sets of TFDS are prepared; by default where TFDS does it.
 --validation: share of the documents that are held out, by their hash.
 --workers: number of threads; by default one for each core.
 --beam: runs on Apache Beam; further flags are its own (--runner=...).
@@ -76,6 +78,7 @@ def prepare(
   out: str,
   *,
   text_field: str = 'text',
+  tfds_dir: str = '',
   validation: float = 0.005,
   licence: str = '',
   run: Callable[[Make, list[int], int], None] | None = None,
@@ -83,7 +86,8 @@ def prepare(
   """Makes a prepared corpus, or what is missing of it.
 
   Args:
-    source, tokenizer, out, text_field, validation, licence: as the flags.
+    source, tokenizer, out, text_field, tfds_dir, validation, licence: as the
+      flags.
     run: makes parts, given how to make one, the numbers of those to be made,
       and how many there are in total; by default in threads.
 
@@ -93,7 +97,9 @@ def prepare(
   if not 0 <= validation < 1:
     raise ValueError(f'--validation={validation}: must be in [0, 1)')
   directory = prepared.open_directory('--out', out)
-  parts = parts_lib.find_parts(source, text_field)
+  if tfds_dir:
+    tfds_dir = _absolute(prepared.open_directory('--tfds_dir', tfds_dir))
+  parts = parts_lib.find_parts(source, text_field, tfds_dir)
   vocabulary = _to_be_learnt(tokenizer)
   given = None if vocabulary else pretrained.open_tokenizer(tokenizer)
   asked = {
@@ -112,15 +118,19 @@ def prepare(
         _begin(directory, asked, parts, made)
       done = _names(directory)
       missing = [i for i in range(len(parts)) if _record(i) not in done]
-      place = os.fspath(directory)
-      if not prepared.is_remote(directory):
-        place = os.path.abspath(place)  # Workers may be elsewhere.
+      place = _absolute(directory)
       _opened(place, asked['content'])  # Once, before all threads do.
       make = functools.partial(make_part, place, asked['content'])
       (run or in_threads)(make, missing, len(parts))
       _write_manifest(directory, asked, len(parts), licence)
     _tidy(directory)
   return prepared.Prepared(out)
+
+
+def _absolute(path: epath.Path) -> str:
+  """Returns a path for workers, which may be elsewhere."""
+  place = os.fspath(path)
+  return place if prepared.is_remote(path) else os.path.abspath(place)
 
 
 @contextlib.contextmanager
@@ -506,6 +516,7 @@ def _prepare(values: argparse.Namespace, rest: list[str]) -> int:
     values.tokenizer,
     values.out,
     text_field=values.text_field,
+    tfds_dir=values.tfds_dir,
     validation=values.validation,
     licence=values.licence,
     run=run,
@@ -526,7 +537,8 @@ def main(argv: Sequence[str]) -> int:
   for name in ('source', 'tokenizer', 'out'):
     parser.add_argument(f'--{name}', default='')
   parser.add_argument('--text_field', default='text')
-  parser.add_argument('--licence', default='')
+  for name in ('tfds_dir', 'licence'):
+    parser.add_argument(f'--{name}', default='')
   parser.add_argument('--validation', type=float, default=0.005)
   parser.add_argument('--workers', type=int, default=0)
   parser.add_argument('--beam', action='store_true')

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pwd
+import re
 import shutil
 import sys
 import tempfile
@@ -13,7 +14,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from moe_jax import data
-from tests.data.reading import train_and_validation
+from moe_jax.data import prepare
+from tests.data.reading import documents_of, train_and_validation
 
 
 @pytest.fixture
@@ -59,6 +61,46 @@ def test_prepared_lm1b_opens_by_name(tmp_path, lm1b, name):
   assert sorted(train) == [f'train sentence {i} .' for i in range(7)]
   assert sorted(validation) == [f'test sentence {i} .' for i in range(7)]
   assert load_named(tmp_path, name).fingerprint == text.fingerprint
+
+
+def test_a_corpus_is_made_of_it(tmp_path, lm1b, monkeypatch):
+  monkeypatch.chdir(lm1b.parent)
+  flags = 'tfds:lm1b', 'bpe:270', str(tmp_path / 'out')
+
+  def elsewhere(make, numbers, total):  # As workers do.
+    monkeypatch.chdir('/')
+    for number in numbers:
+      make(number)
+
+  corpus = prepare.prepare(
+    *flags, tfds_dir=lm1b.name, validation=0.0, run=elsewhere
+  )
+  found = documents_of(corpus.splits['train'][:], corpus.tokenizer)
+  assert sorted(found) == [f'train sentence {i} .' for i in range(7)]
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (
+      ['--tfds_dir=nowhere'],
+      '^error: --source=tfds:lm1b: not prepared in .*set --tfds_dir to that',
+    ),
+    (
+      ['--tfds_dir=tfds', '--text_field=body'],
+      '^error: --text_field=body: --source=tfds:lm1b has no such text',
+    ),
+    (['--tfds_dir=ftp://x/y'], '^error: --tfds_dir=ftp://x/y: must be'),
+    (['--source=tfds:'], '^error: --source=tfds:: .*give a TFDS name such as'),
+  ],
+)
+def test_flags_of_prepare_are_named(
+  flags, message, tmp_path, lm1b, monkeypatch, capsys
+):
+  monkeypatch.chdir(lm1b.parent)
+  argv = ['--source=tfds:lm1b', '--tokenizer=bpe:270', '--out=out', *flags]
+  assert prepare.main(['prepare', *argv]) == 2
+  assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_file_of_an_unknown_owner_is_read(tmp_path, lm1b, monkeypatch):
