@@ -111,7 +111,8 @@ def prepare(
   }
   with _alone(directory, out):
     if (directory / prepared.MANIFEST).exists():
-      _check_same(prepared.Prepared(out).manifest, asked, out)
+      before = prepared.Prepared(out, option='--out').manifest
+      _check_same(before, asked, out)
     else:
       if not _begun(directory, asked, out):
         made = given or _learn(parts, text_field, vocabulary)
@@ -124,7 +125,7 @@ def prepare(
       (run or in_threads)(make, missing, len(parts))
       _write_manifest(directory, asked, len(parts), licence)
     _tidy(directory)
-  return prepared.Prepared(out)
+  return prepared.Prepared(out, option='--out')
 
 
 def _absolute(path: epath.Path) -> str:
@@ -488,7 +489,7 @@ def _tidy(directory: epath.Path) -> None:
 
 def _verify(out: str, workers: int) -> int:
   """Checks every shard; returns the program's exit code."""
-  corpus = prepared.Prepared(out)
+  corpus = prepared.Prepared(out, option='--out')
   code = 0
   for tokens in corpus.splits.values():
     for line in tokens.damage(workers or os.cpu_count() or 1):

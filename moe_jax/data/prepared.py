@@ -141,10 +141,16 @@ def open_directory(option: str, name: str) -> epath.Path:
   """Returns a path, which may be of a bucket; nothing need be there.
 
   Raises:
-    ValueError: there is no such kind of place.
+    ValueError: there is no such kind of place, or its package is missing.
   """
   try:
-    return epath.Path(name).expanduser()
+    if is_remote(path := epath.Path(name).expanduser()):
+      fsspec.get_filesystem_class(name.partition('://')[0])
+    return path
+  except ImportError as error:
+    raise ValueError(
+      f'{option}={name}: needs a package that is not installed; {error}'
+    ) from error
   except (KeyError, RuntimeError) as error:  # The latter of ~somebody.
     raise ValueError(
       f'{option}={name}: must be a directory, on this machine or at gs:// or '
@@ -304,6 +310,7 @@ class Prepared:
   """A prepared corpus.
 
   Attributes:
+    where: the option that named it, with its value.
     directory: where it is.
     manifest: the dict of manifest.json.
     tokenizer: that it was made with.
@@ -314,12 +321,24 @@ class Prepared:
     ValueError: the directory holds no whole prepared corpus.
   """
 
-  def __init__(self, directory: str, wait_seconds: float = 0.0):
-    """Opens a corpus, for which another process may be waited for."""
-    self.directory = open_directory('data.corpus', directory)
-    with reading_with_any_library(directory):
+  def __init__(
+    self,
+    directory: str,
+    wait_seconds: float = 0.0,
+    option: str = 'data.corpus',
+  ):
+    """Opens a corpus, for which another process may be waited for.
+
+    Args:
+      directory: where it is.
+      wait_seconds: how long.
+      option: that named it.
+    """
+    self.where = where = f'{option}={directory}'
+    self.directory = open_directory(option, directory)
+    with reading_with_any_library(where):
       _await(self.directory / MANIFEST, wait_seconds)
-    self.manifest, shards = _parse(self.directory / MANIFEST, _manifest)
+    self.manifest, shards = _parse(self.directory / MANIFEST, _manifest, where)
     self.fingerprint: str = self.manifest['key']
 
     def tokenizer(data: bytes) -> Tokenizer:
@@ -328,7 +347,7 @@ class Prepared:
       kind = self.manifest['vocabulary'], self.manifest['end_of_document']
       return Tokenizer.from_json(data.decode(), *kind)
 
-    self.tokenizer = _parse(self.directory / 'tokenizer.json', tokenizer)
+    self.tokenizer = _parse(self.directory / 'tokenizer.json', tokenizer, where)
     dtype = self.tokenizer.dtype.newbyteorder('<')
     self.splits = {
       name: Tokens(self.directory, split, dtype)
@@ -388,14 +407,15 @@ def _manifest(data: bytes) -> tuple[dict[str, Any], dict[str, list[Shard]]]:
   return manifest, shards
 
 
-def _parse(path: epath.Path, parse: Callable[[bytes], T]) -> T:
+def _parse(path: epath.Path, parse: Callable[[bytes], T], where: str = '') -> T:
   """Reads a small file of a corpus; whatever is wrong is a ValueError."""
   try:
     return parse(path.read_bytes())
   except FileNotFoundError as error:
     raise ValueError(
-      f'{path.parent}: no prepared corpus ({path.name} is not there); python '
-      '-m moe_jax.data.prepare --out=DIR makes one, or completes it'
+      f'{where or path.parent}: no prepared corpus ({path.name} is not '
+      'there); python -m moe_jax.data.prepare --out=DIR makes one, or '
+      'completes it'
     ) from error
   # Damage and the clients of buckets raise what they like.
   except Exception as error:

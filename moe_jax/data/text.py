@@ -120,7 +120,7 @@ def resolve(config: DataConfig) -> DataConfig:
   if not config.dataset:  # The model decides: it may have more rows.
     if corpus.tokenizer.vocabulary > config.vocabulary:
       raise ValueError(
-        f'data.corpus={config.corpus}: was prepared with a tokenizer of '
+        f'{corpus.where}: was prepared with a tokenizer of '
         f'{corpus.tokenizer.vocabulary} ids, but the model has '
         f'data.vocabulary={config.vocabulary}; prepare it with its own'
       )
@@ -129,14 +129,20 @@ def resolve(config: DataConfig) -> DataConfig:
 
 
 # The manifest of a trillion tokens takes a moment to read, and never changes.
-_open_prepared = functools.lru_cache(maxsize=16)(Prepared)
+_opened = functools.lru_cache(maxsize=16)(Prepared)
+
+
+def _open_prepared(config: DataConfig, name: str) -> Prepared:
+  is_first = config.mixture[name][0]
+  option = 'data.corpus' if is_first else 'data.anneal_corpus'
+  return _opened(name, config.wait_seconds, option)
 
 
 def _first_prepared(config: DataConfig) -> Prepared | None:
   """Opens the first prepared corpus, whose tokenizer is that of all."""
   for name in config.mixture:
     if name not in sources.SOURCES:
-      return _open_prepared(name, config.wait_seconds)
+      return _open_prepared(config, name)
   return None
 
 
@@ -176,15 +182,14 @@ def _load_corpora(config: DataConfig) -> TextData:
       splits = {split: tokens(label, part) for split, part in corpora.items()}
       keys.append(_tokens_key(corpora['train'], tokenizer))
     else:
-      corpus = _open_prepared(name, config.wait_seconds)
+      corpus = _open_prepared(config, name)
       corpus.check_files()
       if (
         corpus.tokenizer.to_json() != tokenizer.to_json()
         or corpus.tokenizer.end_of_document != tokenizer.end_of_document
       ):
-        option = 'data.corpus' if weights[0] else 'data.anneal_corpus'
         raise ValueError(
-          f'{option}={name}: was prepared with another tokenizer than the '
+          f'{corpus.where}: was prepared with another tokenizer than the '
           'others; prepare it with theirs'
         )
       splits = corpus.splits

@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 
+import fsspec
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
@@ -279,8 +280,8 @@ def load(corpora):
     ('{0}:inf', 'must be DIR:WEIGHT, a number above 0'),
     ('{0}:-inf,sotu:1', 'must be DIR:WEIGHT, a number above 0'),
     (' , ', 'names nothing; give a directory'),
-    ('nowhere', 'nowhere: no prepared corpus .* makes one'),
-    ('{0}:0.5,nowhere:0.5', 'nowhere: no prepared corpus .* makes one'),
+    ('nowhere', '^data.corpus=nowhere: no prepared corpus .* makes one'),
+    ('{0}:1,nowhere:1', '^data.corpus=nowhere: no prepared corpus'),
     ('ftp://host/x', 'data.corpus=ftp://host/x: must be a directory'),
   ],
 )
@@ -288,6 +289,27 @@ def test_a_mixture_that_names_nothing_is_refused(corpus, corpora, words):
   with pytest.raises(ValueError, match=words) as info:
     load(corpora.format(corpus.directory))
   assert '\n' not in str(info.value)
+
+
+def test_the_option_that_names_nothing_is_told(corpus):
+  config = data.DataConfig(
+    corpus=str(corpus.directory), anneal_corpus='nowhere', anneal_from=1
+  )
+  with pytest.raises(ValueError, match='^data.anneal_corpus=nowhere: no prep'):
+    data.load_text(config)
+
+
+def test_a_bucket_without_its_package_is_told(monkeypatch):
+  def missing(name):
+    raise ImportError(f'Please install what opens {name}')
+
+  monkeypatch.setattr(fsspec, 'get_filesystem_class', missing)
+  with pytest.raises(ValueError) as info:
+    load('gs://bucket/x')
+  assert str(info.value) == (
+    'data.corpus=gs://bucket/x: needs a package that is not installed; '
+    'Please install what opens gs'
+  )
 
 
 @pytest.mark.parametrize('bad', ['missing', 'cut'])

@@ -527,7 +527,7 @@ def _write_bad_files():
     (['--source=field.jsonl'], 'no field --text_field.*=text; .* has .body'),
     (['--source=splits'], 'has the splits train, test; .* as splits/train'),
     (['--source=,'], '--source=,: names no file'),
-    (['--verify', '--out=nowhere'], 'nowhere: no prepared corpus'),
+    (['--verify', '--out=nowhere'], 'error: --out=nowhere: no prepared corpus'),
   ],
 )
 def test_bad_input_is_refused_in_a_line(
