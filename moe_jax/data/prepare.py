@@ -42,14 +42,18 @@ from moe_jax.data import cache, prepared, pretrained
 from moe_jax.data import parts as parts_lib
 from moe_jax.data.documents import reading_with_any_library
 from moe_jax.data.parts import Part, Piece
-from moe_jax.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer, groups
+from moe_jax.data.tokenizer import (
+  SMALLEST_VOCABULARY,
+  STRETCH,
+  Tokenizer,
+  groups,
+  stretches,
+)
 from moe_jax.options import one_line
 
 SHARD_TOKENS = 1 << 25
 SAMPLE_BYTES = 1 << 25  # Of text that bpe:N learns from.
 MOST_VOCABULARY = 1 << 24
-# Characters that are encoded at once: each takes some 100 bytes of memory.
-_GROUP = 1 << 18
 _SPLITS = ('train', 'validation')
 _JOB = 'job.json'  # What is prepared, until it is.
 
@@ -260,7 +264,7 @@ def make_part(out: str, content: str, number: int) -> dict[str, Any]:
   end_of_document = np.array([tokenizer.end_of_document], tokenizer.dtype)
   texts = parts_lib.read_part(part, job.text_field)
   for group in groups(
-    _stretches(texts, job.validation), _GROUP, lambda each: len(each.text)
+    _stretches(texts, job.validation), STRETCH, lambda each: len(each.text)
   ):
     with reading_with_any_library(f'{part[0].path}: the tokenizer fails'):
       encoded = tokenizer.encode_batch([each.text for each in group])
@@ -305,32 +309,16 @@ class _Stretch(NamedTuple):
   document_bytes: int
 
 
-# Where tokens end with every tokenizer that knows words.
-_BETWEEN_WORDS = re.compile(r'(?<=\S) (?=[^\W\d_])')
-
-
 def _stretches(texts: Iterator[str], validation: float) -> Iterator[_Stretch]:
-  """Divides documents of over _GROUP characters, before a word if possible.
-
-  Encoding takes a hundred times the memory of its text.
-  """
+  """Chooses the split of each document, and divides long ones."""
   for text in texts:
     data = text.encode()
     size = len(data)
     draw = int.from_bytes(hashlib.sha256(data).digest()[:8]) / 2**64
     split = 'validation' if draw < validation else 'train'
     del data
-    start = 0
-    while len(text) > start + _GROUP:
-      stop = start + _GROUP
-      places = [
-        found.start()
-        for found in _BETWEEN_WORDS.finditer(text, stop - _GROUP // 4, stop)
-      ]
-      stop = places[-1] if places else stop
-      yield _Stretch(text[start:stop], split, 0)
-      start = stop
-    yield _Stretch(text[start:], split, size)
+    for stretch, is_last in stretches(text, anywhere=True):
+      yield _Stretch(stretch, split, size if is_last else 0)
 
 
 class _Split:

@@ -16,7 +16,12 @@ from moe_jax.data import cache
 
 END_OF_DOCUMENT = '<|endoftext|>'
 SMALLEST_VOCABULARY = 257  # Every byte, and the end of a document.
-_CHARACTERS_AT_ONCE = 1 << 22  # Bounds the memory that encoding takes.
+STRETCH = 1 << 18  # Characters of a document that are encoded by themselves.
+_CHARACTERS_AT_ONCE = 1 << 22  # Each takes some 100 bytes of memory.
+# Where tokens end: with every tokenizer that knows words, else with those that
+# are learnt here.
+_BEFORE_WORD = re.compile(r'(?<=\S) (?=[^\W\d_])')
+_BEFORE_SPACE = re.compile(r'(?<=\S)(?=[ \r\n])')
 T = TypeVar('T')
 
 
@@ -97,7 +102,8 @@ class Tokenizer:
       initial_alphabet=by_byte.alphabet(),
       show_progress=False,
     )
-    model.train_from_iterator(documents, trainer)
+    pieces = (piece for text in documents for piece, _ in stretches(text))
+    model.train_from_iterator(pieces, trainer)
     return cls(model, vocabulary)
 
   @classmethod
@@ -209,15 +215,53 @@ def load_tokens(
     write_header(0)
     start = file.tell()
     end = np.array([tokenizer.end_of_document], tokenizer.dtype).tobytes()
-    for texts in groups(documents(), _CHARACTERS_AT_ONCE):
-      for ids_N in tokenizer.encode_batch(texts):
-        file.write(ids_N.tobytes() + end)
+    pieces = (piece for text in documents() for piece in stretches(text))
+    for group in groups(
+      pieces, _CHARACTERS_AT_ONCE, lambda piece: len(piece[0])
+    ):
+      encoded = tokenizer.encode_batch([text for text, _ in group])
+      for (_, is_last), ids_N in zip(group, encoded, strict=True):
+        file.write(ids_N.tobytes() + end * is_last)
     size = (file.tell() - start) // tokenizer.dtype.itemsize
     file.seek(0)
     write_header(size)
     assert file.tell() == start, 'numpy pads headers so that lengths can grow'
 
   return cache.load_or_make(path, load, make)
+
+
+def stretches(text: str, anywhere: bool = False) -> Iterator[tuple[str, bool]]:
+  """Divides a long document, as encoding takes a hundred times its memory.
+
+  It is divided before words, or else before spaces, so that its tokens are
+  those of the whole.
+
+  Args:
+    text: the document.
+    anywhere: whether text without spaces is divided as well.
+
+  Yields:
+    Each stretch, of about STRETCH characters, and whether it is the last.
+  """
+  start = 0
+  while (stop := _end_of_stretch(text, start, anywhere)) < len(text):
+    yield text[start:stop], False
+    start = stop
+  yield text[start:], True
+
+
+def _end_of_stretch(text: str, start: int, anywhere: bool) -> int:
+  stop = start + STRETCH
+  if stop >= len(text):
+    return len(text)
+  for place in (_BEFORE_WORD, _BEFORE_SPACE):
+    found = list(place.finditer(text, stop - STRETCH // 4, stop))
+    if found:
+      return found[-1].start()
+  if anywhere:
+    return stop
+  later = _BEFORE_SPACE.search(text, stop)
+  return later.start() if later else len(text)
 
 
 def groups(

@@ -149,7 +149,7 @@ def test_caches_of_datasets_are_not_read(tmp_path):
 
 def test_long_documents_are_encoded_in_stretches(tmp_path, monkeypatch):
   """Whose tokens are those of the whole, where there are words."""
-  monkeypatch.setattr(prepare, '_GROUP', 100)
+  monkeypatch.setattr('moe_jax.data.tokenizer.STRETCH', 100)
   texts = [
     'the load of experts, and more \u00e9 of it.\n\n' * 40,
     'x' * 730,

@@ -10,6 +10,7 @@ from moe_jax.data.tokenizer import (
   Tokenizer,
   load_tokenizer,
   load_tokens,
+  stretches,
 )
 
 DOCUMENTS = ['the theme of the thesis', 'then the other', 'naïve 😀 naïve 😀']
@@ -149,15 +150,45 @@ def test_damaged_token_file_is_made_again(tmp_path, tokenizer, damage, capsys):
   assert f'{path} is damaged' in capsys.readouterr().err
 
 
+@hypothesis.given(
+  st.text(
+    st.one_of(
+      st.sampled_from(' \n\r\t\x1c\u00a0\u0085\u3000'),
+      st.sampled_from("ab'st1_.\u00b2\u0301\u4e2d"),
+      st.characters(exclude_categories=['Cs']),
+    ),
+    max_size=60,
+  )
+)
+@hypothesis.settings(max_examples=500, deadline=None)
+def test_stretches_have_the_tokens_of_the_whole(text):
+  whole = Tokenizer.train([text, text], 400)  # What may be merged is.
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('moe_jax.data.tokenizer.STRETCH', 8)
+    pieces, ends = zip(*stretches(text), strict=True)
+    cut, _ = zip(*stretches(text, anywhere=True), strict=True)
+    learnt = Tokenizer.train([text, text], 400)
+  assert ''.join(pieces) == ''.join(cut) == text
+  assert max(map(len, cut)) <= 8
+  assert ends == (*[False] * (len(pieces) - 1), True)
+  assert learnt.to_json() == whole.to_json()
+  found = np.concatenate(whole.encode_batch(list(pieces)))
+  np.testing.assert_array_equal(found, whole.encode(text))
+
+
 def test_memory_does_not_hold_all_documents(tmp_path, tokenizer, monkeypatch):
-  monkeypatch.setattr('moe_jax.data.tokenizer._CHARACTERS_AT_ONCE', 30)
+  """Nor a whole one that is long."""
+  expected = load_tokens(tmp_path / 'a.npy', lambda: DOCUMENTS * 2, tokenizer)
+  monkeypatch.setattr('moe_jax.data.tokenizer._CHARACTERS_AT_ONCE', 10)
+  monkeypatch.setattr('moe_jax.data.tokenizer.STRETCH', 8)
   sizes = []
   encode = tokenizer.encode_batch
-  monkeypatch.setattr(
-    tokenizer, 'encode_batch', lambda t: sizes.append(len(t)) or encode(t)
-  )
-  path = tmp_path / 'tokens.npy'
-  tokens = load_tokens(path, lambda: iter(DOCUMENTS * 2), tokenizer)
-  assert sum(sizes) == 6 and max(sizes) <= 2
-  text = ''.join(DOCUMENTS * 2)
-  assert tokenizer.decode(tokens) == text
+
+  def encode_batch(texts):
+    sizes.append(len(''.join(texts)))
+    return encode(texts)
+
+  monkeypatch.setattr(tokenizer, 'encode_batch', encode_batch)
+  tokens = load_tokens(tmp_path / 'b.npy', lambda: DOCUMENTS * 2, tokenizer)
+  np.testing.assert_array_equal(tokens, expected)
+  assert sum(sizes) == len(''.join(DOCUMENTS * 2)) and max(sizes) < 20
