@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 from etils import epath
 import numpy as np
 
+from moe_jax import storage
 from moe_jax.data import cache, prepared, pretrained
 from moe_jax.data import parts as parts_lib
 from moe_jax.data.documents import reading_with_any_library
@@ -135,7 +136,7 @@ def prepare(
 def _absolute(path: epath.Path) -> str:
   """Returns a path for workers, which may be elsewhere."""
   place = os.fspath(path)
-  return place if prepared.is_remote(path) else os.path.abspath(place)
+  return place if storage.is_remote(path) else os.path.abspath(place)
 
 
 @contextlib.contextmanager
@@ -146,7 +147,7 @@ def _alone(directory: epath.Path, out: str) -> Iterator[None]:
   """
   with reading_with_any_library(f'--out={out}'):
     directory.mkdir(parents=True, exist_ok=True)
-  if prepared.is_remote(directory):
+  if storage.is_remote(directory):
     yield
     return
   import fcntl  # Of Unix.

@@ -31,6 +31,7 @@ from etils import epath
 import fsspec
 import numpy as np
 
+from moe_jax import storage
 from moe_jax.data import cache
 from moe_jax.data.documents import reading_with_any_library
 from moe_jax.data.tokenizer import Tokenizer
@@ -112,7 +113,7 @@ def write_file(path: epath.Path, *content: bytes | memoryview) -> None:
 
   An object of a bucket appears when all of it is sent; a file is renamed.
   """
-  if is_remote(path):
+  if storage.is_remote(path):
     with path.open('wb') as file:
       file.writelines(content)
     return
@@ -132,11 +133,6 @@ def write_file(path: epath.Path, *content: bytes | memoryview) -> None:
     beside.unlink(missing_ok=True)
 
 
-def is_remote(path: epath.Path) -> bool:
-  """Tells whether a path is of a bucket."""
-  return '://' in os.fspath(path)
-
-
 def open_directory(option: str, name: str) -> epath.Path:
   """Returns a path, which may be of a bucket; nothing need be there.
 
@@ -144,8 +140,9 @@ def open_directory(option: str, name: str) -> epath.Path:
     ValueError: there is no such kind of place, or its package is missing.
   """
   try:
-    if is_remote(path := epath.Path(name).expanduser()):
+    if storage.is_remote(path := epath.Path(name).expanduser()):
       fsspec.get_filesystem_class(name.partition('://')[0])
+      storage.ask_buckets_anew()
     return path
   except ImportError as error:
     raise ValueError(
@@ -177,7 +174,7 @@ class Tokens:
   @property
   def remote(self) -> bool:
     """Whether each row takes answers of a bucket."""
-    return is_remote(self.directory)
+    return storage.is_remote(self.directory)
 
   def __len__(self) -> int:
     return int(self._ends[-1]) if len(self._ends) else 0
@@ -239,7 +236,9 @@ class Tokens:
 
 def _reader(path: epath.Path) -> Callable[[int, int], bytes]:
   """Returns what reads a shard from a byte to another, in any thread."""
-  if is_remote(path):  # One request each, for no more than is asked for.
+  if storage.is_remote(
+    path
+  ):  # One request each, for no more than is asked for.
     file_system, place = fsspec.core.url_to_fs(os.fspath(path))
     return functools.partial(file_system.cat_file, place)
 
@@ -286,15 +285,24 @@ class _File:
     return tokens_N if sys.byteorder == 'little' else tokens_N.byteswap()
 
   def _bytes(self, start: int, stop: int) -> bytes:
-    data = self._read(start, stop)
+    data = storage.patiently(
+      lambda: self._read(start, stop), str(self._path), storage.may_pass
+    )
     if len(data) != stop - start:
-      raise OSError(f'ends {stop - start - len(data)} bytes too early')
+      raise ValueError(f'ends {stop - start - len(data)} bytes too early')
     return data
 
-  def _bad(self, why: Any) -> ValueError:
-    return ValueError(
-      f'{self._path}: {getattr(why, "strerror", None) or why}; {_REMEDY}'
-    )
+  def _bad(self, why: Exception | str) -> Exception:
+    return _unread(self._path, why)
+
+
+def _unread(path: epath.Path, why: Exception | str) -> Exception:
+  """Returns what to raise: OSError where another try may be better."""
+  if isinstance(why, Exception):
+    if storage.may_pass(why):
+      return OSError(f'{path}: cannot be read now ({one_line(why)})')
+    why = f'cannot be read: {getattr(why, "strerror", None) or one_line(why)}'
+  return ValueError(f'{path}: {why}; {_REMEDY}')
 
 
 def _shards(split: dict[str, Any]) -> list[Shard]:
@@ -379,7 +387,7 @@ def file_sizes(directory: epath.Path) -> dict[str, int]:
   that do not know the owner.)
   """
   with reading_with_any_library(os.fspath(directory)):
-    if is_remote(directory):
+    if storage.is_remote(directory):
       file_system, place = fsspec.core.url_to_fs(os.fspath(directory))
       found = file_system.ls(place, detail=True, refresh=True)
       return {os.path.basename(x['name']): x['size'] for x in found}
@@ -408,9 +416,10 @@ def _manifest(data: bytes) -> tuple[dict[str, Any], dict[str, list[Shard]]]:
 
 
 def _parse(path: epath.Path, parse: Callable[[bytes], T], where: str = '') -> T:
-  """Reads a small file of a corpus; whatever is wrong is a ValueError."""
+  """Reads a small file of a corpus; what is wrong with it is a ValueError."""
   try:
-    return parse(path.read_bytes())
+    data = storage.patiently(path.read_bytes, str(path), storage.may_pass)
+    return parse(data)
   except FileNotFoundError as error:
     raise ValueError(
       f'{where or path.parent}: no prepared corpus ({path.name} is not '
@@ -419,5 +428,4 @@ def _parse(path: epath.Path, parse: Callable[[bytes], T], where: str = '') -> T:
     ) from error
   # Damage and the clients of buckets raise what they like.
   except Exception as error:
-    why = getattr(error, 'strerror', None) or one_line(error)
-    raise ValueError(f'{path}: cannot be read: {why}; {_REMEDY}') from error
+    raise _unread(path, error) from error

@@ -9,7 +9,6 @@ that.
 from collections.abc import Callable, Mapping
 import hashlib
 import json
-import re
 import sys
 from typing import Any, NamedTuple
 
@@ -19,22 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from moe_jax import storage
 from moe_jax.options import Refused
-from moe_jax.runs import checksums, files, processes
+from moe_jax.runs import checksums, processes
 
 ITEMS = ('params', 'optimizer', 'router', 'average')
 # What older versions did not save: zeros between steps, when they saved.
 _LATER = ('so_far',)
 Items = dict[str, Any]  # a pytree of arrays for each of these, or some
-
-# Errors of disk, network or memory: tensorstore tells them in a ValueError (2,
-# ENOENT, is a missing file), and libraries have their own.
-_MAY_PASS = re.compile(
-  r'\b(PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED'
-  r'|UNAUTHENTICATED|ABORTED|CANCELLED|OS error (?!2\b))'
-)
-_OF_NETWORKS = ('aiohttp', 'gcsfs', 'google', 'requests', 'urllib3')
-_OF_DAMAGE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 def items_of(state: Any) -> Items:
@@ -276,7 +267,7 @@ def _agreed(read: Callable[[], Any], path: epath.Path) -> Any:
   """Reads in every process; what one of them cannot read, none has read."""
   failure = result = None
   try:
-    result = files.patiently(read, str(path), may_pass)
+    result = storage.patiently(read, str(path), may_pass)
   except Exception as error:  # What damage leads to is not foreseeable.
     failure = _root(error)
   passing = failure is not None and may_pass(failure)
@@ -287,12 +278,8 @@ def _agreed(read: Callable[[], Any], path: epath.Path) -> Any:
 
 
 def may_pass(error: BaseException) -> bool:
-  """Whether an error tells of disk, network or memory, not of the data."""
-  root = _root(error)
-  if isinstance(root, OSError | MemoryError):
-    return not isinstance(root, _OF_DAMAGE)
-  library = type(root).__module__.partition('.')[0]
-  return library in _OF_NETWORKS or bool(_MAY_PASS.search(str(root)))
+  """As `storage.may_pass`, also of what orbax wraps."""
+  return storage.may_pass(_root(error))
 
 
 def _root(error: BaseException) -> BaseException:

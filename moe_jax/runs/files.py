@@ -19,34 +19,25 @@ from etils import epath
 import fsspec
 import jax
 
+from moe_jax import storage
 from moe_jax.options import Refused
-
-# Seconds before what a file system refused is tried again.
-PAUSES = (5.0, 20.0)
 
 _REMOTE = 'gs://'
 _SECONDS_UNTIL_SEEN = 90.0  # File systems over a network cache what they saw.
 
 
-def is_remote(path: str | os.PathLike[str]) -> bool:
-  """Tells whether a path names a bucket rather than a directory."""
-  return '://' in os.fspath(path)
-
-
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
   """Returns a path that does not depend on the current directory."""
   # Not epath's absolute(), which makes gs://... a local path.
-  if not is_remote(path):
+  if not storage.is_remote(path):
     return epath.Path(os.path.abspath(path))
-  # Else a bucket is never asked again what is in it, whatever others write.
-  options = fsspec.config.conf.setdefault('gs', {})
-  options['use_listings_cache'] = False
+  storage.ask_buckets_anew()
   return epath.Path(path)
 
 
 def check_place(name: str, path: str | os.PathLike[str]) -> None:
   """Raises ValueError, which has the name, if a bucket cannot be opened."""
-  if not is_remote(path):
+  if not storage.is_remote(path):
     return
   if not os.fspath(path).startswith(_REMOTE):
     raise ValueError(
@@ -71,7 +62,7 @@ def open_workdir(path: str | os.PathLike[str]) -> epath.Path:
   """
   check_place('--workdir', path)
   place = workdir = absolute(path)
-  if is_remote(path):
+  if storage.is_remote(path):
     return workdir
   while not place.exists():
     place = place.parent
@@ -88,7 +79,7 @@ def open_workdir(path: str | os.PathLike[str]) -> epath.Path:
 
 def check_space(workdir: epath.Path, size: int, count: int) -> None:
   """Raises ValueError unless so many checkpoints fit, of so many bytes each."""
-  if is_remote(workdir):
+  if storage.is_remote(workdir):
     return
   free = shutil.disk_usage(workdir).free
   if free < size * count:
@@ -136,7 +127,7 @@ def local_log(
   if jax.process_index() > 0:
     yield None, lambda: None
     return
-  if not is_remote(workdir):
+  if not storage.is_remote(workdir):
     yield pathlib.Path(workdir), lambda: None
     return
   with tempfile.TemporaryDirectory(prefix='moe_jax-') as scratch:
@@ -154,35 +145,9 @@ def local_log(
     finally:
       try:
         still_ours()
-        patiently(upload, f'{workdir}: upload')
+        storage.patiently(upload, f'{workdir}: upload')
       except Exception as error:  # How the run itself ended says more.
         print(f'warning: {workdir}: not uploaded: {error}', file=sys.stderr)
-
-
-def patiently(
-  call: Callable[[], Any],
-  what: str,
-  again: Callable[[Exception], bool] = lambda error: True,
-) -> Any:
-  """Calls a function; where the file system fails, again, twice at most.
-
-  Args:
-    call: the function.
-    what: of the warning that it is called again.
-    again: whether an error may not come another time; another ends the tries.
-  """
-  for pause in PAUSES:
-    try:
-      return call()
-    except Exception as error:  # Buckets have errors of their own.
-      if not again(error):
-        raise
-      print(
-        f'warning: {what}: {error}; tries again in {pause:.0f} s',
-        file=sys.stderr,
-      )
-      time.sleep(pause)
-  return call()
 
 
 def read(path: epath.Path | pathlib.Path) -> bytes:
@@ -219,7 +184,7 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 def write(path: epath.Path | pathlib.Path, content: bytes) -> None:
   """Writes a file whole or not at all."""
-  if is_remote(path):  # An object is there once all of it is sent.
+  if storage.is_remote(path):  # An object is there once all of it is sent.
     path.write_bytes(content)
     return
   temporary = path.with_suffix('.tmp')

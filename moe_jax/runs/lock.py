@@ -14,8 +14,8 @@ from etils import epath
 import fsspec
 import jax
 
+from moe_jax import storage
 from moe_jax.options import Refused
-from moe_jax.runs import files
 
 # A bucket has no locks that end with their process: the owner says that it is
 # alive by writing every so often, and a newcomer waits whether it does.
@@ -41,7 +41,7 @@ def hold(workdir: epath.Path) -> Iterator[Callable[[], None]]:
   if jax.process_index() > 0:
     yield lambda: None
     return
-  kind = _object if files.is_remote(workdir) else _file
+  kind = _object if storage.is_remote(workdir) else _file
   with kind(workdir / 'lock') as check:
     yield check
 

@@ -12,6 +12,7 @@ import pathlib
 import sys
 from typing import Any
 
+from moe_jax import storage
 from moe_jax.runs import files
 
 NAME = 'metrics.jsonl'
@@ -125,7 +126,7 @@ class Writer:
     line = _line(record)
     self.last, self._last_size = record, len(line)
     self._file.write(line)
-    files.patiently(self._file.flush, str(self._path))
+    storage.patiently(self._file.flush, str(self._path))
     self._file.truncate()  # Should the line before have been longer.
 
   def sync(self) -> None:

@@ -17,6 +17,7 @@ from etils import epath
 import jax
 import numpy as np
 
+from moe_jax import storage
 from moe_jax.options import Refused
 from moe_jax.runs import files
 from moe_jax.runs import reader as reader_lib
@@ -57,7 +58,7 @@ def write(workdir: epath.Path, step: int, routes_BxLxSxK: jax.Array) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     files.write(path, content.getvalue())
 
-  files.patiently(try_to_write, str(path))
+  storage.patiently(try_to_write, str(path))
 
 
 def remove_after(workdir: epath.Path, step: int) -> None:

@@ -11,7 +11,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from moe_jax.runs import checkpoints, checksums, files
+from moe_jax import storage
+from moe_jax.runs import checkpoints, checksums
 from moe_jax.runs.checkpoints import ITEMS
 
 
@@ -130,7 +131,7 @@ class Saver:
 
     try:
       what = f'no checkpoint of step {step}'
-      files.patiently(write, what, lambda error: jax.process_count() == 1)
+      storage.patiently(write, what, lambda error: jax.process_count() == 1)
     except Exception as error:  # Whatever orbax makes of a file system's.
       raise OSError(
         f'{self._directory}: the checkpoint of step {step} cannot be written '

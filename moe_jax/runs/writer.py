@@ -17,6 +17,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from moe_jax import storage
 from moe_jax.runs import (
   checkpoints,
   events,
@@ -205,7 +206,7 @@ class Writer:
 
   def _open_tracker(self, step: int, steps: int) -> tracker.Tracker:
     # What is uploaded of a remote work directory is files, no folders.
-    remote = files.is_remote(self._workdir)
+    remote = storage.is_remote(self._workdir)
     return tracker.Tracker(
       None if remote else self._directory,
       project=self._config['tracker_project'],
@@ -262,7 +263,7 @@ class Writer:
     for output in self._outputs:
       output.sync()
     # First: a checkpoint without the metrics before it could not be continued.
-    files.patiently(self._upload, f'{self._workdir}: upload')
+    storage.patiently(self._upload, f'{self._workdir}: upload')
     self._saver.save(
       checkpoints.items_of(state),
       self._position,

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
-from moe_jax import data
+from moe_jax import data, storage
 from moe_jax.config import Config
 from moe_jax.runs import checkpoints, files, processes, routes, tracker
 from moe_jax.runs.reader import Reader
@@ -108,7 +108,7 @@ def plan(
   with processes.agreement() as agreed:
     directory = files.open_workdir(workdir)
     tracker.check(config.tracker)
-    if config.profile and files.is_remote(directory):
+    if config.profile and storage.is_remote(directory):
       raise ValueError(
         f'profile={config.profile}: writes to a local --workdir only, not to '
         f'{workdir}'

@@ -1,7 +1,9 @@
 """Whatever is damaged is told by name, and never read as something else."""
 
+import errno
 import gzip
 import json
+import os
 import pathlib
 import shutil
 
@@ -14,7 +16,7 @@ from pyarrow import ipc, parquet
 import pytest
 import tokenizers
 
-from moe_jax import data
+from moe_jax import data, storage
 from moe_jax.data import parts as parts_lib
 from moe_jax.data import prepare, prepared
 from moe_jax.data.tokenizer import Tokenizer
@@ -374,3 +376,22 @@ def test_waiting_for_a_corpus_has_a_bound(tmp_path, monkeypatch):
   monkeypatch.setattr(prepared.time, 'sleep', lambda seconds: None)
   with pytest.raises(ValueError, match='no prepared corpus'):
     prepared.Prepared(str(tmp_path), wait_seconds=600)
+
+
+@pytest.mark.parametrize('failures', [2, 3])
+def test_a_disk_that_fails_is_no_damage(corpus, failures, monkeypatch, capsys):
+  monkeypatch.setattr(storage, 'PAUSES', (0.0, 0.0))
+  tokens = prepared.Prepared(str(corpus.directory)).splits['train']
+  errors, pread = [OSError(errno.EIO, 'failed')] * failures, os.pread
+
+  def failing(*arguments):
+    if errors:
+      raise errors.pop()
+    return pread(*arguments)
+
+  monkeypatch.setattr(os, 'pread', failing)
+  if failures == 3:
+    with pytest.raises(OSError, match=r'\.tok: cannot be read now .*failed'):
+      _ = tokens[:10]
+  assert len(tokens[:10]) == 10  # Good again when asked once more.
+  assert capsys.readouterr().err.count('tries again') == 2

@@ -10,6 +10,7 @@ import fsspec
 import pytest
 
 from moe_jax import config as config_lib
+from moe_jax import storage
 from moe_jax.options import Refused
 from moe_jax.runs import checkpoints, files, records, writer
 from moe_jax.train import loop
@@ -168,7 +169,7 @@ def test_room_for_checkpoints_is_asked_for_before_the_first_step(
 
 
 def test_a_file_system_is_asked_three_times(monkeypatch, capsys):
-  monkeypatch.setattr(files, 'PAUSES', (0.0, 0.0))
+  monkeypatch.setattr(storage, 'PAUSES', (0.0, 0.0))
   answers = iter(
     [OSError('full'), KeyError('odd'), None, *[OSError('gone')] * 3]
   )
@@ -177,7 +178,7 @@ def test_a_file_system_is_asked_three_times(monkeypatch, capsys):
     if answer := next(answers):
       raise answer
 
-  files.patiently(write, 'upload')
+  storage.patiently(write, 'upload')
   assert capsys.readouterr().err.count('warning: upload: ') == 2
   with pytest.raises(OSError, match='gone'):
-    files.patiently(write, 'upload')
+    storage.patiently(write, 'upload')

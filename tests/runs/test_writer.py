@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
+from moe_jax import storage
 from moe_jax.options import Refused
-from moe_jax.runs import files, records
+from moe_jax.runs import records
 from moe_jax.runs import writer as writer_lib
 from moe_jax.runs.checkpoints import Position, Saved
 
@@ -161,7 +162,7 @@ def test_no_step_is_missing_while_its_evaluation_is_written(
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt), open_writer(tmp_path, 3) as writer:
-    monkeypatch.setattr(files, 'patiently', killed)
+    monkeypatch.setattr(storage, 'patiently', killed)
     try:
       writer.add(dict, EVALUATED)
     finally:
