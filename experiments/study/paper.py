@@ -39,8 +39,12 @@ def _conclusion(results: pathlib.Path) -> str:
     f'{row["worst_sup_max_violation"]:.2f}'
     for name, row in found.iterrows()
   )
+  others = found['average_max_violation'].drop('bip').min()
+  worst = found['sup_max_violation']['bip']
   return (
-    'MaxVio of the first step, of the worst one and of the last fifth, means '
+    f'{"Yes" if worst < others else "No"}: in its worst step `bip` has MaxVio '
+    f'{worst:.2f}, the better of the others on average {others:.2f}. MaxVio of '
+    'the first step, of the worst one and of the last fifth, means '
     f'over layers, and of the worst step of a layer: {told}. One seed.'
   )
 
