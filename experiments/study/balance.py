@@ -7,6 +7,8 @@ import itertools
 import pathlib
 import sys
 
+import pandas as pd
+
 from experiments.study import audits, runs, step_times, tuning
 from experiments.study.question import Audit, Question, Table
 from experiments.study.runs import Arm
@@ -144,15 +146,10 @@ def _conclusion(results: pathlib.Path) -> str:
     for name in ('bip', 'midpoint')
     for other in ('loss_controlled', 'loss_controlled_0.01')
   ]
-  lower = paired(found[runs.LOSS], 'loss_controlled_0.01', 'bip')
-  late = saving(found['planned_16_late'], 'bip', 'loss_controlled')
   return '\n'.join(
     [
-      'Is `bip` even from the first step on? '
-      f'{"Yes" if better else "No"}. Is its loss below that with a weight of '
-      f'0.01? {lower.exceeds(0)} (by {lower} nats). Does it take 13 % less '
-      f'time, late in a run? {late.exceeds(0.13)} ({100 * late.mean:.0f} ± '
-      f'{100 * late.margin:.0f} %).\n',
+      f'Is `bip` even from the first step on? {"Yes" if better else "No"}. '
+      f'{_in_short(found)}\n',
       '- *Even from the first step to the last*: AvgMaxVio (SupMaxVio, mean of '
       f'the last fifth of the steps) is {", ".join(map(violation, names))}. '
       f'The worst step of `bip` is {"better" if better else "no better"} than '
@@ -169,6 +166,16 @@ def _conclusion(results: pathlib.Path) -> str:
       f'all-reduces of T = 4 takes {times("bip")} of `loss_controlled` over '
       f'the run (its last fifth), {times("midpoint")}.',
     ]
+  )
+
+
+def _in_short(found: pd.DataFrame) -> str:
+  lower = paired(found[runs.LOSS], 'loss_controlled_0.01', 'bip')
+  late = saving(found['planned_16_late'], 'bip', 'loss_controlled')
+  return (
+    f'Is its loss below that with a weight of 0.01? {lower.exceeds(0)} (by '
+    f'{lower} nats). Does it take 13 % less time, late in a run? '
+    f'{late.exceeds(0.13)} ({100 * late.mean:.0f} ± {100 * late.margin:.0f} %).'
   )
 
 
