@@ -65,6 +65,8 @@ LARGER = _arms(
     'loss_free': ('loss_free', {}),
     'bip': ('bip', {}),
     'midpoint': ('midpoint', {}),
+    'loss_controlled_0.01': ('loss_controlled', {'balancer.alpha': 0.01}),
+    'loss_free_0.01': ('loss_free', {'balancer.rate': 0.01}),
   },
   experiment='mini_64e',
   minutes=7,
