@@ -43,6 +43,10 @@ VARIANTS = _arms(
   TWO,
   {
     'loss_controlled_0.001': ('loss_controlled', {'balancer.alpha': 0.001}),
+    'loss_controlled_batch_0.01': (
+      'loss_controlled',
+      {'balancer.alpha': 0.01, 'balancer.over': 'batch'},
+    ),
     'bip_t2': ('bip_t2', {}),
     'bip_t8': ('bip_t8', {}),
     'bip_t14': ('bip_t14', {}),
