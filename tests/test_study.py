@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import types
 
 import numpy as np
@@ -44,7 +45,10 @@ def test_an_arm_has_one_meaning():
 
 
 def test_the_report_is_that_of_the_stored_runs():
-  assert (runs.RESULTS / 'REPORT.md').read_text() == report.report()
+  text = report.report()
+  assert (runs.RESULTS / 'REPORT.md').read_text() == text
+  for name in re.findall(r'\]\((\w+\.png)\)', text):
+    assert (runs.RESULTS / name).exists()
   assert (runs.RESULTS / 'PLAN.md').read_text() == plan.plan()
 
 
@@ -123,7 +127,11 @@ def test_the_learning_rate_is_the_lowest_of_the_best():
 
 @pytest.mark.parametrize('asked', report.QUESTIONS, ids=lambda x: x.title)
 def test_a_question_ends_when_all_is_there(asked, tmp_path):
-  row = {'purity': 0.5, audits.DOMAIN: 0.2, 'MaxVio': 0.1, 'regret [%]': 2.0}
+  row = {'purity': 0.5, audits.DOMAIN: 0.2, 'token information [nats]': 0.5} | {
+    'MaxVio': 0.1,
+    'regret [%]': 2.0,
+    'bytes a layer': 64,
+  }
   rows = dict.fromkeys(['validation', *online.RULES], row)
   for each in asked.audits:
     for arm in each.arms:
@@ -137,6 +145,9 @@ def test_a_question_ends_when_all_is_there(asked, tmp_path):
   *_, heading, conclusion = question.section(asked, tmp_path)
   assert heading == question.ENDING
   assert conclusion and 'nan' not in conclusion
+  for draw in asked.figures.values():
+    (axes,) = draw(tmp_path).axes
+    assert axes.get_xlabel() and axes.has_data()
 
 
 def values_of(**arms):
@@ -329,7 +340,7 @@ def test_what_is_interrupted_is_continued_and_stored(tmp_path, monkeypatch):
   assert parts[5] == '1 of 2 checkpoints are audited.'
   assert parts[6] == 'Checkpoints of seed 1.'
   assert '| midpoint | 10 bins |' in parts[7]
-  figure = figures.balance_figure(arms, results)
+  figure = figures.curves(arms, results)
   labels = [line.get_label() for line in figure.axes[0].lines]
   assert labels == ['unbalanced', 'midpoint']
   assert 'seeds (2)' in figure.axes[0].get_title('left')

@@ -3,16 +3,21 @@
 python -m experiments.study.balance --workdir=DIR
 """
 
+from collections.abc import Iterable
+import functools
 import itertools
+import math
 import pathlib
 import sys
 
+from matplotlib.figure import Figure
 import pandas as pd
 
-from experiments.study import audits, runs, step_times, tuning
+from experiments.study import audits, figures, runs, step_times, tuning
 from experiments.study.question import Audit, Question, Table
 from experiments.study.runs import Arm
-from experiments.study.statistics import paired, saving
+from experiments.study.statistics import Difference, paired, saving
+from moe_jax.analysis import drawing
 
 FIVE, TWO = range(5), range(2)
 
@@ -76,15 +81,27 @@ LARGER = _arms(
   minutes=7,
 )
 
+STABILITY = {
+  'price_change': ('mean |dq| of a step, second half', '.1e'),
+  'used_experts': ('exp(entropy of loads) / E', '.3f'),
+  'loss_spikes': ('loss spikes', '.1f'),
+}
 _DEVICES = {
   'device_load_4': ('fullest of 4 devices / mean', '.3f'),
   'planned_4': ('planned step on 4 H100 / even', '.3f'),
   'planned_16': ('on 16 / even', '.3f'),
   'planned_16_late': ('on 16 / even, last fifth', '.3f'),
-  'price_change': ('mean |dq| of a step, second half', '.1e'),
-  'used_experts': ('exp(entropy of loads) / E', '.3f'),
-  'loss_spikes': ('loss spikes', '.1f'),
-}
+} | STABILITY
+
+
+_OTHERS = [
+  Table('Variants', list(VARIANTS.values()), MAIN['unbalanced']),
+  Table(
+    '64 experts, of which a token takes 8',
+    list(LARGER.values()),
+    LARGER['unbalanced'],
+  ),
+]
 
 
 def one_seed(results: pathlib.Path) -> str:
@@ -185,6 +202,70 @@ def _in_short(found: pd.DataFrame) -> str:
   )
 
 
+def _frontier(results: pathlib.Path) -> Figure:
+  """Draws imbalance against loss: methods, and baselines as tuned."""
+  figure, axes = drawing.subplots(5.0)
+  drawn = []
+  by_rate = {
+    scoring: [
+      arm for (of, _), arm in tuning.BIAS_RATES.items() if of == scoring
+    ]
+    for scoring in ('softmax', 'sigmoid')
+  }
+  for label, method, line, arms in (
+    ('by weight', 'loss_controlled', '-', tuning.ALPHAS.values()),
+    ('by rate', 'loss_free', '-', by_rate['softmax']),
+    ('by rate, sigmoid', 'loss_free', ':', by_rate['sigmoid']),
+  ):
+    points = _points(arms, tuning.BASELINE, results)
+    drawn += [violation for violation, _ in points]
+    look = {'linestyle': line, 'markevery': 1, 'fillstyle': 'none'}
+    style = drawing.method_style(method) | look
+    if points:
+      violations, differences = zip(*points, strict=True)
+      losses = [difference.mean for difference in differences]
+      axes.plot(violations, losses, label=label, **style)
+  for arm in MAIN.values():
+    for violation, loss in _points([arm], MAIN['unbalanced'], results):
+      style = figures.look(arm) | {
+        'linestyle': '',
+        'markersize': 8,
+        'markevery': 1,
+      }
+      drawn.append(violation)
+      axes.errorbar(
+        violation, loss.mean, loss.margin, label=arm.name, capsize=3, **style
+      )
+  drawing.log_axis(axes, drawn, 'x')
+  axes.set(
+    xlabel='AvgMaxVio (mean over steps of fullest expert / mean - 1)',
+    ylabel='loss - loss of unbalanced [nats]',
+  )
+  drawing.title(
+    axes, 'points: paired by seed, 95 % interval; lines: tuning, another seed'
+  )
+  drawing.grid(axes)
+  drawing.legend(figure, axes)
+  return figure
+
+
+def _points(
+  arms: Iterable[Arm], baseline: Arm, results: pathlib.Path
+) -> list[tuple[float, Difference]]:
+  """Returns AvgMaxVio and the loss over the baseline's, of stored arms."""
+  points = []
+  for arm in arms:
+    if not (arm.stored(results) and baseline.stored(results)):
+      continue
+    found = runs.frame([arm, baseline], results)
+    difference = Difference(0.0, math.nan)
+    if arm != baseline:
+      difference = paired(found[runs.LOSS], arm.name, baseline.name)
+    violation = found['average_max_violation'][arm.name].mean()
+    points.append((violation, difference))
+  return points
+
+
 QUESTION = Question(
   "Which of the paper's claims hold?",
   '`mini_16e`: 4 layers, 16 experts of which a token takes 4, 1.02 M tokens of '
@@ -200,12 +281,7 @@ QUESTION = Question(
     Table(
       'Devices and prices', list(MAIN.values()), MAIN['unbalanced'], _DEVICES
     ),
-    Table('Variants', list(VARIANTS.values()), MAIN['unbalanced']),
-    Table(
-      '64 experts, of which a token takes 8',
-      list(LARGER.values()),
-      LARGER['unbalanced'],
-    ),
+    *_OTHERS,
   ],
   audits=[
     Audit(
@@ -216,6 +292,10 @@ QUESTION = Question(
   ],
   conclusion=_conclusion,
   rests_on=list(MAIN.values()),
+  figures={
+    'max_violation': functools.partial(figures.curves, list(MAIN.values())),
+    'frontier': _frontier,
+  },
 )
 
 

@@ -6,7 +6,10 @@ python -m experiments.study.capacity --workdir=DIR
 import pathlib
 import sys
 
-from experiments.study import balance, runs, step_times
+from matplotlib.figure import Figure
+import pandas as pd
+
+from experiments.study import balance, figures, runs, step_times
 from experiments.study.question import COLUMNS, PERPLEXITY, Question, Table
 from experiments.study.runs import Arm
 
@@ -57,6 +60,20 @@ def _conclusion(results: pathlib.Path) -> str:
   return '\n'.join(lines)
 
 
+def _figure(results: pathlib.Path) -> Figure:
+  buffers = [f'{factor} x mean' for factor in FACTORS] + ['rounded to the mean']
+  dropped = {}
+  for each in TABLES:
+    arms = each.arms[1:]
+    found = runs.frame(arms, results)['dropped'].groupby('arm').mean()
+    dropped[each.heading] = [100 * found[arm.name] for arm in arms]
+  return figures.rows(
+    pd.DataFrame(dropped, buffers),
+    'dropped pairs of token and expert [%]',
+    [each.baseline.method for each in TABLES],
+  )
+
+
 QUESTION = Question(
   'What do static buffers cost each method?',
   'Capacity factors of 1.0, 1.25 and 2.0 drop what does not fit; rounding at '
@@ -64,6 +81,7 @@ QUESTION = Question(
   'that would have dropped nothing at any step. Evaluation never drops.',
   TABLES,
   conclusion=_conclusion,
+  figures={'capacity': _figure},
 )
 
 

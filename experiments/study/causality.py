@@ -6,10 +6,13 @@ python -m experiments.study.causality --workdir=DIR
 import pathlib
 import sys
 
-from experiments.study import audits, balance, runs, tuning
+from matplotlib.figure import Figure
+
+from experiments.study import audits, balance, figures, runs, tuning
 from experiments.study.question import Audit, Question, Table
 from experiments.study.runs import Arm
 from experiments.study.statistics import paired
+from moe_jax.analysis import drawing
 
 STEP = 4096  # Tokens of a step of mini_16e.
 SEQUENCES = 32
@@ -45,15 +48,18 @@ BATCHES = {
 }
 
 
-def _tables():
-  for tokens, arms in BATCHES.items():
-    for rule in RULES:
-      of_rule = [arms[name] for name in (rule, f'{rule}_lag', 'unbalanced')]
-      yield Table(f'{rule}, {tokens:,} tokens a step', of_rule, of_rule[0])
+def _table(rule, tokens):
+  names = rule, f'{rule}_lag', 'unbalanced'
+  arms = [BATCHES[tokens][name] for name in names]
+  return Table(f'{rule}, {tokens:,} tokens a step', arms, arms[0])
+
+
+TABLES = {
+  (rule, tokens): _table(rule, tokens) for tokens in BATCHES for rule in RULES
+}
 
 
 def _conclusion(results: pathlib.Path) -> str:
-  tables = list(_tables())
   found = runs.frame([*balance.MAIN.values(), *LAGGED.values()], results)
   lag = '; '.join(
     f'`{x}_lag` - `{x}`: {paired(found[runs.LOSS], f"{x}_lag", x).told}'
@@ -66,12 +72,27 @@ def _conclusion(results: pathlib.Path) -> str:
       'that the first steps are uneven; `unbalanced` says what uneven loads '
       'alone may cost. AvgMaxVio (last fifth), and differences of loss in '
       'nats:\n',
-      *(
-        f'- {each.heading}: {each.balance(results)}. '
-        f'Loss: {each.differences(results)}.'
-        for each in tables
-      ),
+      *(f'- {each.told(results)}' for each in TABLES.values()),
     ]
+  )
+
+
+def _figure(results: pathlib.Path) -> Figure:
+  lines = {}
+  for rule in RULES:
+    lagged = drawing.method_style(rule) | {'linestyle': '-'}
+    looks = lagged, lagged | {'linestyle': ':', 'fillstyle': 'none'}
+    for place, look in enumerate(looks, 1):
+      differences = {}
+      for tokens in BATCHES:
+        each = TABLES[rule, tokens]
+        loss = each.frame(results)[runs.LOSS]
+        names = each.arms[place].name, each.baseline.name
+        differences[tokens] = paired(loss, *names)
+      label = f'{TABLES[rule, STEP].arms[place].name} - {rule}'
+      lines[label] = look, differences
+  return figures.by_size(
+    lines, 'tokens of a step', 'difference of loss, q frozen [nats]'
   )
 
 
@@ -81,7 +102,7 @@ QUESTION = Question(
   'solved on the same batch can, the less the more tokens it has. A million '
   'tokens in batches of 1,024, 4,096 and 16,384; the learning rate follows the '
   'square root of the batch, from 0.004 at 4,096.',
-  list(_tables()),
+  list(TABLES.values()),
   audits=[
     Audit(
       'Routes that change with the tokens that follow',
@@ -90,6 +111,7 @@ QUESTION = Question(
     )
   ],
   conclusion=_conclusion,
+  figures={'causality': _figure},
 )
 
 

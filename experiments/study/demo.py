@@ -39,7 +39,7 @@ def _answer(argv: Sequence[str] | None) -> str:
   workdir = parser.parse_args(argv).workdir.absolute()
   results = workdir / 'study'
   runs.run_all(ARMS, workdir, results)
-  figure = figures.balance_figure(ARMS, results)
+  figure = figures.curves(ARMS, results)
   save_figure(figure, results / 'max_violation')
   where = f'The figure is {results}/max_violation.png'
   return '\n\n'.join([*question.section(QUESTION, results), where])

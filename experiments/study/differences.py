@@ -6,8 +6,11 @@ python -m experiments.study.differences --workdir=DIR
 import pathlib
 import sys
 
-from experiments.study import balance, tuning
-from experiments.study.question import Question, Table
+from matplotlib.figure import Figure
+import pandas as pd
+
+from experiments.study import balance, figures, tuning
+from experiments.study.question import COLUMNS, Question, Table
 from experiments.study.runs import Arm
 
 _OF_BIP = {
@@ -73,13 +76,20 @@ def _conclusion(results: pathlib.Path) -> str:
       f'Of `bip` and what differs from it, `{evenest.name}` is the evenest; '
       'one seed tells no difference of loss. AvgMaxVio (last fifth), and '
       'differences of loss in nats:\n',
-      *(
-        f'- {each.heading}: {each.balance(results)}. '
-        f'Loss: {each.differences(results)}.'
-        for each in TABLES
-      ),
+      *(f'- {each.told(results)}' for each in TABLES),
     ]
   )
+
+
+def _figure(results: pathlib.Path) -> Figure:
+  by_arm = pd.concat([each.frame(results) for each in TABLES]).groupby('arm')
+  columns = {
+    key: COLUMNS[key][0]
+    for key in ('average_max_violation', 'last_max_violation')
+  }
+  mean = by_arm[[*columns]].mean().rename(columns=columns)
+  by_rank = mean.sort_values('AvgMaxVio')
+  return figures.rows(by_rank, figures.VIOLATION)
 
 
 QUESTION = Question(
@@ -93,6 +103,7 @@ QUESTION = Question(
   'changes no choice, so it is not trained with and without.',
   TABLES,
   conclusion=_conclusion,
+  figures={'differences': _figure},
 )
 
 

@@ -1,28 +1,20 @@
 """Figures of the study, drawn from stored runs."""
 
-from collections.abc import Iterable
-import math
+from collections.abc import Iterable, Mapping
 import pathlib
 from typing import Any
 
 from matplotlib.figure import Figure
 import pandas as pd
 
-from experiments.study import balance, runs, tuning
 from experiments.study.runs import Arm
-from experiments.study.statistics import Difference, paired
-from moe_jax.analysis import drawing, save_figure
+from experiments.study.statistics import Difference
+from moe_jax.analysis import drawing
+
+VIOLATION = 'MaxVio (fullest expert / mean - 1)'
 
 
-def write(results: pathlib.Path) -> None:
-  """Writes every figure whose runs are stored."""
-  main = balance.MAIN.values()
-  if any(arm.stored(results) for arm in main):
-    save_figure(balance_figure(main, results), results / 'max_violation')
-    save_figure(frontier_figure(results), results / 'frontier')
-
-
-def balance_figure(arms: Iterable[Arm], results: pathlib.Path) -> Figure:
+def curves(arms: Iterable[Arm], results: pathlib.Path) -> Figure:
   """Draws MaxVio by step: mean over seeds, and a band of all seeds."""
   figure, axes = drawing.subplots(4.5)
   lowest, counts = [], []
@@ -30,23 +22,23 @@ def balance_figure(arms: Iterable[Arm], results: pathlib.Path) -> Figure:
     stored = arm.stored(results)
     if not stored:
       continue
-    curves = pd.DataFrame(
+    by_seed = pd.DataFrame(
       {s: run['curves']['router/max_violation'] for s, run in stored.items()}
     )
-    curves.index += 1
-    style = _look(arm)
-    drawing.line(axes, curves.mean(axis=1), label=arm.name, **style)
+    by_seed.index += 1
+    style = look(arm)
+    drawing.line(axes, by_seed.mean(axis=1), label=arm.name, **style)
     counts.append(len(stored))
     axes.fill_between(
-      curves.index,
-      *(curves.min(axis=1), curves.max(axis=1)),
+      by_seed.index,
+      *(by_seed.min(axis=1), by_seed.max(axis=1)),
       color=style['color'],
       alpha=0.2,
       linewidth=0,
     )
-    lowest += [*curves.min(axis=1)]
+    lowest += [*by_seed.min(axis=1)]
   drawing.log_axis(axes, lowest)
-  axes.set(xlabel='optimizer step', ylabel='MaxVio (fullest expert / mean - 1)')
+  axes.set(xlabel='optimizer step', ylabel=VIOLATION)
   seeds = ' to '.join(map(str, sorted({min(counts), max(counts)})))
   drawing.title(
     axes, f'line: mean over layers and seeds ({seeds}); band: all seeds'
@@ -56,67 +48,67 @@ def balance_figure(arms: Iterable[Arm], results: pathlib.Path) -> Figure:
   return figure
 
 
-def frontier_figure(results: pathlib.Path) -> Figure:
-  """Draws imbalance against loss: methods, and baselines as tuned."""
-  figure, axes = drawing.subplots(5.0)
-  drawn = []
-  by_rate = {
-    scoring: [
-      arm for (of, _), arm in tuning.BIAS_RATES.items() if of == scoring
-    ]
-    for scoring in ('softmax', 'sigmoid')
-  }
-  for label, method, line, arms in (
-    ('by weight', 'loss_controlled', '-', tuning.ALPHAS.values()),
-    ('by rate', 'loss_free', '-', by_rate['softmax']),
-    ('by rate, sigmoid', 'loss_free', ':', by_rate['sigmoid']),
-  ):
-    points = _points(arms, tuning.BASELINE, results)
-    drawn += [violation for violation, _ in points]
-    look = {'linestyle': line, 'markevery': 1, 'fillstyle': 'none'}
-    style = drawing.method_style(method) | look
-    if points:
-      violations, differences = zip(*points, strict=True)
-      losses = [difference.mean for difference in differences]
-      axes.plot(violations, losses, label=label, **style)
-  for arm in balance.MAIN.values():
-    for violation, loss in _points([arm], balance.MAIN['unbalanced'], results):
-      style = _look(arm) | {'linestyle': '', 'markersize': 8, 'markevery': 1}
-      drawn.append(violation)
-      axes.errorbar(
-        violation, loss.mean, loss.margin, label=arm.name, capsize=3, **style
-      )
-  drawing.log_axis(axes, drawn, 'x')
-  axes.set(
-    xlabel='AvgMaxVio (mean over steps of fullest expert / mean - 1)',
-    ylabel='loss - loss of unbalanced [nats]',
-  )
-  drawing.title(
-    axes, 'points: paired by seed, 95 % interval; lines: tuning, another seed'
-  )
+def rows(
+  values: pd.DataFrame, xlabel: str, methods: Iterable[str] = ()
+) -> Figure:
+  """Draws a row for each row, and in it a mark for each column.
+
+  Args:
+    values: with the names that are shown.
+    xlabel: what the values are.
+    methods: of the columns, whose looks they have, if they are of methods.
+  """
+  looks = [drawing.method_style(method) for method in methods] or [
+    {'color': color, 'marker': marker}
+    for color, marker in zip(drawing.COLORS, drawing.MARKERS, strict=False)
+  ]
+  figure, axes = drawing.subplots(1.3 + 0.22 * len(values))
+  places = range(len(values))
+  for (name, column), look in zip(values.items(), looks, strict=False):
+    look = look | {'linestyle': '', 'markevery': 1, 'fillstyle': 'none'}
+    axes.plot(column, places, label=name, clip_on=False, **look)
+  axes.set_yticks(places, values.index, parse_math=False)
+  axes.invert_yaxis()
+  axes.set_xlabel(xlabel)
+  drawing.log_axis(axes, values.to_numpy().ravel().tolist(), 'x')
   drawing.grid(axes)
   drawing.legend(figure, axes)
   return figure
 
 
-def _points(
-  arms: Iterable[Arm], baseline: Arm, results: pathlib.Path
-) -> list[tuple[float, Difference]]:
-  """Returns AvgMaxVio and the loss over the baseline's, of stored arms."""
-  points = []
-  for arm in arms:
-    if not (arm.stored(results) and baseline.stored(results)):
-      continue
-    found = runs.frame([arm, baseline], results)
-    difference = Difference(0.0, math.nan)
-    if arm != baseline:
-      difference = paired(found[runs.LOSS], arm.name, baseline.name)
-    violation = found['average_max_violation'][arm.name].mean()
-    points.append((violation, difference))
-  return points
+def by_size(
+  lines: Mapping[str, tuple[dict[str, Any], Mapping[int, Difference]]],
+  xlabel: str,
+  ylabel: str,
+  log: bool = False,
+) -> Figure:
+  """Draws lines over sizes, with what is known of their uncertainty.
+
+  Args:
+    lines: by label, the look and the values by size.
+    xlabel: what the size is.
+    ylabel: what the values are.
+    log: whether their axis is logarithmic.
+  """
+  figure, axes = drawing.subplots(4.5)
+  for label, (style, values) in lines.items():
+    means, margins = zip(*values.values(), strict=True)
+    style = style | {'markevery': 1}
+    axes.errorbar([*values], means, margins, label=label, capsize=3, **style)
+  sizes = sorted({size for _, values in lines.values() for size in values})
+  axes.set_xscale('log')
+  axes.set_xticks(sizes, [f'{size:,}' for size in sizes])
+  axes.minorticks_off()
+  axes.set(xlabel=xlabel, ylabel=ylabel)
+  if log:
+    of_lines = [values.values() for _, values in lines.values()]
+    drawing.log_axis(axes, [x.mean for each in of_lines for x in each])
+  drawing.grid(axes)
+  drawing.legend(figure, axes, columns=2)
+  return figure
 
 
-def _look(arm: Arm) -> dict[str, Any]:
+def look(arm: Arm) -> dict[str, Any]:
   """Returns the look of the arm's method, hollow where it has other values."""
   style = drawing.method_style(arm.method)
   if arm.name != arm.method:

@@ -6,7 +6,10 @@ python -m experiments.study.online --workdir=DIR
 import pathlib
 import sys
 
-from experiments.study import audits, balance
+from matplotlib.figure import Figure
+import pandas as pd
+
+from experiments.study import audits, balance, figures
 from experiments.study.question import Audit, Question
 
 ARMS = [balance.MAIN[name] for name in ('unbalanced', 'loss_controlled', 'bip')]
@@ -36,6 +39,19 @@ def _conclusion(results: pathlib.Path) -> str:
   )
 
 
+def _figure(results: pathlib.Path) -> Figure:
+  found = {x.name: audits.stored(audits.online, x, results) for x in ARMS}
+  regret = {
+    f'scores of {name}': {
+      f'{rule}, {row["bytes a layer"] / 1e3:.3g} kB': row['regret [%]']
+      for rule, row in rows.items()
+    }
+    for name, rows in found.items()
+  }
+  methods = [arm.method for arm in ARMS]
+  return figures.rows(pd.DataFrame(regret), 'regret [%]', methods)
+
+
 QUESTION = Question(
   'How good are prices that see one token at a time?',
   '2,048 tokens of validation text arrive one by one, with the scores that '
@@ -47,6 +63,7 @@ QUESTION = Question(
   [],
   audits=[Audit('Rules', audits.online, ARMS)],
   conclusion=_conclusion,
+  figures={'online': _figure},
 )
 
 

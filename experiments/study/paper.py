@@ -3,10 +3,11 @@
 python -m experiments.study.paper --workdir=DIR
 """
 
+import functools
 import pathlib
 import sys
 
-from experiments.study import runs
+from experiments.study import figures, runs
 from experiments.study.question import Question, Table
 from experiments.study.runs import Arm
 
@@ -57,6 +58,7 @@ QUESTION = Question(
   'nothing about its quality.',
   [METHODS],
   conclusion=_conclusion,
+  figures={'paper': functools.partial(figures.curves, METHODS.arms)},
 )
 
 

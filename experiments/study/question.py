@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 from typing import NamedTuple
 
+from matplotlib.figure import Figure
 import numpy as np
 import pandas as pd
 
@@ -55,6 +56,13 @@ class Table:
       return found
     seeds = set.intersection(*(set(arm.seeds) for arm in self.arms))
     return found[found.index.isin(seeds, 'seed')]
+
+  def told(self, results: pathlib.Path) -> str:
+    """Says how even its arms are, and how their losses differ."""
+    return (
+      f'{self.heading}: {self.balance(results)}. '
+      f'Loss: {self.differences(results)}.'
+    )
 
   def balance(self, results: pathlib.Path) -> str:
     """Says AvgMaxVio (and that of the last fifth), evenest arm first."""
@@ -108,6 +116,8 @@ class Question:
     conclusion: returns what ends it, from the results in a directory; asked
       when all audits and the runs it rests on are there.
     rests_on: the arms of these runs; by default all.
+    figures: by the name of its file, returns a figure; asked when the
+      conclusion is.
   """
 
   title: str
@@ -116,6 +126,9 @@ class Question:
   audits: Sequence[Audit] = ()
   conclusion: Callable[[pathlib.Path], str] | None = None
   rests_on: Sequence[Arm] = ()
+  figures: Mapping[str, Callable[[pathlib.Path], Figure]] = dataclasses.field(
+    default_factory=dict
+  )
 
   @property
   def arms(self) -> list[Arm]:
@@ -155,6 +168,8 @@ def section(
   """Yields the paragraphs of a question."""
   yield f'## {question.title}'
   yield question.method
+  if question.can_end(results):
+    yield from (f'![{question.title}]({x}.png)' for x in question.figures)
   for each in question.tables:
     yield f'### {each.heading}'
     yield from _table(each, results)

@@ -13,7 +13,6 @@ from experiments.study import (
   capacity,
   causality,
   differences,
-  figures,
   online,
   paper,
   question,
@@ -23,6 +22,7 @@ from experiments.study import (
   tuning,
 )
 from experiments.study.statistics import paired
+from moe_jax.analysis import save_figure
 from moe_jax.analysis.command_line import table
 
 QUESTIONS = tuple(
@@ -96,7 +96,10 @@ def report(results: pathlib.Path = runs.RESULTS) -> str:
 def main() -> int:
   """Runs the program; returns its exit code."""
   (runs.RESULTS / 'REPORT.md').write_text(report())
-  figures.write(runs.RESULTS)
+  for each in QUESTIONS:
+    if each.can_end(runs.RESULTS):
+      for name, draw in each.figures.items():
+        save_figure(draw(runs.RESULTS), runs.RESULTS / name)
   print(f'{runs.RESULTS}: REPORT.md and figures written')
   return 0
 

@@ -3,12 +3,17 @@
 python -m experiments.study.scale --workdir=DIR
 """
 
+import math
 import pathlib
 import sys
 
-from experiments.study import balance
-from experiments.study.question import Question, Table
+from matplotlib.figure import Figure
+
+from experiments.study import balance, figures
+from experiments.study.question import COLUMNS, Question, Table
 from experiments.study.runs import Arm
+from experiments.study.statistics import Difference
+from moe_jax.analysis import drawing
 
 METHODS = ('unbalanced', 'loss_controlled_0.01', 'bip', 'midpoint')
 
@@ -30,10 +35,12 @@ def _arms(experts):
 
 def _table(experts):
   arms = _arms(experts)
-  return Table(f'{experts} experts', arms, arms[0])
+  columns = COLUMNS | balance.STABILITY
+  return Table(f'{experts} experts', arms, arms[0], columns)
 
 
-TABLES = [_table(experts) for experts in (8, 16, 32, 128)]
+SIZES = (8, 16, 32, 128)
+TABLES = [_table(experts) for experts in SIZES]
 
 
 def _conclusion(results: pathlib.Path) -> str:
@@ -46,13 +53,25 @@ def _conclusion(results: pathlib.Path) -> str:
     [
       f'The ranking by balance {moves} from size to size; by loss one seed '
       'cannot tell. AvgMaxVio (last fifth), and differences of loss in nats:\n',
-      *(
-        f'- {each.heading}: {each.balance(results)}. '
-        f'Loss: {each.differences(results)}.'
-        for each in TABLES
-      ),
+      *(f'- {each.told(results)}' for each in TABLES),
     ]
   )
+
+
+def _figure(results: pathlib.Path) -> Figure:
+  lines = {}
+  for place, method in enumerate(METHODS):
+    for key, look in (
+      ('average_max_violation', {}),
+      ('last_max_violation', {'linestyle': ':', 'fillstyle': 'none'}),
+    ):
+      values = {}
+      for experts, each in zip(SIZES, TABLES, strict=True):
+        of_arm = each.frame(results)[key][each.arms[place].name]
+        values[experts] = Difference(of_arm.mean(), math.nan)
+      style = drawing.method_style(each.arms[place].method) | look
+      lines[f'{method}, {COLUMNS[key][0]}'] = style, values
+  return figures.by_size(lines, 'experts', figures.VIOLATION, log=True)
 
 
 QUESTION = Question(
@@ -62,6 +81,7 @@ QUESTION = Question(
   'five in question 1.',
   TABLES,
   conclusion=_conclusion,
+  figures={'scale': _figure},
 )
 
 

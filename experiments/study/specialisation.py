@@ -6,7 +6,10 @@ python -m experiments.study.specialisation --workdir=DIR
 import pathlib
 import sys
 
-from experiments.study import audits, tuning
+from matplotlib.figure import Figure
+import pandas as pd
+
+from experiments.study import audits, figures, tuning
 from experiments.study.question import Audit, Question, Table
 from experiments.study.runs import Arm
 
@@ -35,11 +38,15 @@ ARMS = [
 METHODS = Table('Methods', ARMS, ARMS[0])
 
 
-def _conclusion(results: pathlib.Path) -> str:
-  found = {
+def _found(results: pathlib.Path) -> dict[str, dict[str, float]]:
+  return {
     x.name: audits.stored(audits.specialisation, x, results)['validation']
     for x in ARMS
   }
+
+
+def _conclusion(results: pathlib.Path) -> str:
+  found = _found(results)
   domain = {name: row[audits.DOMAIN] for name, row in found.items()}
   shares = ', '.join(
     f'`{name}` {x / domain["unbalanced"]:.2f}' for name, x in domain.items()
@@ -52,6 +59,13 @@ def _conclusion(results: pathlib.Path) -> str:
   )
 
 
+def _figure(results: pathlib.Path) -> Figure:
+  found = pd.DataFrame(_found(results)).T[
+    [audits.DOMAIN, 'token information [nats]']
+  ]
+  return figures.rows(found, 'mutual information with the expert')
+
+
 QUESTION = Question(
   'Does balance cost specialisation?',
   '`domains_16e`: speeches, drama and code, a third of the rows each. *Purity* '
@@ -62,6 +76,7 @@ QUESTION = Question(
   [METHODS],
   audits=[Audit('What an expert tells', audits.specialisation, ARMS)],
   conclusion=_conclusion,
+  figures={'specialisation': _figure},
 )
 
 

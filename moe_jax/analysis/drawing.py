@@ -161,10 +161,10 @@ def grid(axes: Axes) -> None:
   axes.spines[['top', 'right']].set_visible(False)
 
 
-def legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
   """Puts the legend of the axes above the figure."""
   handles, labels = axes.get_legend_handles_labels()
-  place = {'loc': 'outside upper center', 'ncols': min(len(labels), 4)}
+  place = {'loc': 'outside upper center', 'ncols': min(len(labels), columns)}
   drawn = figure.legend(handles, labels, frameon=False, handlelength=4, **place)
   for text in drawn.get_texts():
     text.set_parse_math(False)
