@@ -188,6 +188,7 @@ def _conclusion(results: pathlib.Path) -> str:
       f"{1e3 * even:.1f} ms at the chips' peak, and the latency alone of the "
       f'all-reduces of T = 4 takes {times("bip")} of `loss_controlled` over '
       f'the run (its last fifth), {times("midpoint")}.',
+      *(f'- {each.told(results)}' for each in _OTHERS),
     ]
   )
 
@@ -291,7 +292,6 @@ QUESTION = Question(
     )
   ],
   conclusion=_conclusion,
-  rests_on=list(MAIN.values()),
   figures={
     'max_violation': functools.partial(figures.curves, list(MAIN.values())),
     'frontier': _frontier,

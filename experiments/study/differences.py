@@ -74,8 +74,7 @@ def _conclusion(results: pathlib.Path) -> str:
   return '\n'.join(
     [
       f'Of `bip` and what differs from it, `{evenest.name}` is the evenest; '
-      'one seed tells no difference of loss. AvgMaxVio (last fifth), and '
-      'differences of loss in nats:\n',
+      'one seed tells no difference of loss.\n',
       *(f'- {each.told(results)}' for each in TABLES),
     ]
   )

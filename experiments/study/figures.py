@@ -1,6 +1,7 @@
 """Figures of the study, drawn from stored runs."""
 
 from collections.abc import Iterable, Mapping
+import math
 import pathlib
 from typing import Any
 
@@ -93,6 +94,8 @@ def by_size(
   figure, axes = drawing.subplots(4.5)
   for label, (style, values) in lines.items():
     means, margins = zip(*values.values(), strict=True)
+    if all(map(math.isnan, margins)):
+      margins = None
     style = style | {'markevery': 1}
     axes.errorbar([*values], means, margins, label=label, capsize=3, **style)
   sizes = sorted({size for _, values in lines.values() for size in values})

@@ -60,8 +60,8 @@ class Table:
   def told(self, results: pathlib.Path) -> str:
     """Says how even its arms are, and how their losses differ."""
     return (
-      f'{self.heading}: {self.balance(results)}. '
-      f'Loss: {self.differences(results)}.'
+      f'{self.heading}: AvgMaxVio (last fifth) {self.balance(results)}. Loss '
+      f'in nats: {self.differences(results)}.'
     )
 
   def balance(self, results: pathlib.Path) -> str:
@@ -73,10 +73,11 @@ class Table:
       for arm in self.evenest(results)
     )
 
-  def evenest(self, results: pathlib.Path) -> list[Arm]:
-    """Returns the arms, that of the least AvgMaxVio first."""
-    violation = self.frame(results)['average_max_violation']
-    mean = violation.groupby('arm').mean()
+  def evenest(
+    self, results: pathlib.Path, key: str = 'average_max_violation'
+  ) -> list[Arm]:
+    """Returns the arms, the evenest first: that of the least mean `key`."""
+    mean = self.frame(results)[key].groupby('arm').mean()
     return sorted(self.arms, key=lambda arm: mean[arm.name])
 
   def differences(self, results: pathlib.Path) -> str:
@@ -114,8 +115,7 @@ class Question:
     tables: of its arms.
     audits: tables of what is found out about checkpoints.
     conclusion: returns what ends it, from the results in a directory; asked
-      when all audits and the runs it rests on are there.
-    rests_on: the arms of these runs; by default all.
+      when all runs and audits are there.
     figures: by the name of its file, returns a figure; asked when the
       conclusion is.
   """
@@ -125,7 +125,6 @@ class Question:
   tables: Sequence[Table]
   audits: Sequence[Audit] = ()
   conclusion: Callable[[pathlib.Path], str] | None = None
-  rests_on: Sequence[Arm] = ()
   figures: Mapping[str, Callable[[pathlib.Path], Figure]] = dataclasses.field(
     default_factory=dict
   )
@@ -140,7 +139,7 @@ class Question:
 
   def can_end(self, results: pathlib.Path) -> bool:
     """Tells whether all is there that the conclusion needs."""
-    return runs.complete(self.rests_on or self.arms, results) and all(
+    return runs.complete(self.arms, results) and all(
       audits.path(each.audit, arm, results).exists()
       for each in self.audits
       for arm in each.arms
