@@ -74,6 +74,7 @@ LARGER = _arms(
     'loss_free': ('loss_free', {}),
     'bip': ('bip', {}),
     'midpoint': ('midpoint', {}),
+    'quantile': ('quantile', {}),
     'loss_controlled_0.01': ('loss_controlled', {'balancer.alpha': 0.01}),
     'loss_free_0.01': ('loss_free', {'balancer.rate': 0.01}),
   },
